@@ -1,0 +1,328 @@
+r"""KL divergence of a Gaussian weight posterior from sparsifying priors.
+
+Everything here is torch only. A weight has the posterior N(θ, σ²), held as ``loc`` θ and ``log_variance`` log σ²;
+its dropout rate is α = σ²/θ². Each divergence below depends on θ and σ² through 1/α = θ²/σ² alone, tends to 0 as
+α → ∞ (a weight of pure noise costs nothing) and grows like -½ log α as α → 0.
+"""
+
+__all__ = ["kl_ard", "kl_log_uniform", "kl_log_uniform_total", "log_alpha"]
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Form = Literal["approximate", "exact"]
+
+
+def kl_log_uniform(loc: Tensor, log_variance: Tensor, form: Form = "approximate") -> Tensor:
+    r"""Returns KL(N(θ, σ²) ‖ log-uniform) of each weight, in nats.
+
+    With :math:`u = 1/(2\alpha) = \theta^2 / (2\sigma^2)` and the free constant of the improper prior set so that the
+    divergence vanishes as :math:`\alpha \to \infty`, the exact form is
+
+    .. math:: \mathrm{KL} = u \; {}_2F_2(1, 1; \tfrac32, 2; -u) = 2 \int_0^{\sqrt u} D(t) \, dt
+
+    with Dawson's integral :math:`D`, evaluated by a rational function to a relative error of 5e-6 in float32 and
+    1e-11 in float64. The approximate form is equation 14 of Molchanov et al.,
+
+    .. math:: \mathrm{KL} \approx \tfrac12 \log(1 + \alpha^{-1}) + k_1 (1 - \mathrm{sigmoid}(k_2 + k_3 \log \alpha)),
+
+    off by at most 0.0094 nats. Both are finite, with finite gradients, at θ = 0. Gradients are computed in the same
+    closed form (for the exact one, from Dawson's integral), once: there is no second derivative.
+
+    References:
+        | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
+        | https://arxiv.org/abs/1701.05369
+
+    Args:
+        loc: The mean θ of each weight, of any shape.
+        log_variance: log σ² of each weight, of a shape that broadcasts with ``loc``.
+        form: ``"approximate"`` or ``"exact"``.
+
+    Returns:
+        The divergence of each weight, with the broadcast shape. Half-precision input is computed, and returned,
+        in float32.
+
+    Raises:
+        ValueError: If ``form`` is neither of the two.
+
+    Example:
+        >>> loc, log_variance = torch.tensor([0.0, 0.1, 1.0]), torch.tensor(-2.0)
+        >>> kl_log_uniform(loc, log_variance, form="exact").argsort()
+        tensor([0, 1, 2])
+    """
+    return _Elementwise.apply(*_operands(loc, log_variance), _form(form))
+
+
+def kl_log_uniform_total(loc: Tensor, log_variance: Tensor, form: Form = "approximate") -> Tensor:
+    r"""Returns the sum of :func:`kl_log_uniform` over all weights, without storing its terms.
+
+    Args:
+        loc: The mean θ of each weight, of any shape.
+        log_variance: log σ² of each weight, of a shape that broadcasts with ``loc``.
+        form: ``"approximate"`` or ``"exact"``.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: If ``form`` is neither of the two.
+
+    Example:
+        >>> loc, log_variance = torch.randn(3, 4), torch.randn(3, 4)
+        >>> total = kl_log_uniform_total(loc, log_variance)
+        >>> torch.allclose(total, kl_log_uniform(loc, log_variance).sum())
+        True
+    """
+    return _Total.apply(*_operands(loc, log_variance), _form(form))
+
+
+def kl_ard(loc: Tensor, log_variance: Tensor) -> Tensor:
+    r"""Returns the KL of each weight from its automatic-relevance-determination prior, in nats.
+
+    The prior N(0, 1/τ) has its precision at the optimum of the evidence lower bound, 1/τ = θ² + σ², which leaves
+
+    .. math:: \mathrm{KL} = \tfrac12 \log(1 + \alpha^{-1}).
+
+    References:
+        | Variational Dropout via Empirical Bayes (Kharitonov, Molchanov, Vetrov, 2018)
+        | https://arxiv.org/abs/1811.00596
+
+    Args:
+        loc: The mean θ of each weight, of any shape.
+        log_variance: log σ² of each weight, of a shape that broadcasts with ``loc``.
+
+    Returns:
+        The divergence of each weight, with the broadcast shape.
+
+    Example:
+        >>> kl_ard(torch.tensor(0.0), torch.tensor(-3.0))
+        tensor(0.)
+    """
+    return _Elementwise.apply(*_operands(loc, log_variance), _ARD)
+
+
+def log_alpha(loc: Tensor, log_variance: Tensor) -> Tensor:
+    r"""Returns log α = log σ² - log θ², the log dropout rate of each weight.
+
+    The equivalent rate of binary dropout is p = α / (1 + α). A weight of mean 0 has log α = +∞.
+
+    References:
+        | Variational Dropout and the Local Reparameterization Trick (Kingma, Salimans, Welling, 2015)
+        | https://arxiv.org/abs/1506.02557
+
+    Args:
+        loc: The mean θ of each weight, of any shape.
+        log_variance: log σ² of each weight, of a shape that broadcasts with ``loc``.
+
+    Returns:
+        log α of each weight, with the broadcast shape.
+
+    Example:
+        >>> log_alpha(torch.tensor([0.0, 1.0]), torch.tensor(3.0))
+        tensor([inf, 3.])
+    """
+    return log_variance - 2 * loc.abs().log()
+
+
+class _KLForm(NamedTuple):
+    """A divergence as a function of a = 1/α, and its slope dKL/da.
+
+    Both overwrite a with their result and use three tensors like it as scratch.
+    """
+
+    value: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+_K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
+
+
+def _approximate_step(a: Tensor, out: Tensor) -> Tensor:
+    return torch.log(a, out=out).mul_(_K3).sub_(_K2).sigmoid_()
+
+
+def _approximate_value(a: Tensor, step: Tensor, *_: Tensor) -> Tensor:
+    _approximate_step(a, out=step)
+    return a.log1p_().mul_(0.5).add_(step, alpha=_K1)
+
+
+def _approximate_slope(a: Tensor, step: Tensor, clamped: Tensor, *_: Tensor) -> Tensor:
+    _approximate_step(a, out=step)
+    # d step / da = k3 step (1 - step) / a, which vanishes with a; the clamp keeps 0 / 0 out.
+    torch.clamp_min(a, torch.finfo(a.dtype).tiny, out=clamped)
+    step.addcmul_(step, step, value=-1).div_(clamped)
+    return a.add_(1).reciprocal_().mul_(0.5).add_(step, alpha=_K1 * _K3)
+
+
+def _ard_value(a: Tensor, *_: Tensor) -> Tensor:
+    return a.log1p_().mul_(0.5)
+
+
+def _ard_slope(a: Tensor, *_: Tensor) -> Tensor:
+    return a.add_(1).reciprocal_().mul_(0.5)
+
+
+class _Rational(NamedTuple):
+    """Coefficients, lowest power first, of a rational function of t = (u - 8) / (u + 8) with u = a / 2."""
+
+    numerator: tuple[float, ...]
+    denominator: tuple[float, ...]
+
+    def __call__(self, a: Tensor, t: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+        torch.add(a, 16, out=t).reciprocal_().mul_(-32).add_(1)
+        _horner(self.numerator, t, out=numerator)
+        return numerator.div_(_horner(self.denominator, t, out=denominator))
+
+
+def _horner(coefficients: tuple[float, ...], t: Tensor, out: Tensor) -> Tensor:
+    *rest, constant, last = coefficients
+    torch.mul(t, last, out=out).add_(constant)
+    for c in reversed(rest):
+        out.mul_(t).add_(c)
+    return out
+
+
+def _exact_value(a: Tensor, *scratch: Tensor) -> Tensor:
+    return a.mul_(_GROWTH[a.dtype](a, *scratch)).log1p_().mul_(0.5)
+
+
+def _exact_slope(a: Tensor, *scratch: Tensor) -> Tensor:
+    dawson = _DAWSON[a.dtype](a, *scratch)
+    return a.add_(1).reciprocal_().mul_(dawson).mul_(0.5)
+
+
+# The exact divergence is ½ log(1 + 2u r(u)) and its slope dKL/du = D(√u)/√u is d(u) / (1 + 2u), where r rises from
+# 1 to 2 exp(γ) and d stays between 1 and 1.3. Both are smooth on [0, ∞], so a rational function of t in [-1, 1]
+# fits them with uniform relative error: 4e-8 and 8e-8 for float32, 6e-12 and 4e-12 for float64. The coefficients
+# are minimax fits (Sanathanan-Koerner iteration with Lawson's weights) to 40-digit values.
+_GROWTH = {
+    torch.float32: _Rational(
+        (3.257488743, 8.605784777, 19.5056415, 30.39751416, 33.58015322, 25.62200928, 11.62256349,
+        2.242726454),
+        (1.0, 2.437172281, 5.741982291, 8.461878317, 9.566451973, 6.903881225, 3.16641283, 0.5741030291),
+    ),
+    torch.float64: _Rational(
+        (3.2574888436018488, 3.3794402355296533, 12.8466996391998, 23.816158806149527, 42.102591148978696,
+        69.767538579613699, 99.599606837046593, 125.60500669034163, 135.64809309008993, 118.16494069462453,
+        80.001476576379176, 38.824926026810495, 11.621666256717052, 1.5642948990706489),
+        (1.0, 0.83276307909232872, 4.0261748531055535, 6.3869866057387483, 12.671874229201146,
+        19.355028749983298, 28.677852559226061, 35.381759923685976, 38.001526872471885, 32.78953418085699,
+        22.032084885344844, 10.420781196512991, 3.1156988470610836, 0.40304205064444976),
+    ),
+}
+_DAWSON = {
+    torch.float32: _Rational(
+        (1.149184248, 1.939962541, 5.70741874, 7.889652966, 10.53753886, 9.393116583, 4.884963662,
+        2.316738127, 0.2183465901),
+        (1.0, 2.012664804, 5.132866593, 8.124987505, 10.30241836, 9.29348949, 5.710140224, 2.108330049,
+        0.3520284857),
+    ),
+    torch.float64: _Rational(
+        (1.1491842572058524, -2.5503472314348623, 6.9335933448056428, -7.7277313349542647,
+        13.375973414770707, -7.2402122112955229, 10.262483477163416, 5.3367898369330558,
+        -2.1256107980707446, 11.4710646689625, -3.5345435347970824, 3.2931418293325461,
+        -0.37133399244147064, 0.095625954574599784),
+        (1.0, -1.8947224623810364, 4.9317440884840078, -3.6281725662672706, 6.8150827382281935,
+        -0.079494796219472849, 5.8125973623766054, 3.8460640632134302, 4.7105957707032386,
+        3.4693015263353684, 2.1654787645689355, 0.93306831485272912, 0.25424744435883501,
+        0.032287432592979649),
+    ),
+}
+
+_ARD = _KLForm(_ard_value, _ard_slope)
+_FORMS = {
+    "approximate": _KLForm(_approximate_value, _approximate_slope),
+    "exact": _KLForm(_exact_value, _exact_slope),
+}
+
+
+def _form(name: str) -> _KLForm:
+    if name not in _FORMS:
+        raise ValueError(f"form: expected one of {', '.join(map(repr, _FORMS))}, but got {name!r}")
+    return _FORMS[name]
+
+
+def _operands(loc: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(loc.dtype, log_variance.dtype)
+    if dtype not in _GROWTH:
+        dtype = torch.float32
+    loc, log_variance = torch.broadcast_tensors(loc.to(dtype), log_variance.to(dtype))
+    return loc, log_variance
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(loc: Tensor, log_variance: Tensor, form: _KLForm) -> Tensor:
+        result = torch.empty_like(loc, memory_format=torch.contiguous_format)
+        for out, theta, log_var, _, *scratch in _blocks(result, loc, log_variance):
+            _scaled(theta, log_var, out=out).mul_(theta)
+            form.value(out, *scratch)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *operands, ctx.form = inputs
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With a = θ²/σ², the gradients are 2 θ/σ² dKL/da in θ and -a dKL/da in log σ²."""
+        loc, log_variance = ctx.saved_tensors
+        grad_loc = torch.empty_like(loc, memory_format=torch.contiguous_format)
+        grad_log_variance = torch.empty_like(grad_loc)
+        for out_loc, out_log_var, theta, log_var, g, slope, *scratch in _blocks(
+            grad_loc, grad_log_variance, loc, log_variance, grad
+        ):
+            _scaled(theta, log_var, out=out_loc)
+            torch.mul(out_loc, theta, out=slope)
+            ctx.form.slope(slope, *scratch).mul_(g)
+            out_loc.mul_(slope)
+            torch.mul(out_loc, theta, out=out_log_var).neg_()
+            out_loc.mul_(2)
+        return grad_loc, grad_log_variance, None
+
+
+class _Total(_Elementwise):
+    @staticmethod
+    def forward(loc: Tensor, log_variance: Tensor, form: _KLForm) -> Tensor:
+        total = loc.new_zeros(())
+        for theta, log_var, value, *scratch in _blocks(loc, log_variance):
+            _scaled(theta, log_var, out=value).mul_(theta)
+            total += form.value(value, *scratch).sum()
+        return total
+
+
+def _scaled(theta: Tensor, log_var: Tensor, out: Tensor) -> Tensor:
+    """Writes θ/σ² to out."""
+    return torch.neg(log_var, out=out).exp_().mul_(theta)
+
+
+# On a CPU, a temporary of a megabyte costs more in page faults than the arithmetic on it. Work is done in blocks
+# whose scratch memory each thread keeps: four of these, two megabytes in float32.
+_BLOCK = 2**17
+_kept = threading.local()
+
+
+def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Yields matching flat pieces of the tensors, a scalar whole each time, followed by four pieces of scratch."""
+    like, shape = tensors[0], max((t.shape for t in tensors), key=len)
+    on_cpu = like.device.type == "cpu"
+    total, size = shape.numel(), _BLOCK if on_cpu else max(shape.numel(), 1)
+    scratch = _kept_scratch(like.dtype) if on_cpu else like.new_empty(4, size)
+    flat = [t if t.dim() < len(shape) else t.reshape(-1) for t in tensors]
+    for start in range(0, total, size):
+        pieces = [t[start : start + size] if t.dim() else t for t in flat]
+        yield pieces + list(scratch[:, : min(size, total - start)])
+
+
+def _kept_scratch(dtype: torch.dtype) -> Tensor:
+    buffers = _kept.__dict__
+    if dtype not in buffers:
+        buffers[dtype] = torch.empty(4, _BLOCK, dtype=dtype)
+    return buffers[dtype]

@@ -1,0 +1,463 @@
+"""The factorised Gaussian guide."""
+
+__all__ = ["AutoSparseNormal", "SparsifiedGuide", "check_masks", "init_to_weights"]
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
+from pyro.nn import PyroModule, PyroParam
+from pyro.ops.tensor_utils import periodic_repeat
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+
+from .distributions import LogUniform, SparseNormal, unwrap_independent
+from .priors import SitePrior, WeightPrior, map_tensors
+
+
+def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
+    """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
+
+    Another site with a log-uniform prior starts at small random values, uniform with the standard deviation of
+    torch's linear layers; any other as ``fallback`` says.
+
+    Args:
+        site: A Pyro trace site; without it, the function itself is returned.
+        fallback: The initialisation of sites without a log-uniform prior.
+
+    Returns:
+        The initial value.
+
+    Example:
+        >>> weight = torch.randn(3, 4)
+        >>> site = {"fn": WeightPrior(LogUniform().expand([3, 4]), 2, weight)}
+        >>> torch.equal(init_to_weights(site), weight)
+        True
+    """
+    if site is None:
+        return lambda site: init_to_weights(site, fallback=fallback)
+    fn = site["fn"]
+    if isinstance(fn, WeightPrior):
+        return fn.value
+    prior = unwrap_independent(fn)
+    if not isinstance(prior, LogUniform):
+        return fallback(site)
+    shape = fn.shape()
+    bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
+    return prior.low.new_empty(shape).uniform_(-bound, bound)
+
+
+class AutoSparseNormal(AutoGuide):
+    r"""A guide with an independent Gaussian, in θ and log σ², for each element of each latent.
+
+    A latent of real support is sampled from :class:`~.distributions.SparseNormal` at its own site, where the
+    divergence from the log-uniform prior is found; one of constrained support from the Gaussian transformed onto it.
+
+    .. math:: q(w) = \prod_i \mathcal N(w_i \mid \theta_i, \sigma_i^2)
+
+    The parameters ``locs`` and ``log_variances`` exist at once for the sites that are attributes of the model, as
+    those of :func:`~.priors.bayesianize`, and for others after the first call; ``load_state_dict`` makes them from
+    the state, without data. They are never shared with another guide through Pyro's parameter store: a second guide
+    is numbered there. Weight decay must not touch ``log_variances``.
+
+    References:
+        | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
+        | https://arxiv.org/abs/1701.05369
+
+    Args:
+        model: A Pyro model.
+        init_loc_fn: The initial value of each latent, as for Pyro's own guides.
+        init_log_variance: The initial log σ² in unconstrained space; small is part of the method. About -8 suits a
+            trained network.
+        create_plates: As for ``AutoNormal``: returns the plates to use, given the arguments of the model.
+
+    Raises:
+        ValueError: If ``init_log_variance`` is not finite, or, when first called, if the model has a discrete latent.
+
+    Example:
+        >>> model = lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1))
+        >>> guide = AutoSparseNormal(model)
+        >>> guide()["w"].shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        init_loc_fn: Callable = init_to_weights,
+        init_log_variance: float = -10.0,
+        create_plates: Callable | None = None,
+    ) -> None:
+        if not math.isfinite(init_log_variance):
+            raise ValueError(f"init_log_variance: expected a finite number, but got {init_log_variance}")
+        super().__init__(model, create_plates=create_plates)
+        self.init_loc_fn = init_loc_fn
+        self.init_log_variance = init_log_variance
+        self.locs = PyroModule()
+        self.log_variances = PyroModule()
+        self._sites: dict[str, _Site] = {}
+        self._loaded: set[str] = set()
+        for name, prior in _attribute_sites(model):
+            with torch.no_grad(), helpful_support_errors({"name": name, "fn": prior}):
+                self._add_site(name, prior, init_loc_fn({"name": name, "fn": prior}), ())
+
+    @property
+    def model(self) -> Callable:
+        """The model; a guide that was pickled has none."""
+        if self._model is None:
+            raise RuntimeError("This guide was unpickled without its model; call a guide once before it is pickled.")
+        return InitMessenger(self.init_loc_fn)(self._model[0])
+
+    @property
+    def posteriors(self) -> dict[str, SparseNormal]:
+        """The Gaussian of each site, in unconstrained space, over the full size of every plate."""
+        return {name: SparseNormal(*self._parameters_of(name), validate_args=False) for name in self._site_names()}
+
+    @property
+    def sparse_sites(self) -> tuple[str, ...]:
+        """The names of the sites with a log-uniform prior."""
+        if not self._sites:
+            raise RuntimeError("The priors of this guide's model are not known yet; call the guide once.")
+        return tuple(name for name, site in self._sites.items() if site.is_sparse)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples all latents.
+
+        Args:
+            *args: As for the model.
+            **kwargs: As for the model.
+
+        Returns:
+            The value of each latent by the name of its site.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for name, site in self._sites.items():
+            with ExitStack() as stack:
+                for plate in site.plates:
+                    stack.enter_context(plates[plate])
+                result[name] = pyro.sample(name, self._posterior_at(name, site))
+        return result
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns the posterior median of each latent.
+
+        Args:
+            *args: As for the model; not needed once the parameters exist.
+            **kwargs: As for the model; not needed once the parameters exist.
+
+        Returns:
+            The median of each latent by the name of its site.
+        """
+        self._require_sites(*args, **kwargs)
+        return {name: site.transform(self._parameters_of(name)[0]).clone() for name, site in self._sites.items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns posterior quantiles of each latent.
+
+        Args:
+            quantiles: Probabilities between 0 and 1.
+            *args: As for the model; not needed once the parameters exist.
+            **kwargs: As for the model; not needed once the parameters exist.
+
+        Returns:
+            The quantiles of each latent, along a new first dimension, by the name of its site.
+        """
+        self._require_sites(*args, **kwargs)
+        result = {}
+        for name, posterior in self.posteriors.items():
+            probabilities = torch.as_tensor(quantiles, dtype=posterior.loc.dtype, device=posterior.loc.device)
+            probabilities = probabilities.reshape(-1, *(1 for _ in posterior.batch_shape))
+            result[name] = self._sites[name].transform(posterior.icdf(probabilities))
+        return result
+
+    def sparsified(self, summary: Any) -> "SparsifiedGuide":
+        """Returns the posterior with the dropped weights at zero.
+
+        Args:
+            summary: A :class:`~.summary.SparsitySummary` of this guide.
+
+        Returns:
+            A guide that samples with the masks of the summary held, for ``Predictive`` and the like.
+
+        Raises:
+            ValueError: If the summary is of another model.
+        """
+        return SparsifiedGuide(self, summary.masks)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._pyro_context.used:
+            self._take_own_name()
+        return super().__call__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own would take the model from the live guide too.
+        state = dict(PyroModule.__getstate__(self))
+        state.update(_model=None, master=None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoSparseNormal":
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(PyroModule.__getstate__(self), memo))
+        new._pyro_context.used = False  # so that the copy takes a name of its own in the parameter store
+        return new
+
+    def copy_with_same_model(self) -> "AutoSparseNormal":
+        """Returns a copy that shares the model, where ``copy.deepcopy`` copies that too."""
+        return copy.deepcopy(self, {id(self._model): self._model})
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with _unchanged_buffers(self._model and self._model[0]):
+            super()._setup_prototype(*args, **kwargs)
+        found = dict(self.prototype_trace.iter_stochastic_nodes())
+        unknown = self._loaded - found.keys()
+        if unknown:
+            raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
+        early, self._sites = self._sites, {}
+        for name, site in found.items():
+            with helpful_support_errors(site):
+                self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
+        for name in early.keys() - found.keys():
+            self._remove_site(name)
+        _keep_latents(self.prototype_trace)
+
+    def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
+        transform = _simplified(biject_to(prior.support))
+        loc = transform.inv(value.detach())
+        event_dim = len(prior.event_shape) + loc.dim() - value.dim()
+        for frame in frames:
+            full_size = frame.full_size or frame.size
+            if full_size != frame.size:
+                loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
+        self._set_parameters(name, loc, event_dim)
+        plates = tuple(frame.name for frame in frames if frame.vectorized)
+        self._sites[name] = _Site(transform, event_dim, plates, isinstance(unwrap_independent(prior), LogUniform))
+
+    def _set_parameters(self, name: str, loc: Tensor, event_dim: int) -> None:
+        if name in self._site_names():
+            existing = self._parameters_of(name)[0]
+            if existing.shape == loc.shape:
+                for parameters in (self.locs, self.log_variances):
+                    module, attribute = _leaf(parameters, name)
+                    module._pyro_params[attribute] = constraints.real, event_dim
+                return
+            if name in self._loaded:
+                raise ValueError(
+                    f"{name}: the state loaded is of shape {tuple(existing.shape)}, but the model's site needs "
+                    f"{tuple(loc.shape)}"
+                )
+        loc = loc.detach().clone(memory_format=torch.contiguous_format)
+        log_variance = torch.full_like(loc, self.init_log_variance)
+        deep_setattr(self.locs, name, PyroParam(loc, constraints.real, event_dim))
+        deep_setattr(self.log_variances, name, PyroParam(log_variance, constraints.real, event_dim))
+
+    def _remove_site(self, name: str) -> None:
+        for parameters in (self.locs, self.log_variances):
+            module, attribute = _leaf(parameters, name)
+            delattr(module, attribute)
+
+    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
+        return attrgetter(name)(self.locs), attrgetter(name)(self.log_variances)
+
+    def _site_names(self) -> list[str]:
+        stored = [name.removesuffix("_unconstrained") for name, _ in self.locs.named_parameters()]
+        return [name for name in self._sites if name in stored] + [name for name in stored if name not in self._sites]
+
+    def _posterior_at(self, name: str, site: "_Site") -> Distribution:
+        loc, log_variance = self._parameters_of(name)
+        base = SparseNormal(loc, log_variance, validate_args=False).to_event(site.event_dim)
+        if _is_identity(site.transform):
+            return base
+        # The cache makes the density at a sample exact, and finite where the inverse is not.
+        return dist.TransformedDistribution(base, [site.transform.with_cache()])
+
+    def _require_sites(self, *args: Any, **kwargs: Any) -> None:
+        if self.prototype_trace is None and (args or kwargs or not self._sites):
+            self._setup_prototype(*args, **kwargs)
+
+    def _take_own_name(self) -> None:
+        """Numbers this guide if Pyro's parameter store holds parameters of another of its name."""
+        store = pyro.get_param_store()
+        name, number = self._pyro_name, 1
+        while any(key.startswith(f"{name}.") for key in store.keys()):  # noqa: SIM118 # no mapping
+            number += 1
+            name = f"{self._pyro_name}_{number}"
+        if number > 1:
+            self._pyro_set_supermodule(name, self._pyro_context)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.prototype_trace is None:
+            start, end = f"{prefix}locs.", "_unconstrained"
+            keys = [key for key in state_dict if key.startswith(start) and key.endswith(end)]
+            found = {key[len(start) : -len(end)]: state_dict[key] for key in keys}
+            self._loaded = set(found)
+            for name, value in found.items():
+                if name not in self._site_names() or self._parameters_of(name)[0].shape != value.shape:
+                    like = next(self.parameters(), value)
+                    new = torch.zeros_like(value, device=like.device)
+                    deep_setattr(self.locs, name, PyroParam(new, constraints.real, None))
+                    deep_setattr(self.log_variances, name, PyroParam(new, constraints.real, None))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SparsifiedGuide(nn.Module):
+    """A guide whose dropped weights are zero: what is left after :func:`~.summary.sparsify`.
+
+    It is a copy, so training may go on with the original.
+
+    Args:
+        guide: The guide.
+        masks: The weights to keep, by the name of the site.
+
+    Raises:
+        ValueError: If a mask does not fit the guide.
+
+    Example:
+        >>> guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1)))
+        >>> samples = guide()
+        >>> samples = SparsifiedGuide(guide, {"w": torch.tensor([True, False, True])})()
+        >>> samples["w"] == 0
+        tensor([False,  True, False])
+    """
+
+    def __init__(self, guide: AutoSparseNormal, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        check_masks(guide, masks)
+        self.guide = guide.copy_with_same_model()
+        self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
+        for name, number in self._mask_numbers.items():
+            self.register_buffer(number, masks[name])
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples all latents, those that were dropped as 0.
+
+        Args:
+            *args: As for the model.
+            **kwargs: As for the model.
+
+        Returns:
+            The value of each latent by the name of its site.
+        """
+        with _MaskMessenger({name: getattr(self, number) for name, number in self._mask_numbers.items()}):
+            return self.guide(*args, **kwargs)
+
+
+def check_masks(guide: AutoSparseNormal, masks: Mapping[str, Tensor]) -> None:
+    """Checks that masks are of this guide's sites.
+
+    Args:
+        guide: The guide.
+        masks: The weights to keep, by the name of the site.
+
+    Raises:
+        ValueError: If a site or a shape differs.
+
+    Example:
+        >>> guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform()))
+        >>> check_masks(guide, {"v": torch.tensor(True)})
+        Traceback (most recent call last):
+            ...
+        ValueError: v: the summary has this site, but the guide has none; are they of the same model?
+    """
+    shapes = {name: q.batch_shape for name, q in guide.posteriors.items()}
+    for name, mask in masks.items():
+        if name not in shapes:
+            known = ", ".join(shapes) or "none"
+            raise ValueError(f"{name}: the summary has this site, but the guide has {known}; are they of the same model?")
+        if mask.shape != shapes[name]:
+            raise ValueError(
+                f"{name}: expected a mask of shape {tuple(shapes[name])}, as in the guide, but the summary has "
+                f"{tuple(mask.shape)}; are they of the same model?"
+            )
+
+
+class _Site(NamedTuple):
+    """What the guide needs to know of a latent: nothing that holds numbers of the model."""
+
+    transform: Transform
+    event_dim: int
+    plates: tuple[str, ...]
+    is_sparse: bool
+
+
+class _MaskMessenger(Messenger):
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def _pyro_sample(self, msg: Any) -> None:
+        mask = self.masks.get(msg["name"])
+        if mask is None:
+            return
+        fn = msg["fn"]
+        q = unwrap_independent(fn)
+        q = SparseNormal(q.loc * mask, torch.where(mask, q.log_variance, -math.inf), validate_args=False)
+        msg["fn"] = q.to_event(len(fn.event_shape))
+
+
+def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
+    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for attribute, prior in getattr(module, "_pyro_samples", {}).items():
+            found = prior(module) if isinstance(prior, SitePrior) else prior
+            if isinstance(found, Distribution):
+                yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
+
+
+def _leaf(parameters: PyroModule, name: str) -> tuple[PyroModule, str]:
+    path, _, attribute = name.rpartition(".")
+    return (attrgetter(path)(parameters) if path else parameters), attribute
+
+
+def _simplified(transform: Transform) -> Transform:
+    """Drops x ↦ 0 + 1 x, as at the end of torch's map onto the positive numbers, which hides equal transforms."""
+    if not isinstance(transform, ComposeTransform):
+        return transform
+    parts = [_simplified(part) for part in transform.parts]
+    parts = [part for part in parts if not (isinstance(part, AffineTransform) and part == AffineTransform(0, 1))]
+    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def _is_identity(transform: Transform) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def _keep_latents(trace: Any) -> None:
+    """Removes from a prototype what a copy or a pickle of it could not, or need not, hold."""
+    for name, node in list(trace.nodes.items()):
+        if node["type"] != "sample" or node["is_observed"]:
+            trace.remove_node(name)
+        else:
+            node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
+
+
+@contextmanager
+def _unchanged_buffers(model: Any) -> Iterator[None]:
+    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,393 @@
+"""Priors onto the parameters of a network, and the network as a Pyro model of a data set.
+
+:func:`bayesianize` turns chosen parameters of any ``nn.Module`` into Pyro sample sites named as the parameters are;
+:class:`Supervised` adds a likelihood and the size of the data set.
+"""
+
+__all__ = ["SitePrior", "Supervised", "WeightPrior", "bayesianize", "map_tensors"]
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from pyro.nn.module import to_pyro_module_
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .distributions import LogUniform
+
+Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
+Prior: TypeAlias = Distribution | Mapping[str, Distribution] | Callable[[str, nn.Parameter], Distribution]
+
+
+def bayesianize(
+    net: nn.Module,
+    prior: Prior | None = None,
+    *,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+) -> PyroModule:
+    r"""Returns a copy of a network whose weights are Pyro sample sites with a prior.
+
+    Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
+    of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
+    the parameters of normalisation layers and all buffers stay as they are. A tensor that several modules share is
+    one site, under its first name.
+
+    Args:
+        net: Any network. It is not changed.
+        prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a mapping from
+            globs on the parameters' names to distributions (the first that matches counts), or a function of
+            ``(name, parameter)``. The default is the improper :class:`~.distributions.LogUniform`.
+        include: What to choose instead of the default: globs on the parameters' names, module types, predicates of
+            ``(name, parameter)``, or several of these. A glob or a type takes parameters of fewer than two
+            dimensions only where it would take nothing else.
+        exclude: What to leave out of the choice, in the same terms.
+
+    Returns:
+        The Bayesian network.
+
+    Raises:
+        TypeError: If ``net`` is not a module, or ``prior`` or a pattern is of another type than these.
+        ValueError: If a pattern matches no parameter, a prior does not fit its parameter, nothing is chosen, or a
+            chosen parameter is not initialised, not floating point or hidden behind a parametrisation.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> bnn = bayesianize(net, {"0.*": LogUniform(), "*": dist.Normal(0.0, 1.0)})
+        >>> pyro.poutine.trace(bnn, graph_type="flat").get_trace(torch.zeros(1, 4)).stochastic_nodes
+        ['0.weight', '2.weight']
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"bayesianize: expected an nn.Module, but got {type(net).__name__}")
+    chosen = _choose(net, include, exclude)
+    prior = LogUniform() if prior is None else prior
+    if isinstance(prior, Mapping):
+        for glob in prior:
+            _matches(net, dict(net.named_parameters()), glob, "prior")
+    priors = {name: _fitted_prior(name, net.get_parameter(name), prior) for name in chosen}
+    bnn = copy.deepcopy(net)
+    aliases = _aliases(bnn)
+    to_pyro_module_(bnn)
+    for name, fitted in priors.items():
+        for alias in aliases[name]:
+            _make_site(bnn, alias, name, fitted)
+    return bnn
+
+
+class Supervised(PyroModule):
+    r"""A network, a likelihood and the size of a data set, as a Pyro model.
+
+    .. math:: y_n \mid x_n, w \sim \mathrm{likelihood}(\mathrm{network}(x_n; w)), \quad n = 1 \ldots N
+
+    The observations are the site ``y`` in the plate ``data``, which scales the log likelihood of a mini-batch of M
+    by N/M. The sites of the network keep their own names. The parameters of two models live side by side in Pyro's
+    parameter store, whatever their names: the second to come is numbered.
+
+    Args:
+        network: A Bayesian network, as :func:`bayesianize` returns it.
+        likelihood: A function from the network's output to the distribution of the targets, one per datum: its
+            batch shape ends in the batch size.
+        num_data: N, the size of the data set.
+
+    Raises:
+        TypeError: If ``network`` is not a ``PyroModule`` or ``likelihood`` not callable.
+        ValueError: If ``num_data`` is not a positive integer.
+
+    Example:
+        >>> bnn = bayesianize(nn.Linear(4, 3))
+        >>> model = Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=60_000)
+        >>> guide = svd.AutoSparseNormal(model)
+        >>> loss = svd.SparseVD_ELBO()(model, guide)(torch.randn(8, 4), torch.zeros(8))
+    """
+
+    def __init__(self, network: PyroModule, likelihood: Callable[[Any], Distribution], num_data: int) -> None:
+        super().__init__()
+        if not isinstance(network, PyroModule):
+            raise TypeError(f"Supervised: expected network = bayesianize(net), but got {type(network).__name__}")
+        if not callable(likelihood):
+            raise TypeError(f"Supervised: expected a callable likelihood, but got {type(likelihood).__name__}")
+        if not (isinstance(num_data, int) and num_data > 0):
+            raise ValueError(f"Supervised: expected num_data, a positive integer, but got {num_data!r}")
+        # Past PyroModule.__setattr__, which would prefix the names of the network's sites.
+        self._modules["network"] = network
+        self.likelihood = likelihood
+        self.num_data = num_data
+
+    @property
+    def network(self) -> PyroModule:
+        """The Bayesian network."""
+        return self._modules["network"]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        """Runs the model on a batch.
+
+        Args:
+            x: Inputs, of shape ``(M, ...)``.
+            y: Targets, of shape ``(M, ...)``; to predict, None.
+
+        Returns:
+            The output of the network.
+
+        Raises:
+            ValueError: If the batch is empty or larger than ``num_data``, or the sizes of ``x``, ``y`` and the
+                likelihood differ.
+        """
+        size = self._batch_size(x, y)
+        with _OwnParameters():
+            output = self.network(x)
+        likelihood = self.likelihood(output)
+        if not likelihood.batch_shape or likelihood.batch_shape[-1] != size:
+            raise ValueError(
+                f"likelihood: expected one distribution per datum, batch_shape (..., {size}), but got "
+                f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
+            )
+        with pyro.plate("data", self.num_data, subsample=x):
+            pyro.sample("y", likelihood, obs=y)
+        return output
+
+    def _batch_size(self, x: Tensor, y: Tensor | None) -> int:
+        size = len(x)
+        if size == 0:
+            raise ValueError("x: expected at least one datum, but got an empty batch")
+        if y is None:
+            return size
+        if len(y) != size:
+            raise ValueError(f"x and y: expected as many targets as inputs, but got {size} and {len(y)}")
+        if size > self.num_data:
+            raise ValueError(
+                f"num_data: expected the size of the whole data set, but got {self.num_data} and a batch of {size}"
+            )
+        return size
+
+
+class WeightPrior(dist.Independent):
+    """The prior of one parameter of a network, with the parameter's value.
+
+    Args:
+        base_dist: The prior of the single weights, of the parameter's shape.
+        reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
+        value: The value that the parameter had.
+
+    Example:
+        >>> prior = WeightPrior(LogUniform().expand([3, 4]), 2, torch.zeros(3, 4))
+        >>> prior.event_shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor) -> None:
+        super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
+        self.value = value
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
+        """Returns the expanded prior, without the value."""
+        return dist.Independent(self.base_dist, self.reinterpreted_batch_ndims).expand(batch_shape, _instance)
+
+
+class SitePrior:
+    """What Pyro calls for the prior of a module's attribute: it follows the module to another device or dtype.
+
+    Args:
+        buffer: The name of the module's buffer with the value that the attribute had.
+        prior: The prior, of the value's shape.
+
+    Example:
+        >>> bnn = bayesianize(nn.Linear(4, 3)).double()
+        >>> prior = bnn._pyro_samples["weight"]
+        >>> prior(bnn).sample().dtype
+        torch.float64
+    """
+
+    def __init__(self, buffer: str, prior: Distribution) -> None:
+        self.buffer = buffer
+        self.prior = prior
+        self.at: WeightPrior | None = None
+
+    def __call__(self, module: nn.Module) -> WeightPrior:
+        value = module._buffers[self.buffer]
+        assert value is not None
+        if self.at is None or self.at.value is not value:
+            prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
+            self.at = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
+        return self.at
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to every tensor of a distribution, its bases and its transforms.
+
+    Args:
+        value: A distribution; it is not changed.
+        function: The function.
+
+    Returns:
+        A copy of the distribution.
+
+    Example:
+        >>> map_tensors(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1), Tensor.double).mean.dtype
+        torch.float64
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Distribution | torch.distributions.Transform):
+        mapped = copy.copy(value)
+        mapped.__dict__.update({k: map_tensors(v, function) for k, v in value.__dict__.items()})
+        return mapped
+    return type(value)(map_tensors(v, function) for v in value) if type(value) in (list, tuple) else value
+
+
+class _SharedSite:
+    """What Pyro calls for a parameter that another module owns: the owner's draw."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        self.owner = owner
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+
+class _OwnParameters(Messenger):
+    """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
+
+    ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
+    make a frozen parameter trainable and copy one that is not contiguous, so these do not pass through the store.
+    """
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *init = msg["args"]
+        if not init or not isinstance(init[0], nn.Parameter):
+            return
+        parameter = init[0]
+        if not (parameter.requires_grad and parameter.is_contiguous()):
+            parameter.unconstrained = weakref.ref(parameter)
+            msg["value"], msg["done"] = parameter, True
+            return
+        store = pyro.get_param_store()._params
+        number = 1
+        while store.get(msg["name"], parameter) is not parameter:
+            number += 1
+            msg["name"] = f"{name}_{number}"
+        msg["args"] = (msg["name"], parameter)
+
+
+def _choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
+    parameters = dict(net.named_parameters())
+    if include is None:
+        chosen = [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter) or p.dim() > 1]
+    else:
+        taken = set().union(*(_matches(net, parameters, p, "include") for p in _listed(include)))
+        chosen = [name for name in parameters if name in taken]
+    left_out = set().union(*(_matches(net, parameters, p, "exclude") for p in _listed(exclude)))
+    chosen = [name for name in chosen if name not in left_out]
+    if not chosen:
+        raise ValueError(f"bayesianize: no parameter is left to give a prior, of {_names(parameters)}")
+    for name in chosen:
+        _check_parameter(net, name, parameters[name])
+    return chosen
+
+
+def _listed(patterns: Any) -> list[Any]:
+    return [patterns] if isinstance(patterns, str | type) or callable(patterns) else list(patterns)
+
+
+def _matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any, option: str) -> set[str]:
+    if isinstance(pattern, str):
+        found = {name for name in parameters if fnmatchcase(name, pattern)}
+    elif isinstance(pattern, type) and issubclass(pattern, nn.Module):
+        owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters(recurse=False)}
+        found = {name for name, p in parameters.items() if id(p) in owned}
+    elif callable(pattern):
+        return {name for name, p in parameters.items() if pattern(name, p)}
+    else:
+        raise TypeError(f"{option}: expected a glob, a module type or a predicate, but got {pattern!r}")
+    if not found:
+        raise ValueError(f"{option}: expected a pattern that matches a parameter, but {pattern!r} matches none of "
+                         f"{_names(parameters)}")
+    return {name for name in found if parameters[name].dim() > 1} or found
+
+
+def _check_parameter(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, nn.UninitializedParameter):
+        raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
+    owner = net.get_submodule(name.rpartition(".")[0])
+    hooks = owner._forward_pre_hooks.values()
+    if "parametrizations" in name.split(".") or any(isinstance(h, WeightNorm | SpectralNorm) for h in hooks):
+        raise ValueError(
+            f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
+            "...), and samples of its parts make no weight; remove the parametrisation or exclude the parameter"
+        )
+
+
+def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
+    """Returns the prior of a parameter, expanded to its shape."""
+    found = _prior_of(name, parameter, prior)
+    event_dim = len(found.event_shape)
+    try:
+        fitted = found.expand(parameter.shape[: parameter.dim() - event_dim])
+    except RuntimeError as error:
+        fitted, reason = None, error
+    else:
+        reason = None
+    if fitted is None or fitted.batch_shape + fitted.event_shape != parameter.shape:
+        raise ValueError(
+            f"{name}: expected a prior that broadcasts to shape {tuple(parameter.shape)}, but got batch shape "
+            f"{tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
+        ) from reason
+    return fitted
+
+
+def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
+    if isinstance(prior, Mapping):
+        matching = [p for glob, p in prior.items() if fnmatchcase(name, glob)]
+        if not matching:
+            raise ValueError(f"{name}: expected a prior, but no pattern of {list(prior)} matches; add one or exclude it")
+        found = matching[0]
+    elif isinstance(prior, Distribution):
+        found = prior
+    elif callable(prior):
+        found = prior(name, parameter)
+    else:
+        found = prior
+    if not isinstance(found, Distribution):
+        raise TypeError(f"{name}: expected a distribution as its prior, but got {found!r}")
+    return found
+
+
+def _aliases(net: nn.Module) -> dict[str, list[str]]:
+    """Returns all names of each parameter, by the first, which is the one ``named_parameters`` gives."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in net.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{prefix}.{attribute}" if prefix else attribute)
+    return {aliases[0]: aliases for aliases in names.values()}
+
+
+def _make_site(bnn: nn.Module, alias: str, name: str, prior: Distribution) -> None:
+    # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
+    path, _, attribute = alias.rpartition(".")
+    module = bnn.get_submodule(path)
+    value = module._parameters.pop(attribute)
+    if alias == name:
+        buffer = f"{attribute}_initial"
+        assert value is not None
+        module.register_buffer(buffer, value.detach(), persistent=False)
+        module._pyro_samples[attribute] = SitePrior(buffer, prior)
+    else:
+        path, _, owner_attribute = name.rpartition(".")
+        module._pyro_samples[attribute] = _SharedSite(bnn.get_submodule(path), owner_attribute)
+
+
+def _names(parameters: Iterable[str]) -> str:
+    return ", ".join(parameters) or "none"
