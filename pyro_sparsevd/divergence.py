@@ -5,7 +5,16 @@ its dropout rate is α = σ²/θ². Each divergence below depends on θ and σ²
 α → ∞ (a weight of pure noise costs nothing) and grows like -½ log α as α → 0.
 """
 
-__all__ = ["kl_ard", "kl_log_uniform", "kl_log_uniform_total", "log_alpha"]
+__all__ = [
+    "FORMS",
+    "KLForm",
+    "add_kl_gradients_",
+    "kl_ard",
+    "kl_log_uniform",
+    "kl_log_uniform_total",
+    "log_alpha",
+    "total_kl",
+]
 
 import threading
 from collections.abc import Callable, Iterator
@@ -129,10 +138,10 @@ def log_alpha(loc: Tensor, log_variance: Tensor) -> Tensor:
     return log_variance - 2 * loc.abs().log()
 
 
-class _KLForm(NamedTuple):
+class KLForm(NamedTuple):
     """A divergence as a function of a = 1/α, and its slope dKL/da.
 
-    Both overwrite a with their result and use three tensors like it as scratch.
+    Both overwrite a with their result, which they return, and use three more tensors like it as scratch.
     """
 
     value: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -142,21 +151,26 @@ class _KLForm(NamedTuple):
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
 
 
-def _approximate_step(a: Tensor, out: Tensor) -> Tensor:
-    return torch.log(a, out=out).mul_(_K3).sub_(_K2).sigmoid_()
-
-
 def _approximate_value(a: Tensor, step: Tensor, *_: Tensor) -> Tensor:
-    _approximate_step(a, out=step)
+    torch.log(a, out=step).mul_(_K3).sub_(_K2).sigmoid_()
     return a.log1p_().mul_(0.5).add_(step, alpha=_K1)
 
 
 def _approximate_slope(a: Tensor, step: Tensor, clamped: Tensor, *_: Tensor) -> Tensor:
-    _approximate_step(a, out=step)
+    torch.log(a, out=step).mul_(_K3).sub_(_K2).sigmoid_()
     # d step / da = k3 step (1 - step) / a, which vanishes with a; the clamp keeps 0 / 0 out.
     torch.clamp_min(a, torch.finfo(a.dtype).tiny, out=clamped)
     step.addcmul_(step, step, value=-1).div_(clamped)
     return a.add_(1).reciprocal_().mul_(0.5).add_(step, alpha=_K1 * _K3)
+
+
+def _exact_value(a: Tensor, *scratch: Tensor) -> Tensor:
+    return a.mul_(_GROWTH[a.dtype](a, *scratch)).log1p_().mul_(0.5)
+
+
+def _exact_slope(a: Tensor, *scratch: Tensor) -> Tensor:
+    dawson = _DAWSON[a.dtype](a, *scratch)
+    return a.add_(1).reciprocal_().mul_(dawson).mul_(0.5)
 
 
 def _ard_value(a: Tensor, *_: Tensor) -> Tensor:
@@ -185,15 +199,6 @@ def _horner(coefficients: tuple[float, ...], t: Tensor, out: Tensor) -> Tensor:
     for c in reversed(rest):
         out.mul_(t).add_(c)
     return out
-
-
-def _exact_value(a: Tensor, *scratch: Tensor) -> Tensor:
-    return a.mul_(_GROWTH[a.dtype](a, *scratch)).log1p_().mul_(0.5)
-
-
-def _exact_slope(a: Tensor, *scratch: Tensor) -> Tensor:
-    dawson = _DAWSON[a.dtype](a, *scratch)
-    return a.add_(1).reciprocal_().mul_(dawson).mul_(0.5)
 
 
 # The exact divergence is ½ log(1 + 2u r(u)) and its slope dKL/du = D(√u)/√u is d(u) / (1 + 2u), where r rises from
@@ -234,17 +239,75 @@ _DAWSON = {
     ),
 }
 
-_ARD = _KLForm(_ard_value, _ard_slope)
-_FORMS = {
-    "approximate": _KLForm(_approximate_value, _approximate_slope),
-    "exact": _KLForm(_exact_value, _exact_slope),
+FORMS = {
+    "approximate": KLForm(_approximate_value, _approximate_slope),
+    "exact": KLForm(_exact_value, _exact_slope),
 }
+_ARD = KLForm(_ard_value, _ard_slope)
 
 
-def _form(name: str) -> _KLForm:
-    if name not in _FORMS:
-        raise ValueError(f"form: expected one of {', '.join(map(repr, _FORMS))}, but got {name!r}")
-    return _FORMS[name]
+def total_kl(loc: Tensor, variance: Tensor, form: KLForm) -> Tensor:
+    """Returns the sum of a divergence over all weights, outside autograd.
+
+    Args:
+        loc: The mean θ of each weight.
+        variance: σ² of each weight, of the same shape.
+        form: The divergence, one of ``FORMS``.
+
+    Returns:
+        A scalar, in nats.
+
+    Example:
+        >>> total_kl(torch.zeros(3), torch.ones(3), FORMS["exact"])
+        tensor(0.)
+    """
+    total = loc.new_zeros(())
+    for (theta, var), (a, *scratch, _) in _blocks(loc, variance):
+        torch.mul(theta, theta, out=a).div_(var)
+        total += form.value(a, *scratch).sum()
+    return total
+
+
+def add_kl_gradients_(
+    grad_loc: Tensor | None,
+    grad_log_variance: Tensor | None,
+    loc: Tensor,
+    variance: Tensor,
+    grad: Tensor,
+    form: KLForm,
+) -> None:
+    """Adds to the gradients in θ and log σ² those of a divergence: with a = θ²/σ², 2 θ/σ² dKL/da and -a dKL/da.
+
+    Args:
+        grad_loc: The contiguous gradient in θ, or None where none is needed.
+        grad_log_variance: The contiguous gradient in log σ², or None where none is needed.
+        loc: The mean θ of each weight.
+        variance: σ² of each weight, of the same shape.
+        grad: The gradient of the divergence of each weight, or a scalar for all.
+        form: The divergence, one of ``FORMS``.
+
+    Example:
+        >>> grad_loc = torch.ones(3)
+        >>> add_kl_gradients_(grad_loc, None, torch.zeros(3), torch.ones(3), torch.tensor(1.0), FORMS["exact"])
+        >>> grad_loc
+        tensor([1., 1., 1.])
+    """
+    tensors = [t for t in (grad_loc, grad_log_variance, grad if grad.dim() else None) if t is not None]
+    for (theta, var, *pieces), (ratio, a, *scratch) in _blocks(loc, variance, *tensors):
+        g = pieces.pop() if grad.dim() else grad
+        torch.div(theta, var, out=ratio)
+        torch.mul(ratio, theta, out=a)
+        ratio.mul_(form.slope(a, *scratch).mul_(g))
+        if grad_log_variance is not None:
+            pieces.pop().addcmul_(ratio, theta, value=-1)
+        if grad_loc is not None:
+            pieces.pop().add_(ratio, alpha=2)
+
+
+def _form(name: str) -> KLForm:
+    if name not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(map(repr, FORMS))}, but got {name!r}")
+    return FORMS[name]
 
 
 def _operands(loc: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,73 +319,61 @@ def _operands(loc: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Elementwise(torch.autograd.Function):
+    """The divergence of each weight."""
+
     @staticmethod
-    def forward(loc: Tensor, log_variance: Tensor, form: _KLForm) -> Tensor:
-        result = torch.empty_like(loc, memory_format=torch.contiguous_format)
-        for out, theta, log_var, _, *scratch in _blocks(result, loc, log_variance):
-            _scaled(theta, log_var, out=out).mul_(theta)
+    def forward(ctx: Any, loc: Tensor, log_variance: Tensor, form: KLForm) -> Tensor:
+        variance = _remember(ctx, loc, log_variance, form)
+        result = torch.empty_like(variance)
+        for (theta, var, out), (*scratch, _, _) in _blocks(loc, variance, result):
+            torch.mul(theta, theta, out=out).div_(var)
             form.value(out, *scratch)
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *operands, ctx.form = inputs
-        ctx.save_for_backward(*operands)
-
-    @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With a = θ²/σ², the gradients are 2 θ/σ² dKL/da in θ and -a dKL/da in log σ²."""
-        loc, log_variance = ctx.saved_tensors
-        grad_loc = torch.empty_like(loc, memory_format=torch.contiguous_format)
-        grad_log_variance = torch.empty_like(grad_loc)
-        for out_loc, out_log_var, theta, log_var, g, slope, *scratch in _blocks(
-            grad_loc, grad_log_variance, loc, log_variance, grad
-        ):
-            _scaled(theta, log_var, out=out_loc)
-            torch.mul(out_loc, theta, out=slope)
-            ctx.form.slope(slope, *scratch).mul_(g)
-            out_loc.mul_(slope)
-            torch.mul(out_loc, theta, out=out_log_var).neg_()
-            out_loc.mul_(2)
+        loc, variance = ctx.saved_tensors
+        grad_loc, grad_log_variance = torch.zeros_like(variance), torch.zeros_like(variance)
+        add_kl_gradients_(grad_loc, grad_log_variance, loc, variance, grad, ctx.form)
         return grad_loc, grad_log_variance, None
 
 
 class _Total(_Elementwise):
+    """The sum of the divergences of all weights."""
+
     @staticmethod
-    def forward(loc: Tensor, log_variance: Tensor, form: _KLForm) -> Tensor:
-        total = loc.new_zeros(())
-        for theta, log_var, value, *scratch in _blocks(loc, log_variance):
-            _scaled(theta, log_var, out=value).mul_(theta)
-            total += form.value(value, *scratch).sum()
-        return total
+    def forward(ctx: Any, loc: Tensor, log_variance: Tensor, form: KLForm) -> Tensor:
+        return total_kl(loc, _remember(ctx, loc, log_variance, form), form)
 
 
-def _scaled(theta: Tensor, log_var: Tensor, out: Tensor) -> Tensor:
-    """Writes θ/σ² to out."""
-    return torch.neg(log_var, out=out).exp_().mul_(theta)
+def _remember(ctx: Any, loc: Tensor, log_variance: Tensor, form: KLForm) -> Tensor:
+    variance = log_variance.exp().contiguous()
+    ctx.save_for_backward(loc, variance)
+    ctx.form = form
+    return variance
 
 
 # On a CPU, a temporary of a megabyte costs more in page faults than the arithmetic on it. Work is done in blocks
-# whose scratch memory each thread keeps: four of these, two megabytes in float32.
+# whose scratch memory each thread keeps: five of these, 2.5 MB in float32.
 _BLOCK = 2**17
 _kept = threading.local()
 
 
-def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Yields matching flat pieces of the tensors, a scalar whole each time, followed by four pieces of scratch."""
-    like, shape = tensors[0], max((t.shape for t in tensors), key=len)
+def _blocks(*tensors: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yields matching flat pieces of tensors of one size, and five pieces of scratch."""
+    like = tensors[0]
     on_cpu = like.device.type == "cpu"
-    total, size = shape.numel(), _BLOCK if on_cpu else max(shape.numel(), 1)
-    scratch = _kept_scratch(like.dtype) if on_cpu else like.new_empty(4, size)
-    flat = [t if t.dim() < len(shape) else t.reshape(-1) for t in tensors]
+    total, size = like.numel(), _BLOCK if on_cpu else max(like.numel(), 1)
+    scratch = _kept_scratch(like.dtype) if on_cpu else like.new_empty(5, size).unbind()
+    flat = [t.reshape(-1) for t in tensors]
     for start in range(0, total, size):
-        pieces = [t[start : start + size] if t.dim() else t for t in flat]
-        yield pieces + list(scratch[:, : min(size, total - start)])
+        length = min(size, total - start)
+        yield [t.narrow(0, start, length) for t in flat], [t.narrow(0, 0, length) for t in scratch]
 
 
-def _kept_scratch(dtype: torch.dtype) -> Tensor:
+def _kept_scratch(dtype: torch.dtype) -> tuple[Tensor, ...]:
     buffers = _kept.__dict__
     if dtype not in buffers:
-        buffers[dtype] = torch.empty(4, _BLOCK, dtype=dtype)
+        buffers[dtype] = torch.empty(5, _BLOCK, dtype=dtype).unbind()
     return buffers[dtype]

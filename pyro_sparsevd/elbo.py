@@ -26,6 +26,7 @@ from .distributions import (
     unwrap_independent,
 )
 from .local_reparam import LazyWeight, RepeatedUseError, local_reparam
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
         self._drawn_sites: set[str] = set()
+        self._workspace = Workspace()
 
     @property
     def kl_weight(self) -> float:
@@ -168,7 +170,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     def _traces_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self.local_reparam:
-            guide = local_reparam(guide, exclude=self._drawn_sites)
+            guide = local_reparam(guide, exclude=self._drawn_sites, workspace=self._workspace)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
@@ -204,7 +206,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         base_q, base_p = unwrap_independent(q["fn"]), unwrap_independent(p["fn"])
         if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
             if q["mask"] is None and base_q.batch_shape == base_p.batch_shape:
-                return scale_and_mask(kl_normal_log_uniform_total(base_q, base_p, self.kl), q["scale"])
+                return self._total(q["value"], base_q, base_p) * q["scale"]
             kl = sum_rightmost(kl_normal_log_uniform(base_q, base_p, self.kl), len(p["fn"].event_shape))
         elif isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
             return None
@@ -214,6 +216,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             except NotImplementedError:
                 return None
         return scale_and_mask(kl, q["scale"], q["mask"]).sum()
+
+
+    def _total(self, value: Tensor, q: torch.distributions.Normal, p: LogUniform) -> Tensor:
+        if not isinstance(value, LazyWeight):
+            return kl_normal_log_uniform_total(q, p, self.kl)
+        kl = value.kl_log_uniform_total(self.kl)
+        return kl + p.log_normalizer.sum() if p.is_proper else kl
 
 
 def _sample_sites(trace: Any) -> Iterator[tuple[str, Any]]:

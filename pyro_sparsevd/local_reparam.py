@@ -34,7 +34,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from .divergence import FORMS, Form, KLForm, add_kl_gradients_, kl_log_uniform_total, total_kl
 from .distributions import log_variance_of, unwrap_independent
+from .workspace import Workspace
 
 
 class RepeatedUseError(Exception):
@@ -57,11 +59,13 @@ class LocalReparamMessenger(Messenger):
 
     Args:
         exclude: Names of sites that are drawn as usual.
+        workspace: Where to take memory from.
     """
 
-    def __init__(self, exclude: Collection[str] = ()) -> None:
+    def __init__(self, exclude: Collection[str] = (), workspace: Workspace | None = None) -> None:
         super().__init__()
         self.exclude = exclude
+        self.workspace = Workspace() if workspace is None else workspace
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -69,16 +73,19 @@ class LocalReparamMessenger(Messenger):
             return
         base = unwrap_independent(fn)
         if isinstance(base, torch.distributions.Normal) and fn.event_shape and not fn.batch_shape:
-            msg["value"] = LazyWeight(base, msg["name"])
+            msg["value"] = LazyWeight(base, msg["name"], self.workspace)
 
 
-def local_reparam(fn: Callable | None = None, *, exclude: Collection[str] = ()) -> Any:
+def local_reparam(
+    fn: Callable | None = None, *, exclude: Collection[str] = (), workspace: Workspace | None = None
+) -> Any:
     """Makes factorised Gaussian weights lazy: their users sample outputs instead of weights, where they can.
 
     Args:
         fn: A function with Pyro sample statements, such as a guide; without it, a context manager is returned.
         exclude: Names of sites that are drawn as usual. A weight that a model uses more than once in a pass, such as
             a tied or a recurrent one, must have one draw.
+        workspace: Where to take memory from; one that is kept from step to step saves its allocation.
 
     Returns:
         The wrapped function, or a context manager.
@@ -94,7 +101,7 @@ def local_reparam(fn: Callable | None = None, *, exclude: Collection[str] = ()) 
         >>> torch.nn.functional.linear(torch.randn(8, 4), w).shape
         torch.Size([8, 3])
     """
-    messenger = LocalReparamMessenger(exclude)
+    messenger = LocalReparamMessenger(exclude, workspace)
     return messenger if fn is None else messenger(fn)
 
 
@@ -104,19 +111,21 @@ class LazyWeight(Tensor):
     Args:
         base_dist: The normal distribution of its elements.
         site: The name of its sample site.
+        workspace: Where to take memory from.
     """
 
     base_dist: torch.distributions.Normal
     site: str
+    _workspace: Workspace
     _drawn: Tensor | None
-    _used: bool
+    _integral: "_Integral | None"
 
     @staticmethod
-    def __new__(cls, base_dist: torch.distributions.Normal, site: str) -> "LazyWeight":
+    def __new__(cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace) -> "LazyWeight":
         loc = base_dist.loc
         self = Tensor._make_wrapper_subclass(cls, loc.shape, dtype=loc.dtype, device=loc.device)
-        self.base_dist, self.site = base_dist, site
-        self._drawn, self._used = None, False
+        self.base_dist, self.site, self._workspace = base_dist, site, workspace
+        self._drawn, self._integral = None, None
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -129,7 +138,7 @@ class LazyWeight(Tensor):
             RepeatedUseError: If a sampled output has already stood in for it.
         """
         if self._drawn is None:
-            if self._used:
+            if self._integral is not None:
                 raise RepeatedUseError(self.site)
             self._drawn = self.base_dist.rsample()
         return self._drawn
@@ -138,16 +147,44 @@ class LazyWeight(Tensor):
         """Returns the draw if there is one, else an independent draw: the bound's terms are separate expectations."""
         return self.base_dist.rsample() if self._drawn is None else self._drawn
 
-    def integrate_out(self) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the log variance, for the one user that samples its output instead.
+    def kl_log_uniform_total(self, form: Form) -> Tensor:
+        """Returns the sum of :func:`~.divergence.kl_log_uniform` over the weight's elements.
+
+        Where an output was sampled instead of the weight, the gradient travels with that of the output, and is
+        added to it in place.
+
+        Args:
+            form: ``"approximate"`` or ``"exact"``.
+
+        Returns:
+            A scalar, in nats.
+        """
+        if self._integral is None:
+            return kl_log_uniform_total(self.base_dist.loc, log_variance_of(self.base_dist), form)
+        return self._integral.kl_total(FORMS[form])
+
+    def integrate_out(self, function: type["_LocalOutput"], x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """Returns a sample of the output of a linear operation on x, for the one user that needs no more.
+
+        Args:
+            function: The operation.
+            x: Its input.
+            bias: Its bias.
+            *geometry: What else it needs.
+
+        Returns:
+            The sampled output.
 
         Raises:
-            RepeatedUseError: If another has done so before.
+            RepeatedUseError: If the weight was used in this way before.
         """
-        if self._used:
+        if self._integral is not None:
             raise RepeatedUseError(self.site)
-        self._used = True
-        return self.base_dist.loc, log_variance_of(self.base_dist)
+        self._integral = _Integral(self.base_dist.loc, self._workspace)
+        with torch.autocast(x.device.type, enabled=False):
+            loc, log_variance = self.base_dist.loc, log_variance_of(self.base_dist)
+            output, self._integral.carrier = function.apply(x, loc, log_variance, bias, self._integral, *geometry)
+        return output
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -187,11 +224,8 @@ _METADATA = {
 
 
 def _local_linear(input: Tensor, weight: LazyWeight, bias: Tensor | None = None) -> Tensor:  # noqa: A002 # as in torch
-    loc, log_variance = weight.integrate_out()
-    input = _out_of_autocast(input, loc.dtype)  # noqa: A001
-    with torch.autocast(input.device.type, enabled=False):
-        output = _LocalLinear.apply(input.reshape(-1, input.shape[-1]), loc, log_variance, bias)
-    return output.reshape(*input.shape[:-1], loc.shape[0])
+    x = _out_of_autocast(input, weight.dtype).reshape(-1, input.shape[-1])
+    return weight.integrate_out(_LocalLinear, x, bias).reshape(*input.shape[:-1], weight.shape[0])
 
 
 def _local_convolution(
@@ -207,16 +241,15 @@ def _local_convolution(
     transposed: bool = False,
     output_padding: Any = 0,
 ) -> Tensor:
-    loc, log_variance = weight.integrate_out()
     stride, dilation, output_padding = (_per_dim(v, dims) for v in (stride, dilation, output_padding))
     batched = input.dim() == dims + 2
-    batch = _out_of_autocast(input if batched else input.unsqueeze(0), loc.dtype)
+    x = _out_of_autocast(input if batched else input.unsqueeze(0), weight.dtype)
     if padding == "same":
-        batch, padding = _pad_same(batch, loc.shape[2:], dilation)
+        x, padding = _pad_same(x, weight.shape[2:], dilation)
     padding = _per_dim(0 if padding == "valid" else padding, dims)
-    geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    with torch.autocast(input.device.type, enabled=False):
-        output = _LocalConvolution.apply(batch, loc, log_variance, bias, geometry)
+    output = weight.integrate_out(
+        _LocalConvolution, x, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
     return output if batched else output.squeeze(0)
 
 
@@ -254,6 +287,26 @@ def _pad_same(batch: Tensor, kernel: torch.Size, dilation: list[int]) -> tuple[T
     return batch, [total // 2 for total in totals]
 
 
+class _Integral:
+    """What the divergence of a weight shares with the operation that integrated it out.
+
+    The operation returns, beside its output, a zero: the carrier. The gradient that the carrier receives is that of
+    the divergence, whose gradients the operation's backward pass adds to its own where they are made.
+    """
+
+    def __init__(self, loc: Tensor, workspace: Workspace) -> None:
+        self.loc = loc
+        self.workspace = workspace
+        self.variance: Tensor | None = None
+        self.carrier: Tensor | None = None
+        self.form: KLForm | None = None
+
+    def kl_total(self, form: KLForm) -> Tensor:
+        assert self.variance is not None
+        self.form = form
+        return total_kl(self.loc.detach(), self.variance, form) + self.carrier
+
+
 class _LocalOutput(torch.autograd.Function):
     """output = mean + √variance · ε, with mean and variance linear in the weight's mean and variance.
 
@@ -261,69 +314,104 @@ class _LocalOutput(torch.autograd.Function):
     saved. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
     """
 
-    @staticmethod
-    def sample(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Overwrites both arguments, and returns the output and r."""
-        std = variance.clamp_min_(torch.finfo(variance.dtype).tiny).sqrt_()
-        noise = torch.randn_like(mean)
-        output = mean.addcmul_(std, noise)
-        return output, noise.div_(std).mul_(0.5)
+    @classmethod
+    def sample(
+        cls, ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: _Integral
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output and the carrier."""
+        empty_like = integral.workspace.empty_like
+        variance = torch.exp(log_variance, out=empty_like(log_variance))
+        output = cls.linear(ctx, x, loc, bias)
+        std = cls.linear(ctx, torch.mul(x, x, out=empty_like(x)), variance, None)
+        std.clamp_min_(torch.finfo(std.dtype).tiny).sqrt_()
+        noise = empty_like(std).normal_()
+        output.addcmul_(std, noise)
+        integral.variance = variance
+        ctx.save_for_backward(x, loc, variance, noise.div_(std).mul_(0.5))
+        ctx.set_materialize_grads(False)
+        return output, loc.new_zeros(())
+
+    @classmethod
+    def gradients(cls, ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the input, the mean, the log variance and the bias."""
+        x, loc, variance, r = ctx.saved_tensors
+        empty_like = ctx.integral.workspace.empty_like
+        if grad is None:
+            grad = torch.zeros_like(r)
+        squares = torch.mul(x, x, out=empty_like(x))
+        x_needed, loc_needed, variance_needed, bias_needed, *_ = ctx.needs_input_grad
+        grad_x, grad_loc, grad_bias = cls.linear_backward(ctx, grad, x, loc, (x_needed, loc_needed, bias_needed))
+        grad_squares, grad_log_variance, _ = cls.linear_backward(
+            ctx, torch.mul(grad, r, out=empty_like(r)), squares, variance, (x_needed, variance_needed, False)
+        )
+        if x_needed:
+            grad_x.addcmul_(grad_squares, x, value=2)
+        if variance_needed:
+            grad_log_variance.mul_(variance)
+        if grad_kl is not None:
+            add_kl_gradients_(grad_loc, grad_log_variance, loc, variance, grad_kl, ctx.integral.form)
+        return grad_x, grad_loc, grad_log_variance, grad_bias
 
 
 class _LocalLinear(_LocalOutput):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None) -> Tensor:
-        variance = log_variance.exp()
-        mean = torch.addmm(bias, x, loc.t()) if bias is not None else x @ loc.t()
-        output, r = _LocalOutput.sample(mean, (x * x) @ variance.t())
-        ctx.save_for_backward(x, loc, variance, r)
-        return output
+    def forward(
+        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: _Integral
+    ) -> tuple[Tensor, Tensor]:
+        ctx.integral = integral
+        return _LocalLinear.sample(ctx, x, loc, log_variance, bias, integral)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, loc, variance, r = ctx.saved_tensors
-        x_needed, loc_needed, log_variance_needed, bias_needed = ctx.needs_input_grad
-        grad_variance = r.mul(grad)
-        grad_x = grad_loc = grad_log_variance = None
-        if x_needed:
-            grad_x = torch.addmm((grad_variance @ variance).mul_(x), grad, loc, beta=2)
-        if loc_needed:
-            grad_loc = grad.t() @ x
-        if log_variance_needed:
-            grad_log_variance = (grad_variance.t() @ (x * x)).mul_(variance)
-        return grad_x, grad_loc, grad_log_variance, grad.sum(0) if bias_needed else None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_LocalLinear.gradients(ctx, *grads), None
+
+    @staticmethod
+    def linear(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = ctx.integral.workspace.empty((len(x), len(weight)), x)
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+    @staticmethod
+    def linear_backward(
+        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        empty_like = ctx.integral.workspace.empty_like
+        x_needed, weight_needed, bias_needed = needed
+        return (
+            torch.mm(grad, weight, out=empty_like(x)) if x_needed else None,
+            torch.mm(grad.t(), x, out=empty_like(weight)) if weight_needed else None,
+            grad.sum(0) if bias_needed else None,
+        )
 
 
 class _LocalConvolution(_LocalOutput):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, geometry: tuple
-    ) -> Tensor:
-        variance = log_variance.exp()
-        mean = torch.convolution(x, loc, bias, *geometry)
-        output, r = _LocalOutput.sample(mean, torch.convolution(x * x, variance, None, *geometry))
-        ctx.save_for_backward(x, loc, variance, r)
-        ctx.geometry = geometry
-        return output
+        ctx: Any,
+        x: Tensor,
+        loc: Tensor,
+        log_variance: Tensor,
+        bias: Tensor | None,
+        integral: _Integral,
+        *geometry: Any,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.integral, ctx.geometry = integral, geometry
+        return _LocalConvolution.sample(ctx, x, loc, log_variance, bias, integral)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, loc, variance, r = ctx.saved_tensors
-        x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
-        backward = torch.ops.aten.convolution_backward
-        grad_x, grad_loc, grad_bias = backward(
-            grad, x, loc, [grad.shape[1]], *ctx.geometry, [x_needed, loc_needed, bias_needed]
-        )
-        grad_square, grad_log_variance, _ = backward(
-            r.mul(grad), x * x, variance, None, *ctx.geometry, [x_needed, log_variance_needed, False]
-        )
-        if x_needed:
-            grad_x.addcmul_(grad_square, x, value=2)
-        if log_variance_needed:
-            grad_log_variance.mul_(variance)
-        return grad_x, grad_loc, grad_log_variance, grad_bias, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_LocalConvolution.gradients(ctx, *grads), None, *(None for _ in ctx.geometry)
+
+    @staticmethod
+    def linear(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *ctx.geometry)
+
+    @staticmethod
+    def linear_backward(
+        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        return torch.ops.aten.convolution_backward(grad, x, weight, [grad.shape[1]], *ctx.geometry, needed)
 
 
 def _form(local: Callable) -> tuple[inspect.Signature, Callable]:
