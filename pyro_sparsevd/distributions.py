@@ -11,7 +11,6 @@ __all__ = [
     "LogUniform",
     "SparseNormal",
     "kl_normal_log_uniform",
-    "kl_normal_log_uniform_total",
     "log_variance_of",
     "unwrap_independent",
 ]
@@ -184,7 +183,9 @@ class SparseNormal(dist.Normal):
     arg_constraints = {"loc": constraints.real, "log_variance": constraints.real}  # noqa: RUF012 # as in torch
 
     def __init__(self, loc: Tensor | float, log_variance: Tensor | float, validate_args: bool | None = None) -> None:
-        self.loc, self.log_variance = broadcast_all(loc, log_variance)
+        if not (isinstance(loc, Tensor) and isinstance(log_variance, Tensor) and loc.shape == log_variance.shape):
+            loc, log_variance = broadcast_all(loc, log_variance)
+        self.loc, self.log_variance = loc, log_variance
         Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
 
     @property
@@ -246,30 +247,6 @@ def kl_normal_log_uniform(
     """
     kl = divergence.kl_log_uniform(q.loc, log_variance_of(q), form)
     return kl + p.log_normalizer if p.is_proper else kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
-
-
-def kl_normal_log_uniform_total(
-    q: torch.distributions.Normal, p: LogUniform, form: divergence.Form = "exact"
-) -> Tensor:
-    """Returns the sum of :func:`kl_normal_log_uniform` over all weights, without storing its terms.
-
-    Args:
-        q: The Gaussian posterior.
-        p: The log-uniform prior, of the same batch shape.
-        form: ``"exact"`` or ``"approximate"``.
-
-    Returns:
-        A scalar, in nats.
-
-    Raises:
-        ValueError: If ``form`` is neither of the two.
-
-    Example:
-        >>> kl_normal_log_uniform_total(SparseNormal(torch.zeros(3), 1.0), LogUniform().expand([3]))
-        tensor(0.)
-    """
-    total = divergence.kl_log_uniform_total(q.loc, log_variance_of(q), form)
-    return total + p.log_normalizer.sum() if p.is_proper else total
 
 
 def log_variance_of(q: torch.distributions.Normal) -> Tensor:

@@ -5,32 +5,31 @@ __all__ = ["SparseVD_ELBO"]
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.elbo import ELBO
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from .distributions import (
     IMPROPER_LOG_NORMALIZER,
     LogUniform,
     kl_normal_log_uniform,
-    kl_normal_log_uniform_total,
     unwrap_independent,
 )
-from .local_reparam import LazyWeight, RepeatedUseError, local_reparam
+from .local_reparam import LazyWeight, RepeatedUseError, kl_log_uniform_total, local_reparam
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 KL = Literal["approximate", "exact", "monte_carlo"]
+_Sites: TypeAlias = dict[str, Any]
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -120,12 +119,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         Returns:
             The loss. Its terms, detached, are in :attr:`terms`.
         """
-        with _blame(model, guide, args, kwargs):
-            particles = [self._terms(*traces) for traces in self._get_traces(model, guide, args, kwargs)]
-            nll, kl = (sum(terms) / self.num_particles for terms in zip(*particles, strict=True))
+        try:
+            nll, kl = self._mean_terms(model, guide, args, kwargs)
             loss = nll + self.kl_weight * kl
-            if self.check_finite and not bool(torch.isfinite(loss)):
+            if self.check_finite and not math.isfinite(loss.detach()):
                 raise ValueError(f"loss: expected a finite number, but got nll {float(nll)} and kl {float(kl)}")
+        except ValueError as error:
+            _blame(error, model, guide, args, kwargs)
+            raise
         self.terms = {"nll": nll.detach(), "kl": kl.detach()}
         return loss
 
@@ -161,74 +162,116 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
         while True:
             try:
-                return self._traces_once(model, guide, args, kwargs)
+                return self._sites_once(model, guide, args, kwargs)
             except RepeatedUseError as repeated:
                 self._drawn_sites.add(repeated.site)
 
-    def _traces_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
         if self.local_reparam:
             guide = local_reparam(guide, exclude=self._drawn_sites, workspace=self._workspace)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        with _SampleSites() as guide_sites:
+            guide(*args, **kwargs)
+        with _SampleSites(guide_sites.found) as model_sites:
+            model(*args, **kwargs)
+        return _scored(model_sites.found), _scored(guide_sites.found)
 
-    def _terms(self, model_trace: Any, guide_trace: Any) -> tuple[Tensor, Tensor]:
+    def _mean_terms(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Returns the negative log likelihood and the divergence, averaged over the particles."""
+        particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
+        if self.num_particles == 1:
+            return particles[0]
+        nlls, kls = zip(*particles, strict=True)
+        return torch.stack(nlls).mean(), torch.stack(kls).mean()
+
+    def _terms(self, model_sites: _Sites, guide_sites: _Sites) -> tuple[Tensor, Tensor]:
         """Returns the negative log likelihood and the divergence of one particle."""
         nll, kl = torch.zeros(()), torch.zeros(())
-        for name, site in _sample_sites(model_trace):
+        lazy: dict[float, list[LazyWeight]] = {}
+        for name, site in model_sites.items():
             if site["is_observed"]:
                 nll = nll - _log_prob(site)
-            elif name in guide_trace:
-                kl = kl + self._divergence(name, guide_trace.nodes[name], site)
-            else:
+                continue
+            if name not in guide_sites:
                 raise ValueError(f"{name}: expected this latent of the model in the guide, but the guide has no such site")
-        for name, site in _sample_sites(guide_trace):
-            if name not in model_trace:
-                _check_auxiliary(name, site)
-                kl = kl + _log_prob(site)
+            q = guide_sites[name]
+            _check_latent(name, q, site)
+            if self.kl != "monte_carlo" and _is_lazy_log_uniform(q, site):
+                lazy.setdefault(q["scale"], []).append(q["value"])
+                kl = kl + _log_normalizer(site) if unwrap_independent(site["fn"]).is_proper else kl
+            else:
+                kl = kl + self._divergence(name, q, site)
+        for scale, weights in lazy.items():
+            kl = kl + scale * kl_log_uniform_total(weights, self.kl)
+        for name in [name for name in guide_sites if name not in model_sites]:
+            _check_auxiliary(name, guide_sites[name])
+            kl = kl + _log_prob(guide_sites[name])
         return nll, kl
 
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
-        _check_latent(name, q, p)
         if self.kl != "monte_carlo":
-            if q["scale"] is p["scale"] or q["scale"] == p["scale"] and q["mask"] is p["mask"]:
-                closed = self._closed_form(q, p)
-                if closed is not None:
-                    return closed
+            if q["scale"] is p["scale"] or (q["scale"] == p["scale"] and q["mask"] is p["mask"]):
+                kl = _closed_form(q["fn"], p["fn"], self.kl)
+                if kl is not None:
+                    return scale_and_mask(kl, q["scale"], q["mask"]).sum()
             logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
         return _log_prob(q) - _log_prob(p)
 
-    def _closed_form(self, q: Any, p: Any) -> Tensor | None:
-        """Returns the scaled and masked divergence, or None where no closed form is known."""
-        base_q, base_p = unwrap_independent(q["fn"]), unwrap_independent(p["fn"])
-        if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
-            if q["mask"] is None and base_q.batch_shape == base_p.batch_shape:
-                return self._total(q["value"], base_q, base_p) * q["scale"]
-            kl = sum_rightmost(kl_normal_log_uniform(base_q, base_p, self.kl), len(p["fn"].event_shape))
-        elif isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
-            return None
-        else:
-            try:
-                kl = kl_divergence(q["fn"], p["fn"])
-            except NotImplementedError:
-                return None
-        return scale_and_mask(kl, q["scale"], q["mask"]).sum()
+
+def _is_lazy_log_uniform(q: Any, p: Any) -> bool:
+    base = unwrap_independent(p["fn"])
+    return (
+        type(q["value"]) is LazyWeight
+        and isinstance(base, LogUniform)
+        and base.batch_shape == q["value"].shape
+        and isinstance(q["scale"], float)
+        and q["scale"] == p["scale"]
+        and q["mask"] is p["mask"] is None
+    )
 
 
-    def _total(self, value: Tensor, q: torch.distributions.Normal, p: LogUniform) -> Tensor:
-        if not isinstance(value, LazyWeight):
-            return kl_normal_log_uniform_total(q, p, self.kl)
-        kl = value.kl_log_uniform_total(self.kl)
-        return kl + p.log_normalizer.sum() if p.is_proper else kl
+def _log_normalizer(p: Any) -> Tensor:
+    return unwrap_independent(p["fn"]).log_normalizer.sum() * p["scale"]
 
 
-def _sample_sites(trace: Any) -> Iterator[tuple[str, Any]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site["infer"].get("_deterministic"):
-            yield name, site
+def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
+    """Returns KL(q || p) with their batch shape, or None where no closed form is known."""
+    base_q, base_p = unwrap_independent(q), unwrap_independent(p)
+    if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
+        return sum_rightmost(kl_normal_log_uniform(base_q, base_p, form), len(p.event_shape))
+    if isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
+        return None
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+class _SampleSites(Messenger):
+    """Records sample sites, those of latents with the values of other sites of the names: a lean trace and replay."""
+
+    def __init__(self, values_from: _Sites | None = None) -> None:
+        super().__init__()
+        self.values_from = values_from or {}
+        self.found: _Sites = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        source = self.values_from.get(msg["name"])
+        if source is not None and not msg["is_observed"]:
+            msg["value"], msg["infer"], msg["done"] = source["value"], source["infer"], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic"):
+            return
+        if msg["name"] in self.found:
+            raise ValueError(f"{msg['name']}: expected a name for every sample site, but two share this one")
+        self.found[msg["name"]] = msg.copy()
+
+
+def _scored(sites: _Sites) -> _Sites:
+    return {name: site for name, site in sites.items() if not site_is_subsample(site)}
 
 
 def _log_prob(site: Any) -> Tensor:
@@ -255,16 +298,11 @@ def _check_auxiliary(name: str, site: Any) -> None:
         raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")
 
 
-@contextmanager
-def _blame(model: Callable, guide: Callable, args: Any, kwargs: Any) -> Iterator[None]:
-    """Turns an error into one that names the argument or parameter that is not finite, if one is."""
-    try:
-        yield
-    except ValueError as error:
-        for name, value in [*_named_arguments(model, args, kwargs), *_named_parameters(model), *_named_parameters(guide)]:
-            if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
-        raise
+def _blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+    """Raises an error that names the argument or parameter that is not finite, if one is."""
+    for name, value in [*_named_arguments(model, args, kwargs), *_named_parameters(model), *_named_parameters(guide)]:
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
 
 
 def _named_arguments(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Any]]:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +17,7 @@ from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
@@ -145,12 +145,16 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
+        unobserved = not any(_sees_parameters(handler) for handler in _PYRO_STACK)
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
                 for plate in site.plates:
                     stack.enter_context(plates[plate])
-                result[name] = pyro.sample(name, self._posterior_at(name, site))
+                # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
+                plain = unobserved and not site.plates
+                loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
+                result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
 
     @torch.no_grad()
@@ -274,19 +278,18 @@ class AutoSparseNormal(AutoGuide):
             delattr(module, attribute)
 
     def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
-        return attrgetter(name)(self.locs), attrgetter(name)(self.log_variances)
+        (locs, attribute), (log_variances, _) = _leaf(self.locs, name), _leaf(self.log_variances, name)
+        return getattr(locs, attribute), getattr(log_variances, attribute)
+
+    def _plain_parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """As :meth:`_parameters_of`, past Pyro's statements and its parameter store."""
+        (locs, attribute), (log_variances, _) = _leaf(self.locs, name), _leaf(self.log_variances, name)
+        attribute += "_unconstrained"
+        return locs._parameters[attribute], log_variances._parameters[attribute]
 
     def _site_names(self) -> list[str]:
         stored = [name.removesuffix("_unconstrained") for name, _ in self.locs.named_parameters()]
         return [name for name in self._sites if name in stored] + [name for name in stored if name not in self._sites]
-
-    def _posterior_at(self, name: str, site: "_Site") -> Distribution:
-        loc, log_variance = self._parameters_of(name)
-        base = SparseNormal(loc, log_variance, validate_args=False).to_event(site.event_dim)
-        if _is_identity(site.transform):
-            return base
-        # The cache makes the density at a sample exact, and finite where the inverse is not.
-        return dist.TransformedDistribution(base, [site.transform.with_cache()])
 
     def _require_sites(self, *args: Any, **kwargs: Any) -> None:
         if self.prototype_trace is None and (args or kwargs or not self._sites):
@@ -396,6 +399,13 @@ class _Site(NamedTuple):
     plates: tuple[str, ...]
     is_sparse: bool
 
+    def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
+        base = SparseNormal(loc, log_variance, validate_args=False).to_event(self.event_dim)
+        if _is_identity(self.transform):
+            return base
+        # The cache makes the density at a sample exact, and finite where the inverse is not.
+        return dist.TransformedDistribution(base, [self.transform.with_cache()])
+
 
 class _MaskMessenger(Messenger):
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -412,6 +422,10 @@ class _MaskMessenger(Messenger):
         msg["fn"] = q.to_event(len(fn.event_shape))
 
 
+def _sees_parameters(handler: Any) -> bool:
+    return hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param")
+
+
 def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
     """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
@@ -422,8 +436,10 @@ def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
 
 
 def _leaf(parameters: PyroModule, name: str) -> tuple[PyroModule, str]:
-    path, _, attribute = name.rpartition(".")
-    return (attrgetter(path)(parameters) if path else parameters), attribute
+    *path, attribute = name.split(".")
+    for part in path:
+        parameters = parameters._modules[part]
+    return parameters, attribute
 
 
 def _simplified(transform: Transform) -> Transform:

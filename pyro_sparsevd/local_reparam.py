@@ -19,10 +19,9 @@ References:
     | https://arxiv.org/abs/1506.02557
 """
 
-__all__ = ["LazyWeight", "LocalReparamMessenger", "RepeatedUseError", "local_reparam"]
+__all__ = ["LazyWeight", "LocalReparamMessenger", "RepeatedUseError", "kl_log_uniform_total", "local_reparam"]
 
-import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,9 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from .divergence import FORMS, Form, KLForm, add_kl_gradients_, kl_log_uniform_total, total_kl
+from . import divergence
 from .distributions import log_variance_of, unwrap_independent
 from .workspace import Workspace
+
+Form = divergence.Form
 
 
 class RepeatedUseError(Exception):
@@ -119,6 +120,7 @@ class LazyWeight(Tensor):
     _workspace: Workspace
     _drawn: Tensor | None
     _integral: "_Integral | None"
+    _carrier: Tensor
 
     @staticmethod
     def __new__(cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace) -> "LazyWeight":
@@ -147,23 +149,7 @@ class LazyWeight(Tensor):
         """Returns the draw if there is one, else an independent draw: the bound's terms are separate expectations."""
         return self.base_dist.rsample() if self._drawn is None else self._drawn
 
-    def kl_log_uniform_total(self, form: Form) -> Tensor:
-        """Returns the sum of :func:`~.divergence.kl_log_uniform` over the weight's elements.
-
-        Where an output was sampled instead of the weight, the gradient travels with that of the output, and is
-        added to it in place.
-
-        Args:
-            form: ``"approximate"`` or ``"exact"``.
-
-        Returns:
-            A scalar, in nats.
-        """
-        if self._integral is None:
-            return kl_log_uniform_total(self.base_dist.loc, log_variance_of(self.base_dist), form)
-        return self._integral.kl_total(FORMS[form])
-
-    def integrate_out(self, function: type["_LocalOutput"], x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    def integrate_out(self, function: type[torch.autograd.Function], x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         """Returns a sample of the output of a linear operation on x, for the one user that needs no more.
 
         Args:
@@ -180,10 +166,13 @@ class LazyWeight(Tensor):
         """
         if self._integral is not None:
             raise RepeatedUseError(self.site)
-        self._integral = _Integral(self.base_dist.loc, self._workspace)
-        with torch.autocast(x.device.type, enabled=False):
-            loc, log_variance = self.base_dist.loc, log_variance_of(self.base_dist)
-            output, self._integral.carrier = function.apply(x, loc, log_variance, bias, self._integral, *geometry)
+        loc, log_variance, bias = self.base_dist.loc, log_variance_of(self.base_dist), _drawn(bias)
+        self._integral = integral = _Integral(self._workspace)
+        if torch.is_autocast_enabled(x.device.type):  # small variances underflow in half precision
+            with torch.autocast(x.device.type, enabled=False):
+                output, self._carrier = function.apply(x.to(loc.dtype), loc, log_variance, bias, integral, *geometry)
+        else:
+            output, self._carrier = function.apply(x, loc, log_variance, bias, integral, *geometry)
         return output
 
     @classmethod
@@ -192,11 +181,11 @@ class LazyWeight(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _LOCAL_FORMS:
-            signature, local = _LOCAL_FORMS[func]
-            call = signature.bind(*args, **kwargs)
-            if _samples_output(call.arguments):
-                return local(**{k: _drawn(v) if k != "weight" else v for k, v in call.arguments.items()})
+        local = _LOCAL_FORMS.get(func)
+        if local is not None:
+            result = local(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return func(*_drawn(tuple(args)), **_drawn(kwargs))
 
     @classmethod
@@ -204,12 +193,9 @@ class LazyWeight(Tensor):
         return func(*_drawn(tuple(args)), **_drawn(kwargs or {}))
 
 
-def _samples_output(arguments: dict[str, Any]) -> bool:
-    weight = arguments["weight"]
-    return isinstance(weight, LazyWeight) and weight._drawn is None and weight.dim() > 1
-
-
 def _drawn(tree: Any) -> Any:
+    if tree is None or type(tree) is Tensor or type(tree) is torch.nn.Parameter:
+        return tree
     return tree_map_only(LazyWeight, LazyWeight.draw, tree)
 
 
@@ -223,16 +209,22 @@ _METADATA = {
 }
 
 
-def _local_linear(input: Tensor, weight: LazyWeight, bias: Tensor | None = None) -> Tensor:  # noqa: A002 # as in torch
-    x = _out_of_autocast(input, weight.dtype).reshape(-1, input.shape[-1])
-    return weight.integrate_out(_LocalLinear, x, bias).reshape(*input.shape[:-1], weight.shape[0])
+# A local form has the signature of the function whose output it samples. It leaves to that function, with the weight
+# drawn, what is not a linear operation on a plain input by a weight that is not drawn yet.
+def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 # as in torch
+    if not _can_integrate_out(input, weight):
+        return NotImplemented
+    if input.dim() == 2:
+        return weight.integrate_out(_LocalLinear, input, bias)
+    output = weight.integrate_out(_LocalLinear, input.reshape(-1, input.shape[-1]), bias)
+    return output.reshape(*input.shape[:-1], *weight.shape[:-1])
 
 
 def _local_convolution(
     dims: int,
-    input: Tensor,  # noqa: A002 # as in torch
-    weight: LazyWeight,
-    bias: Tensor | None = None,
+    input: Any,  # noqa: A002 # as in torch
+    weight: Any,
+    bias: Any = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
@@ -240,10 +232,12 @@ def _local_convolution(
     *,
     transposed: bool = False,
     output_padding: Any = 0,
-) -> Tensor:
+) -> Any:
+    if not _can_integrate_out(input, weight):
+        return NotImplemented
     stride, dilation, output_padding = (_per_dim(v, dims) for v in (stride, dilation, output_padding))
     batched = input.dim() == dims + 2
-    x = _out_of_autocast(input if batched else input.unsqueeze(0), weight.dtype)
+    x = input if batched else input.unsqueeze(0)
     if padding == "same":
         x, padding = _pad_same(x, weight.shape[2:], dilation)
     padding = _per_dim(0 if padding == "valid" else padding, dims)
@@ -255,23 +249,22 @@ def _local_convolution(
 
 def _local_transposed_convolution(
     dims: int,
-    input: Tensor,  # noqa: A002 # as in torch
-    weight: LazyWeight,
-    bias: Tensor | None = None,
+    input: Any,  # noqa: A002 # as in torch
+    weight: Any,
+    bias: Any = None,
     stride: Any = 1,
     padding: Any = 0,
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Tensor:
+) -> Any:
     return _local_convolution(
         dims, input, weight, bias, stride, padding, dilation, groups, transposed=True, output_padding=output_padding
     )
 
 
-def _out_of_autocast(input: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: A002
-    # Small variances underflow in half precision: a local form is computed in the weight's own dtype.
-    return input.to(dtype) if torch.is_autocast_enabled(input.device.type) else input
+def _can_integrate_out(x: Any, weight: Any) -> bool:
+    return type(weight) is LazyWeight and weight._drawn is None and type(x) is not LazyWeight and x.dim() > 0
 
 
 def _per_dim(value: Any, dims: int) -> list[int]:
@@ -291,100 +284,100 @@ class _Integral:
     """What the divergence of a weight shares with the operation that integrated it out.
 
     The operation returns, beside its output, a zero: the carrier. The gradient that the carrier receives is that of
-    the divergence, whose gradients the operation's backward pass adds to its own where they are made.
+    the divergence, whose gradients the operation's backward pass adds to its own where they are made. The graph holds
+    this object, so it must not hold the carrier.
     """
 
-    def __init__(self, loc: Tensor, workspace: Workspace) -> None:
-        self.loc = loc
+    __slots__ = ("slope", "variance", "workspace")
+
+    def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.variance: Tensor | None = None
-        self.carrier: Tensor | None = None
-        self.form: KLForm | None = None
-
-    def kl_total(self, form: KLForm) -> Tensor:
-        assert self.variance is not None
-        self.form = form
-        return total_kl(self.loc.detach(), self.variance, form) + self.carrier
+        self.variance: Tensor
+        self.slope: Tensor
 
 
-class _LocalOutput(torch.autograd.Function):
+def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
+    """Returns the sum of :func:`~.divergence.kl_log_uniform` over the elements of several weights.
+
+    Where an output was sampled instead of a weight, the gradient is added in place to that of the output.
+
+    Args:
+        weights: The weights.
+        form: ``"approximate"`` or ``"exact"``.
+
+    Returns:
+        A scalar, in nats.
+
+    Example:
+        >>> q = pyro.distributions.Normal(torch.zeros(3, 4), 1.0)
+        >>> kl_log_uniform_total([LazyWeight(q, "w", Workspace())], "exact")
+        tensor(0.)
+    """
+    total = torch.zeros(())
+    integrated = [w for w in weights if w._integral is not None]
+    for w in weights:
+        if w._integral is None:
+            total = total + divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form)
+    return total + _kl_of_integrated(integrated, form) if integrated else total
+
+
+def _kl_of_integrated(weights: list[LazyWeight], form: Form) -> Tensor:
+    integrals = [w._integral for w in weights]
+    locs = [w.base_dist.loc.detach() for w in weights]
+    sizes = [loc.numel() for loc in locs]
+    slopes = integrals[0].workspace.empty((sum(sizes),), locs[0])
+    total = divergence.total_and_slopes(locs, [i.variance for i in integrals], divergence.KERNELS[form], slopes)
+    for integral, slope in zip(integrals, slopes.split(sizes), strict=True):
+        integral.slope = slope
+    return sum((w._carrier for w in weights), start=total)
+
+
+class _LocalLinear(torch.autograd.Function):
     """output = mean + √variance · ε, with mean and variance linear in the weight's mean and variance.
 
-    The gradient reaches the variance through r = ε / (2 √variance), the only tensor of the output's size that is
-    saved. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
+    The gradient reaches the variance through r = ε / √variance, the only tensor of the output's size that is saved;
+    that of √variance is r/2. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
     """
 
-    @classmethod
-    def sample(
-        cls, ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: _Integral
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the output and the carrier."""
-        empty_like = integral.workspace.empty_like
-        variance = torch.exp(log_variance, out=empty_like(log_variance))
-        output = cls.linear(ctx, x, loc, bias)
-        std = cls.linear(ctx, torch.mul(x, x, out=empty_like(x)), variance, None)
-        std.clamp_min_(torch.finfo(std.dtype).tiny).sqrt_()
-        noise = empty_like(std).normal_()
-        output.addcmul_(std, noise)
-        integral.variance = variance
-        ctx.save_for_backward(x, loc, variance, noise.div_(std).mul_(0.5))
-        ctx.set_materialize_grads(False)
-        return output, loc.new_zeros(())
-
-    @classmethod
-    def gradients(cls, ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the input, the mean, the log variance and the bias."""
-        x, loc, variance, r = ctx.saved_tensors
-        empty_like = ctx.integral.workspace.empty_like
-        if grad is None:
-            grad = torch.zeros_like(r)
-        squares = torch.mul(x, x, out=empty_like(x))
-        x_needed, loc_needed, variance_needed, bias_needed, *_ = ctx.needs_input_grad
-        grad_x, grad_loc, grad_bias = cls.linear_backward(ctx, grad, x, loc, (x_needed, loc_needed, bias_needed))
-        grad_squares, grad_log_variance, _ = cls.linear_backward(
-            ctx, torch.mul(grad, r, out=empty_like(r)), squares, variance, (x_needed, variance_needed, False)
-        )
-        if x_needed:
-            grad_x.addcmul_(grad_squares, x, value=2)
-        if variance_needed:
-            grad_log_variance.mul_(variance)
-        if grad_kl is not None:
-            add_kl_gradients_(grad_loc, grad_log_variance, loc, variance, grad_kl, ctx.integral.form)
-        return grad_x, grad_loc, grad_log_variance, grad_bias
-
-
-class _LocalLinear(_LocalOutput):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: _Integral
     ) -> tuple[Tensor, Tensor]:
+        workspace, shape = integral.workspace, (x.shape[0], loc.shape[0])
+        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        output, std = workspace.empty(shape, x), workspace.empty(shape, x)
+        torch.mm(x, loc.t(), out=output) if bias is None else torch.addmm(bias, x, loc.t(), out=output)
+        torch.mm(torch.mul(x, x, out=workspace.empty_like(x)), variance.t(), out=std)
+        r = _add_noise_(output, std, workspace)
+        ctx.save_for_backward(x, loc, variance, r)
         ctx.integral = integral
-        return _LocalLinear.sample(ctx, x, loc, log_variance, bias, integral)
+        ctx.set_materialize_grads(False)
+        return output, loc.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_LocalLinear.gradients(ctx, *grads), None
-
-    @staticmethod
-    def linear(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = ctx.integral.workspace.empty((len(x), len(weight)), x)
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-
-    @staticmethod
-    def linear_backward(
-        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, ...]:
-        empty_like = ctx.integral.workspace.empty_like
-        x_needed, weight_needed, bias_needed = needed
-        return (
-            torch.mm(grad, weight, out=empty_like(x)) if x_needed else None,
-            torch.mm(grad.t(), x, out=empty_like(weight)) if weight_needed else None,
-            grad.sum(0) if bias_needed else None,
-        )
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, loc, variance, r = ctx.saved_tensors
+        workspace = ctx.integral.workspace
+        x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
+        grad = torch.zeros_like(r) if grad is None else grad
+        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
+        grad_x = grad_loc = grad_log_variance = None
+        if x_needed:
+            grad_x = torch.mm(grad_squares, variance, out=workspace.empty_like(x)).mul_(x).addmm_(grad, loc)
+        if loc_needed:
+            grad_loc = torch.mm(grad.t(), x, out=workspace.empty_like(loc))
+        if log_variance_needed:
+            squares = torch.mul(x, x, out=workspace.empty_like(x))
+            out = workspace.empty_like(loc)
+            grad_log_variance = torch.addmm(out, grad_squares.t(), squares, beta=0, alpha=0.5, out=out).mul_(variance)
+        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        return grad_x, grad_loc, grad_log_variance, grad.sum(0) if bias_needed else None, None
 
 
-class _LocalConvolution(_LocalOutput):
+class _LocalConvolution(torch.autograd.Function):
+    """As for a linear layer, with independent noise for each output pixel."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -395,35 +388,63 @@ class _LocalConvolution(_LocalOutput):
         integral: _Integral,
         *geometry: Any,
     ) -> tuple[Tensor, Tensor]:
+        workspace = integral.workspace
+        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        output = torch.convolution(x, loc, bias, *geometry)
+        squares = torch.mul(x, x, out=workspace.empty_like(x))
+        r = _add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
+        ctx.save_for_backward(x, loc, variance, r)
         ctx.integral, ctx.geometry = integral, geometry
-        return _LocalConvolution.sample(ctx, x, loc, log_variance, bias, integral)
+        ctx.set_materialize_grads(False)
+        return output, loc.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_LocalConvolution.gradients(ctx, *grads), None, *(None for _ in ctx.geometry)
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, loc, variance, r = ctx.saved_tensors
+        workspace, geometry = ctx.integral.workspace, ctx.geometry
+        x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
+        grad = torch.zeros_like(r) if grad is None else grad
+        needed = x_needed, loc_needed, bias_needed
+        grad_x, grad_loc, grad_bias = _convolution_backward(grad, x, loc, [grad.shape[1]], *geometry, needed)
+        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
+        squares = torch.mul(x, x, out=workspace.empty_like(x))
+        needed = x_needed, log_variance_needed, False
+        grad_x_squares, grad_log_variance, _ = _convolution_backward(
+            grad_squares, squares, variance, None, *geometry, needed
+        )
+        if x_needed:
+            grad_x.addcmul_(grad_x_squares, x)
+        if log_variance_needed:
+            grad_log_variance = grad_log_variance.mul_(variance).mul_(0.5).contiguous()
+        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
-    @staticmethod
-    def linear(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *ctx.geometry)
 
-    @staticmethod
-    def linear_backward(
-        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, ...]:
-        return torch.ops.aten.convolution_backward(grad, x, weight, [grad.shape[1]], *ctx.geometry, needed)
+_convolution_backward = torch.ops.aten.convolution_backward
 
 
-def _form(local: Callable) -> tuple[inspect.Signature, Callable]:
-    return inspect.signature(local), local
+def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
+    """Adds the noise to the mean, overwrites the variance, and returns r."""
+    std = variance.clamp_min_(torch.finfo(variance.dtype).tiny).sqrt_()
+    noise = workspace.empty_like(std).normal_()
+    output.addcmul_(std, noise)
+    return noise.div_(std)
+
+
+def _add_kl_gradients_(
+    grad_loc: Tensor | None, grad_log_variance: Tensor | None, loc: Tensor, integral: _Integral, grad: Tensor | None
+) -> None:
+    if grad is not None:
+        divergence.add_gradients_(grad_loc, grad_log_variance, loc, integral.variance, integral.slope, grad)
 
 
 _LOCAL_FORMS = {
-    F.linear: _form(_local_linear),
-    F.conv1d: _form(partial(_local_convolution, 1)),
-    F.conv2d: _form(partial(_local_convolution, 2)),
-    F.conv3d: _form(partial(_local_convolution, 3)),
-    F.conv_transpose1d: _form(partial(_local_transposed_convolution, 1)),
-    F.conv_transpose2d: _form(partial(_local_transposed_convolution, 2)),
-    F.conv_transpose3d: _form(partial(_local_transposed_convolution, 3)),
+    F.linear: _local_linear,
+    F.conv1d: partial(_local_convolution, 1),
+    F.conv2d: partial(_local_convolution, 2),
+    F.conv3d: partial(_local_convolution, 3),
+    F.conv_transpose1d: partial(_local_transposed_convolution, 1),
+    F.conv_transpose2d: partial(_local_transposed_convolution, 2),
+    F.conv_transpose3d: partial(_local_transposed_convolution, 3),
 }

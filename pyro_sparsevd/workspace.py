@@ -7,6 +7,7 @@ releases after it.
 
 __all__ = ["Workspace"]
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class Workspace:
         Returns:
             The tensor.
         """
-        size = torch.Size(shape).numel()
-        if like.device.type != "cpu" or size < _SMALL or like.dtype not in _NUMPY_TYPES:
+        size = math.prod(shape)
+        if size < _SMALL or not like.is_cpu or like.dtype not in _NUMPY_TYPES:
             return like.new_empty(shape)
         return torch.from_numpy(self._free_array(size, like.dtype)).view(shape)
 
