@@ -63,8 +63,8 @@ def bayesianize(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> bnn = bayesianize(net, {"0.*": LogUniform(), "*": dist.Normal(0.0, 1.0)})
-        >>> pyro.poutine.trace(bnn, graph_type="flat").get_trace(torch.zeros(1, 4)).stochastic_nodes
+        >>> bnn = bayesianize(net, {"0.*": LogUniform(1e-4, 1.0), "*": dist.Normal(0.0, 1.0)})
+        >>> pyro.poutine.trace(bnn).get_trace(torch.zeros(1, 4)).stochastic_nodes
         ['0.weight', '2.weight']
     """
     if not isinstance(net, nn.Module):
@@ -201,7 +201,7 @@ class SitePrior:
         prior: The prior, of the value's shape.
 
     Example:
-        >>> bnn = bayesianize(nn.Linear(4, 3)).double()
+        >>> bnn = bayesianize(nn.Linear(4, 3), LogUniform(1e-4, 1.0)).double()
         >>> prior = bnn._pyro_samples["weight"]
         >>> prior(bnn).sample().dtype
         torch.float64
