@@ -1,4 +1,26 @@
-"""Sparse Variational Dropout for every Pyro model and torch network."""
+"""Sparse Variational Dropout for every Pyro model and torch network.
+
+Data walks down this list of modules, and a module imports only from those above it::
+
+    divergence      KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
+    workspace       memory that is used again: torch only
+    distributions   LogUniform, SparseNormal
+    priors          bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
+    local_reparam   outputs sampled instead of weights, as an effect handler
+    guides          AutoSparseNormal
+    schedules       KL weights as pure functions of the step
+    elbo            SparseVD_ELBO
+    summary         sparsify: which weights matter; threshold_sweep
+    pruning         prune: a plain sparse network
+    nets, datasets  the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    plots           pictures from plain data; imported on demand
+
+References:
+    | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
+    | https://arxiv.org/abs/1701.05369
+"""
+
+__version__ = "0.1.0"
 
 from . import divergence as divergence
 from .distributions import ImproperPriorWarning as ImproperPriorWarning
@@ -10,4 +32,8 @@ from .guides import init_to_weights as init_to_weights
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize
+from .pruning import prune as prune
 from .schedules import LinearWarmup as LinearWarmup
+from .summary import SparsitySummary as SparsitySummary
+from .summary import sparsify as sparsify
+from .summary import threshold_sweep as threshold_sweep

@@ -1,6 +1,6 @@
 """The factorised Gaussian guide."""
 
-__all__ = ["AutoSparseNormal", "SparsifiedGuide", "check_masks", "init_to_weights"]
+__all__ = ["AutoSparseNormal", "SparsifiedGuide", "check_masks", "init_to_weights", "sparse_normal_parts"]
 
 import copy
 import math
@@ -124,6 +124,13 @@ class AutoSparseNormal(AutoGuide):
     def posteriors(self) -> dict[str, SparseNormal]:
         """The Gaussian of each site, in unconstrained space, over the full size of every plate."""
         return {name: SparseNormal(*self._parameters_of(name), validate_args=False) for name in self._site_names()}
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of elements of all latents and, if the model is a module, of all its parameters."""
+        model = self._model[0] if self._model else None
+        others = model.parameters() if isinstance(model, nn.Module) else ()
+        return sum(q.loc.numel() for q in self.posteriors.values()) + sum(p.numel() for p in others)
 
     @property
     def sparse_sites(self) -> tuple[str, ...]:
@@ -342,7 +349,7 @@ class SparsifiedGuide(nn.Module):
 
     def __init__(self, guide: AutoSparseNormal, masks: Mapping[str, Tensor]) -> None:
         super().__init__()
-        check_masks(guide, masks)
+        check_masks({name: q.batch_shape for name, q in guide.posteriors.items()}, masks)
         self.guide = guide.copy_with_same_model()
         self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
         for name, number in self._mask_numbers.items():
@@ -362,24 +369,45 @@ class SparsifiedGuide(nn.Module):
             return self.guide(*args, **kwargs)
 
 
-def check_masks(guide: AutoSparseNormal, masks: Mapping[str, Tensor]) -> None:
-    """Checks that masks are of this guide's sites.
+def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
+    """Returns the factorised Gaussian parts of a guide.
 
     Args:
-        guide: The guide.
+        guide: An :class:`AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
+
+    Returns:
+        The guide itself, or its parts.
+
+    Raises:
+        TypeError: If there is none.
+
+    Example:
+        >>> guide = AutoSparseNormal(lambda: None)
+        >>> sparse_normal_parts(guide) == [guide]
+        True
+    """
+    parts = [m for m in guide.modules() if isinstance(m, AutoSparseNormal)] if isinstance(guide, nn.Module) else []
+    if not parts:
+        raise TypeError(f"guide: expected an AutoSparseNormal or a list with one, but got {type(guide).__name__}")
+    return parts
+
+
+def check_masks(shapes: Mapping[str, torch.Size], masks: Mapping[str, Tensor]) -> None:
+    """Checks that masks are of a guide's sites.
+
+    Args:
+        shapes: The shapes of the guide's sites, by name.
         masks: The weights to keep, by the name of the site.
 
     Raises:
         ValueError: If a site or a shape differs.
 
     Example:
-        >>> guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform()))
-        >>> check_masks(guide, {"v": torch.tensor(True)})
+        >>> check_masks({"w": torch.Size([3])}, {"v": torch.ones(3)})
         Traceback (most recent call last):
             ...
-        ValueError: v: the summary has this site, but the guide has none; are they of the same model?
+        ValueError: v: the summary has this site, but the guide has w; are they of the same model?
     """
-    shapes = {name: q.batch_shape for name, q in guide.posteriors.items()}
     for name, mask in masks.items():
         if name not in shapes:
             known = ", ".join(shapes) or "none"

@@ -4,7 +4,7 @@
 :class:`Supervised` adds a likelihood and the size of the data set.
 """
 
-__all__ = ["SitePrior", "Supervised", "WeightPrior", "bayesianize", "map_tensors"]
+__all__ = ["SharedSite", "SitePrior", "Supervised", "WeightPrior", "bayesianize", "map_tensors"]
 
 import copy
 import weakref
@@ -244,8 +244,18 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(map_tensors(v, function) for v in value) if type(value) in (list, tuple) else value
 
 
-class _SharedSite:
-    """What Pyro calls for a parameter that another module owns: the owner's draw."""
+class SharedSite:
+    """What Pyro calls for a parameter that another module owns: the owner's draw.
+
+    Args:
+        owner: The module whose site it is.
+        attribute: The owner's name for it.
+
+    Example:
+        >>> owner = nn.Linear(2, 2)
+        >>> SharedSite(owner, "weight")(nn.Embedding(2, 2)) is owner.weight
+        True
+    """
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         self.owner = owner
@@ -378,7 +388,7 @@ def _make_site(bnn: nn.Module, alias: str, name: str, prior: Distribution) -> No
     # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
     path, _, attribute = alias.rpartition(".")
     module = bnn.get_submodule(path)
-    value = module._parameters.pop(attribute)
+    value, module._parameters[attribute] = module._parameters[attribute], None  # None keeps its place in the order
     if alias == name:
         buffer = f"{attribute}_initial"
         assert value is not None
@@ -386,7 +396,7 @@ def _make_site(bnn: nn.Module, alias: str, name: str, prior: Distribution) -> No
         module._pyro_samples[attribute] = SitePrior(buffer, prior)
     else:
         path, _, owner_attribute = name.rpartition(".")
-        module._pyro_samples[attribute] = _SharedSite(bnn.get_submodule(path), owner_attribute)
+        module._pyro_samples[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)
 
 
 def _names(parameters: Iterable[str]) -> str:

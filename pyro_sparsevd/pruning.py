@@ -1,0 +1,81 @@
+"""From the posterior to a plain sparse network."""
+
+__all__ = ["prune"]
+
+import copy
+
+import torch
+from pyro.infer.autoguide.guides import AutoGuide
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from .guides import check_masks, sparse_normal_parts
+from .priors import SharedSite, SitePrior
+from .summary import SparsitySummary
+
+
+@torch.no_grad()
+def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Module:
+    """Returns the network of the posterior means with the dropped weights at zero.
+
+    Its modules are of the classes that they had before :func:`~.priors.bayesianize`, with nothing of Pyro left; its
+    state has the original names. Zeros stored densely save neither memory nor time.
+
+    Args:
+        bnn: The Bayesian network.
+        guide: The guide of a model with this network.
+        summary: What :func:`~.summary.sparsify` found in the guide.
+
+    Returns:
+        The plain network, on the device and of the dtype of the guide, in the mode that ``bnn`` is in.
+
+    Raises:
+        TypeError: If ``bnn`` is not a ``PyroModule``, or the guide has no factorised Gaussian part.
+        ValueError: If the guide lacks a site of the network, or the summary is of another model.
+
+    Example:
+        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
+        >>> guide = svd.AutoSparseNormal(bnn)
+        >>> prune(bnn, guide, svd.sparsify(guide))
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    if not isinstance(bnn, PyroModule):
+        raise TypeError(f"bnn: expected the result of bayesianize, but got {type(bnn).__name__}")
+    locs: dict[str, Tensor] = {}
+    for part in sparse_normal_parts(guide):
+        locs.update({name: q.loc for name, q in part.posteriors.items()})
+    check_masks({name: loc.shape for name, loc in locs.items()}, summary.masks)
+    weights = {name: nn.Parameter(summary.masked(name, loc).clone()) for name, loc in locs.items()}
+    net = copy.deepcopy(bnn)
+    for module in net.modules():
+        if isinstance(module, PyroModule):
+            _set_weights(module, weights)
+    for module in net.modules():
+        if isinstance(module, PyroModule):
+            _to_plain_module_(module)
+    return net
+
+
+def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
+    for attribute, prior in module._pyro_samples.items():
+        owner, name = (prior.owner, prior.attribute) if isinstance(prior, SharedSite) else (module, attribute)
+        site = f"{owner._pyro_name}.{name}" if owner._pyro_name else name
+        if site not in weights:
+            known = ", ".join(weights) or "none"
+            raise ValueError(f"{site}: expected this site of the network in the guide, but the guide has {known}")
+        module._parameters[attribute] = weights[site]
+        if isinstance(prior, SitePrior):
+            del module._buffers[prior.buffer]
+            module._non_persistent_buffers_set.discard(prior.buffer)
+
+
+def _to_plain_module_(module: PyroModule) -> None:
+    """Undoes ``to_pyro_module_`` for one module."""
+    original = next((base for base in type(module).__bases__ if PyroModule[base] is type(module)), None)
+    if original is None:
+        raise TypeError(f"{type(module).__name__}: expected a module made Bayesian, but this class is Pyro's own kind")
+    module.__class__ = original
+    for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
+        del module.__dict__[name]
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()

@@ -1,0 +1,321 @@
+"""Which weights matter: sparsification as a step of reading off the posterior."""
+
+__all__ = ["SiteSparsity", "SparsitySummary", "SweepPoint", "sparsify", "threshold_sweep"]
+
+import html
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoGuide
+from torch import Tensor, nn
+
+from .guides import sparse_normal_parts
+
+
+@dataclass(frozen=True)
+class SiteSparsity:
+    """How many weights of a site are kept.
+
+    Args:
+        name: The name of the site.
+        shape: Its shape.
+        kept: The number of weights kept.
+        threshold: The log α above which a weight was dropped; ∞ where none was.
+
+    Example:
+        >>> SiteSparsity("w", (10, 10), kept=20, threshold=3.0).compression
+        5.0
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    threshold: float
+
+    @property
+    def total(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that is dropped."""
+        return _sparsity(self.kept, self.total)
+
+    @property
+    def compression(self) -> float:
+        """The number of weights over the number of weights kept."""
+        return _compression(self.kept, self.total)
+
+
+@dataclass(frozen=True)
+class SparsitySummary:
+    """What :func:`sparsify` found: masks, and a table when printed.
+
+    Args:
+        sites: The sites with a log-uniform prior.
+        masks: The weights to keep, by the name of the site.
+        num_parameters: The number of all latents and parameters of the model, biases and the like included.
+
+    Example:
+        >>> print(SparsitySummary((SiteSparsity("w", (10, 10), 20, 3.0),), {}, num_parameters=110))
+        site              shape  kept  of weights  dropped %  compression  log alpha <=
+        w               10 x 10    20         100      80.00          5.0          3.00
+        sparse weights             20         100      80.00          5.0
+        all parameters             30         110      72.73          3.7
+    """
+
+    sites: tuple[SiteSparsity, ...]
+    masks: Mapping[str, Tensor] = field(repr=False)
+    num_parameters: int
+
+    @property
+    def kept(self) -> int:
+        """The number of weights kept, of the sites with a log-uniform prior."""
+        return sum(site.kept for site in self.sites)
+
+    @property
+    def total(self) -> int:
+        """The number of weights of the sites with a log-uniform prior."""
+        return sum(site.total for site in self.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights with a log-uniform prior that is dropped."""
+        return _sparsity(self.kept, self.total)
+
+    @property
+    def compression(self) -> float:
+        """The number of weights with a log-uniform prior over the number kept."""
+        return _compression(self.kept, self.total)
+
+    @property
+    def kept_parameters(self) -> int:
+        """The number of all latents and parameters of the model that are left."""
+        return self.num_parameters - self.total + self.kept
+
+    def masked(self, site: str, value: Tensor) -> Tensor:
+        """Returns a value of a site with its dropped weights at zero.
+
+        Args:
+            site: The name of the site; one without a mask is returned as it is.
+            value: The value.
+
+        Returns:
+            The masked value.
+        """
+        return torch.where(self.masks[site], value, 0) if site in self.masks else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the table as plain numbers, for a file.
+
+        Returns:
+            A dictionary with an entry for each site and for both totals.
+        """
+        rows = {site.name: _row(site.kept, site.total) for site in self.sites}
+        for site in self.sites:
+            rows[site.name].update(shape=list(site.shape), threshold=site.threshold)
+        return {
+            "sites": rows,
+            "sparse_weights": _row(self.kept, self.total),
+            "all_parameters": _row(self.kept_parameters, self.num_parameters),
+        }
+
+    def __str__(self) -> str:
+        cells = [_HEADER, *self._cells()]
+        first = max(len(row[0]) for row in cells)
+        widths = [max(len(row[i]) for row in cells) for i in range(1, len(_HEADER))]
+        lines = []
+        for name, *numbers in cells:
+            numbers = [number.rjust(width) for number, width in zip(numbers, widths, strict=True)]
+            lines.append(f"{name:{max(first, 14)}s}  " + "  ".join(numbers))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)]
+        rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._cells()]
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows = [
+            (s.name, " x ".join(map(str, s.shape)), *_numbers(s.kept, s.total), f"{s.threshold:.2f}") for s in self.sites
+        ]
+        rows.append(("sparse weights", "", *_numbers(self.kept, self.total), ""))
+        rows.append(("all parameters", "", *_numbers(self.kept_parameters, self.num_parameters), ""))
+        return rows
+
+
+class SweepPoint(NamedTuple):
+    """A threshold and what it costs.
+
+    Args:
+        threshold: The log α above which weights are dropped.
+        error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
+            squared error.
+        nll: The mean negative log likelihood of a datum, in nats.
+        sparsity: The fraction of the weights that is dropped.
+        compression: The number of weights over the number kept.
+    """
+
+    threshold: float
+    error: float
+    nll: float
+    sparsity: float
+    compression: float
+
+
+@torch.no_grad()
+def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> SparsitySummary:
+    r"""Reads off the posterior which weights to keep: those with log α ≤ threshold.
+
+    The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
+    :func:`threshold_sweep`.
+
+    References:
+        | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
+        | https://arxiv.org/abs/1701.05369
+
+    Args:
+        guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
+        threshold: The largest log α of a weight that is kept: one for all sites with a log-uniform prior, or a
+            mapping from sites to thresholds, which keeps the sites that it leaves out whole.
+
+    Returns:
+        The summary.
+
+    Raises:
+        TypeError: If the guide has no factorised Gaussian part.
+        ValueError: If a threshold is NaN, or a site of the mapping has no log-uniform prior.
+
+    Example:
+        >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
+        >>> guide = svd.AutoSparseNormal(model, init_loc_fn=lambda site: torch.tensor([0.0, 1e-4, 1.0]))
+        >>> samples = guide()
+        >>> sparsify(guide).masks["w"]
+        tensor([False, False,  True])
+    """
+    parts = sparse_normal_parts(guide)
+    names = [name for part in parts for name in part.sparse_sites]
+    thresholds = dict(threshold) if isinstance(threshold, Mapping) else dict.fromkeys(names, threshold)
+    for name, value in thresholds.items():
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"threshold: expected sites with a log-uniform prior, of {known}, but got {name!r}")
+        if math.isnan(value):
+            raise ValueError(f"threshold: expected a number for {name}, but got NaN")
+    sites, masks = [], {}
+    for part in parts:
+        for name, q in part.posteriors.items():
+            if name in names:
+                limit = float(thresholds.get(name, math.inf))
+                masks[name] = ~(q.log_alpha > limit)
+                sites.append(SiteSparsity(name, tuple(q.batch_shape), int(masks[name].sum()), limit))
+    return SparsitySummary(tuple(sites), masks, sum(part.num_parameters for part in parts))
+
+
+@torch.no_grad()
+def threshold_sweep(
+    model: Callable, guide: AutoGuide, data: Iterable[Sequence[Any]], thresholds: Iterable[float]
+) -> list[SweepPoint]:
+    """Evaluates the sparse network of the posterior means at each of several thresholds.
+
+    Args:
+        model: The model, such as a :class:`~.priors.Supervised`, with an observed site. A module is evaluated in
+            evaluation mode and left in the mode it was in.
+        guide: Its guide.
+        data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Take data that were not
+            trained on.
+        thresholds: The log α above which weights are dropped, each.
+
+    Returns:
+        A point for each threshold, in their order.
+
+    Raises:
+        ValueError: If the model observes nothing, ``data`` is empty or a threshold is NaN.
+
+    Example:
+        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), 100)
+        >>> guide = svd.AutoSparseNormal(model)
+        >>> points = threshold_sweep(model, guide, [(torch.randn(9, 4), torch.zeros(9))], [3.0, -20.0])
+        >>> [point.sparsity for point in points]
+        [0.0, 1.0]
+    """
+    batches = list(data) if isinstance(data, Iterator) else data
+    parts = sparse_normal_parts(guide)
+    medians = {name: value for part in parts for name, value in part.median().items()}
+    points = []
+    with _in_evaluation_mode(model):
+        for threshold in thresholds:
+            summary = sparsify(guide, threshold)
+            error, nll = _evaluate(model, {name: summary.masked(name, m) for name, m in medians.items()}, batches)
+            points.append(SweepPoint(float(threshold), error, nll, summary.sparsity, summary.compression))
+    return points
+
+
+_HEADER = ("site", "shape", "kept", "of weights", "dropped %", "compression", "log alpha <=")
+
+
+def _sparsity(kept: int, total: int) -> float:
+    return 1 - kept / total if total else 0.0
+
+
+def _compression(kept: int, total: int) -> float:
+    if total == 0:
+        return 1.0
+    return total / kept if kept else math.inf
+
+
+def _row(kept: int, total: int) -> dict[str, Any]:
+    return {
+        "kept": kept,
+        "total": total,
+        "sparsity": _sparsity(kept, total),
+        "compression": _compression(kept, total),
+    }
+
+
+def _numbers(kept: int, total: int) -> tuple[str, ...]:
+    return f"{kept:,}", f"{total:,}", f"{100 * _sparsity(kept, total):.2f}", f"{_compression(kept, total):.1f}"
+
+
+@contextmanager
+def _in_evaluation_mode(model: Any) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _evaluate(
+    model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]
+) -> tuple[float, float]:
+    """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
+    conditioned = poutine.condition(model, data=latents)
+    error = nll = 0.0
+    count = 0
+    for batch in batches:
+        trace = poutine.trace(conditioned).get_trace(*batch)
+        sites = (trace.nodes[name] for name in trace.observation_nodes if name not in latents)
+        observed = [site for site in sites if not site["infer"].get("_deterministic")]
+        if not observed:
+            raise ValueError("model: expected an observed site to evaluate; are the targets among the data?")
+        for site in observed:
+            fn, value = site["fn"], site["value"]
+            log_prob = fn.log_prob(value)
+            errors = fn.mode != value if fn.support.is_discrete else (fn.mean - value) ** 2
+            error += float(errors.double().mean()) * log_prob.numel()
+            nll -= float(log_prob.double().sum())
+            count += log_prob.numel()
+    if count == 0:
+        raise ValueError("data: expected at least one batch, but got none")
+    return error / count, nll / count
+
