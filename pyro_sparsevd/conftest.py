@@ -10,7 +10,7 @@ import pyro_sparsevd as svd
 
 
 @pytest.fixture(autouse=True)
-def _doctest_namespace(doctest_namespace):
+def _doctest_namespace(doctest_namespace: dict) -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, svd=svd, torch=torch)

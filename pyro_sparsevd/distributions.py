@@ -17,9 +17,8 @@ __all__ = [
 
 import math
 import warnings
-from numbers import Number
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -75,7 +74,8 @@ class LogUniform(dist.TorchDistribution):
         tensor([2., 2.])
     """
 
-    arg_constraints = {}  # noqa: RUF012 # the bounds are checked by __init__, whatever validate_args says
+    # The bounds are checked by __init__, whatever validate_args says.
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real
     has_rsample = True
 
@@ -85,7 +85,7 @@ class LogUniform(dist.TorchDistribution):
         if (low is None) != (high is None):
             raise ValueError(f"LogUniform: expected both bounds or neither, but got low={low}, high={high}")
         self.is_proper = low is not None
-        if self.is_proper:
+        if low is not None and high is not None:
             self.low, self.high = broadcast_all(low, high)
             if not bool(((self.low > 0) & (self.low < self.high) & self.high.isfinite()).all()):
                 raise ValueError(f"LogUniform: expected 0 < low < high < inf, but got low={low}, high={high}")
@@ -180,7 +180,7 @@ class SparseNormal(dist.Normal):
         tensor([ True, False])
     """
 
-    arg_constraints = {"loc": constraints.real, "log_variance": constraints.real}  # noqa: RUF012 # as in torch
+    arg_constraints: ClassVar = {"loc": constraints.real, "log_variance": constraints.real}
 
     def __init__(self, loc: Tensor | float, log_variance: Tensor | float, validate_args: bool | None = None) -> None:
         if not (isinstance(loc, Tensor) and isinstance(log_variance, Tensor) and loc.shape == log_variance.shape):
@@ -225,9 +225,7 @@ class SparseNormal(dist.Normal):
 
 
 @register_kl(torch.distributions.Normal, LogUniform)
-def kl_normal_log_uniform(
-    q: torch.distributions.Normal, p: LogUniform, form: divergence.Form = "exact"
-) -> Tensor:
+def kl_normal_log_uniform(q: torch.distributions.Normal, p: LogUniform, form: divergence.Form = "exact") -> Tensor:
     """Returns KL(q ‖ p) of each weight in nats; for a bounded prior, ignoring the mass of q outside the bounds.
 
     Args:
@@ -283,5 +281,5 @@ def unwrap_independent(distribution: Distribution) -> Distribution:
     return distribution
 
 
-def _show(bound: Tensor) -> Number | str:
-    return bound.reshape(-1)[0].item() if bound.unique().numel() == 1 else f"{tuple(bound.shape)}"
+def _show(bound: Tensor) -> str:
+    return f"{bound.reshape(-1)[0].item():g}" if bound.unique().numel() == 1 else f"of shape {tuple(bound.shape)}"

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from pyro.distributions import Delta
@@ -23,6 +23,7 @@ from .distributions import (
     kl_normal_log_uniform,
     unwrap_independent,
 )
+from .divergence import Form
 from .local_reparam import LazyWeight, RepeatedUseError, kl_log_uniform_total, local_reparam
 from .workspace import Workspace
 
@@ -195,16 +196,17 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 nll = nll - _log_prob(site)
                 continue
             if name not in guide_sites:
-                raise ValueError(f"{name}: expected this latent of the model in the guide, but the guide has no such site")
+                raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
             q = guide_sites[name]
             _check_latent(name, q, site)
-            if self.kl != "monte_carlo" and _is_lazy_log_uniform(q, site):
+            prior = unwrap_independent(site["fn"])
+            if self.kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, site):
                 lazy.setdefault(q["scale"], []).append(q["value"])
-                kl = kl + _log_normalizer(site) if unwrap_independent(site["fn"]).is_proper else kl
+                kl = kl + prior.log_normalizer.sum() * q["scale"] if prior.is_proper else kl
             else:
                 kl = kl + self._divergence(name, q, site)
         for scale, weights in lazy.items():
-            kl = kl + scale * kl_log_uniform_total(weights, self.kl)
+            kl = kl + scale * kl_log_uniform_total(weights, cast(Form, self.kl))
         for name in [name for name in guide_sites if name not in model_sites]:
             _check_auxiliary(name, guide_sites[name])
             kl = kl + _log_prob(guide_sites[name])
@@ -220,20 +222,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return _log_prob(q) - _log_prob(p)
 
 
-def _is_lazy_log_uniform(q: Any, p: Any) -> bool:
-    base = unwrap_independent(p["fn"])
+def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
     return (
         type(q["value"]) is LazyWeight
-        and isinstance(base, LogUniform)
-        and base.batch_shape == q["value"].shape
+        and prior.batch_shape == q["value"].shape
         and isinstance(q["scale"], float)
         and q["scale"] == p["scale"]
         and q["mask"] is p["mask"] is None
     )
-
-
-def _log_normalizer(p: Any) -> Tensor:
-    return unwrap_independent(p["fn"]).log_normalizer.sum() * p["scale"]
 
 
 def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
@@ -285,7 +281,9 @@ def _log_prob(site: Any) -> Tensor:
 
 def _check_latent(name: str, q: Any, p: Any) -> None:
     if any(site["infer"].get("enumerate") or site["infer"].get("_enumerate_dim") is not None for site in (q, p)):
-        raise ValueError(f"{name}: expected a continuous latent, but it is enumerated; use TraceEnum_ELBO, or observe it")
+        raise ValueError(
+            f"{name}: expected a continuous latent, but it is enumerated; use TraceEnum_ELBO or observe it"
+        )
     if not q["fn"].has_rsample:
         raise ValueError(
             f"{name}: expected a reparameterised guide, but {type(q['fn']).__name__} has no rsample; a discrete latent "

@@ -213,6 +213,7 @@ class AutoSparseNormal(AutoGuide):
         return SparsifiedGuide(self, summary.masks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Samples all latents, see :meth:`forward`."""
         if not self._pyro_context.used:
             self._take_own_name()
         return super().__call__(*args, **kwargs)
@@ -411,7 +412,9 @@ def check_masks(shapes: Mapping[str, torch.Size], masks: Mapping[str, Tensor]) -
     for name, mask in masks.items():
         if name not in shapes:
             known = ", ".join(shapes) or "none"
-            raise ValueError(f"{name}: the summary has this site, but the guide has {known}; are they of the same model?")
+            raise ValueError(
+                f"{name}: the summary has this site, but the guide has {known}; are they of the same model?"
+            )
         if mask.shape != shapes[name]:
             raise ValueError(
                 f"{name}: expected a mask of shape {tuple(shapes[name])}, as in the guide, but the summary has "
@@ -445,7 +448,7 @@ class _MaskMessenger(Messenger):
         if mask is None:
             return
         fn = msg["fn"]
-        q = unwrap_independent(fn)
+        q: Any = unwrap_independent(fn)
         q = SparseNormal(q.loc * mask, torch.where(mask, q.log_variance, -math.inf), validate_args=False)
         msg["fn"] = q.to_event(len(fn.event_shape))
 

@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 import torch.nn.functional as F
 from pyro.poutine.messenger import Messenger
@@ -123,14 +122,14 @@ class LazyWeight(Tensor):
     _carrier: Tensor
 
     @staticmethod
-    def __new__(cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace) -> "LazyWeight":
+    def __new__(cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace) -> "LazyWeight":  # noqa: D102
         loc = base_dist.loc
         self = Tensor._make_wrapper_subclass(cls, loc.shape, dtype=loc.dtype, device=loc.device)
         self.base_dist, self.site, self._workspace = base_dist, site, workspace
         self._drawn, self._integral = None, None
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({self.site!r}, shape={tuple(self.shape)})"
 
     def draw(self) -> Tensor:
@@ -149,11 +148,11 @@ class LazyWeight(Tensor):
         """Returns the draw if there is one, else an independent draw: the bound's terms are separate expectations."""
         return self.base_dist.rsample() if self._drawn is None else self._drawn
 
-    def integrate_out(self, function: type[torch.autograd.Function], x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    def integrate_out(self, function: Any, x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         """Returns a sample of the output of a linear operation on x, for the one user that needs no more.
 
         Args:
-            function: The operation.
+            function: The operation, an autograd function.
             x: Its input.
             bias: Its bias.
             *geometry: What else it needs.
@@ -189,7 +188,9 @@ class LazyWeight(Tensor):
         return func(*_drawn(tuple(args)), **_drawn(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*_drawn(tuple(args)), **_drawn(kwargs or {}))
 
 
@@ -200,7 +201,7 @@ def _drawn(tree: Any) -> Any:
 
 
 # What can be asked of a weight without its numbers.
-_METADATA = {
+_METADATA: set[Any] = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
     *(getattr(Tensor, name).__get__ for name in ("is_leaf", "is_cpu", "is_cuda", "is_sparse", "is_nested", "is_meta")),
     *(getattr(Tensor, name).__get__ for name in ("is_mkldnn", "is_quantized", "grad_fn")),
@@ -322,7 +323,7 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
 
 
 def _kl_of_integrated(weights: list[LazyWeight], form: Form) -> Tensor:
-    integrals = [w._integral for w in weights]
+    integrals = [w._integral for w in weights if w._integral is not None]
     locs = [w.base_dist.loc.detach() for w in weights]
     sizes = [loc.numel() for loc in locs]
     slopes = integrals[0].workspace.empty((sum(sizes),), locs[0])
@@ -439,7 +440,7 @@ def _add_kl_gradients_(
         divergence.add_gradients_(grad_loc, grad_log_variance, loc, integral.variance, integral.slope, grad)
 
 
-_LOCAL_FORMS = {
+_LOCAL_FORMS: dict[Any, Callable] = {
     F.linear: _local_linear,
     F.conv1d: partial(_local_convolution, 1),
     F.conv2d: partial(_local_convolution, 2),

@@ -4,7 +4,7 @@ Each returns class logits and has torch's default initialisation. Counts of weig
 the parameters of normalisation layers, as in the literature on compression.
 """
 
-__all__ = ["lenet_300_100", "lenet_5_caffe", "vgg_like"]
+__all__ = ["lenet_5_caffe", "lenet_300_100", "vgg_like"]
 
 import math
 

@@ -213,6 +213,7 @@ class SitePrior:
         self.at: WeightPrior | None = None
 
     def __call__(self, module: nn.Module) -> WeightPrior:
+        """Returns the prior on the device and of the dtype that the module now has."""
         value = module._buffers[self.buffer]
         assert value is not None
         if self.at is None or self.at.value is not value:
@@ -262,6 +263,7 @@ class SharedSite:
         self.attribute = attribute
 
     def __call__(self, module: nn.Module) -> Tensor:
+        """Returns the owner's draw."""
         return getattr(self.owner, self.attribute)
 
 
@@ -278,7 +280,7 @@ class _OwnParameters(Messenger):
             return
         parameter = init[0]
         if not (parameter.requires_grad and parameter.is_contiguous()):
-            parameter.unconstrained = weakref.ref(parameter)
+            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does
             msg["value"], msg["done"] = parameter, True
             return
         store = pyro.get_param_store()._params
@@ -320,8 +322,9 @@ def _matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: An
     else:
         raise TypeError(f"{option}: expected a glob, a module type or a predicate, but got {pattern!r}")
     if not found:
-        raise ValueError(f"{option}: expected a pattern that matches a parameter, but {pattern!r} matches none of "
-                         f"{_names(parameters)}")
+        raise ValueError(
+            f"{option}: expected a pattern that matches a parameter, but {pattern!r} fits none of {_names(parameters)}"
+        )
     return {name for name in found if parameters[name].dim() > 1} or found
 
 
@@ -343,17 +346,16 @@ def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> Distribut
     """Returns the prior of a parameter, expanded to its shape."""
     found = _prior_of(name, parameter, prior)
     event_dim = len(found.event_shape)
+    wrong = ValueError(
+        f"{name}: expected a prior that broadcasts to shape {tuple(parameter.shape)}, but got batch shape "
+        f"{tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
+    )
     try:
         fitted = found.expand(parameter.shape[: parameter.dim() - event_dim])
-    except RuntimeError as error:
-        fitted, reason = None, error
-    else:
-        reason = None
-    if fitted is None or fitted.batch_shape + fitted.event_shape != parameter.shape:
-        raise ValueError(
-            f"{name}: expected a prior that broadcasts to shape {tuple(parameter.shape)}, but got batch shape "
-            f"{tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
-        ) from reason
+    except (RuntimeError, ValueError) as error:
+        raise wrong from error
+    if fitted.batch_shape + fitted.event_shape != parameter.shape:
+        raise wrong
     return fitted
 
 
@@ -361,7 +363,7 @@ def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
     if isinstance(prior, Mapping):
         matching = [p for glob, p in prior.items() if fnmatchcase(name, glob)]
         if not matching:
-            raise ValueError(f"{name}: expected a prior, but no pattern of {list(prior)} matches; add one or exclude it")
+            raise ValueError(f"{name}: expected a prior, but none of {list(prior)} matches; add one or exclude it")
         found = matching[0]
     elif isinstance(prior, Distribution):
         found = prior
@@ -384,14 +386,13 @@ def _aliases(net: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _make_site(bnn: nn.Module, alias: str, name: str, prior: Distribution) -> None:
+def _make_site(bnn: PyroModule, alias: str, name: str, prior: Distribution) -> None:
     # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
     path, _, attribute = alias.rpartition(".")
-    module = bnn.get_submodule(path)
+    module: Any = bnn.get_submodule(path)
     value, module._parameters[attribute] = module._parameters[attribute], None  # None keeps its place in the order
     if alias == name:
         buffer = f"{attribute}_initial"
-        assert value is not None
         module.register_buffer(buffer, value.detach(), persistent=False)
         module._pyro_samples[attribute] = SitePrior(buffer, prior)
     else:

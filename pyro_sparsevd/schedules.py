@@ -41,4 +41,5 @@ class LinearWarmup:
             raise ValueError(f"LinearWarmup: expected 0 <= start < end < inf, but got {self.start}, {self.end}")
 
     def __call__(self, step: float) -> float:
+        """Returns the weight at a step."""
         return min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))

