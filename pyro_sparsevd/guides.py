@@ -461,7 +461,7 @@ def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
     """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for attribute, prior in getattr(module, "_pyro_samples", {}).items():
-            found = prior(module) if isinstance(prior, SitePrior) else prior
+            found = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(found, Distribution):
                 yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
 

@@ -194,32 +194,48 @@ class WeightPrior(dist.Independent):
 
 
 class SitePrior:
-    """What Pyro calls for the prior of a module's attribute: it follows the module to another device or dtype.
+    """What Pyro calls where a module's attribute is read: the prior, or outside a call of the network its value.
+
+    The prior follows the module to another device or dtype. The value lets modules that look at their own weights,
+    as ``nn.LSTM`` does when it is copied, do so without a sample.
 
     Args:
         buffer: The name of the module's buffer with the value that the attribute had.
         prior: The prior, of the value's shape.
 
     Example:
-        >>> bnn = bayesianize(nn.Linear(4, 3), LogUniform(1e-4, 1.0)).double()
-        >>> prior = bnn._pyro_samples["weight"]
-        >>> prior(bnn).sample().dtype
+        >>> net = nn.Linear(4, 3)
+        >>> bnn = bayesianize(net, LogUniform(1e-4, 1.0))
+        >>> torch.equal(bnn.weight, net.weight)
+        True
+        >>> bnn._pyro_samples["weight"].of(bnn.double()).sample().dtype
         torch.float64
     """
 
     def __init__(self, buffer: str, prior: Distribution) -> None:
         self.buffer = buffer
         self.prior = prior
-        self.at: WeightPrior | None = None
+        self._last: WeightPrior | None = None
 
-    def __call__(self, module: nn.Module) -> WeightPrior:
-        """Returns the prior on the device and of the dtype that the module now has."""
+    def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
+        """Returns the prior within a call of the network, and outside of one the value."""
+        return self.of(module) if module._pyro_context.active else module._buffers[self.buffer]
+
+    def of(self, module: nn.Module) -> WeightPrior:
+        """Returns the prior on the device and of the dtype that the module now has.
+
+        Args:
+            module: The module whose attribute it is.
+
+        Returns:
+            The prior.
+        """
         value = module._buffers[self.buffer]
         assert value is not None
-        if self.at is None or self.at.value is not value:
+        if self._last is None or self._last.value is not value:
             prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
-            self.at = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
-        return self.at
+            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
+        return self._last
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -5,6 +5,7 @@ import threading
 from functools import cache, partial
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,9 @@ TOTALS = [pytest.param(partial(kl_log_uniform_total, form=form), id=f"total-{for
 
 
 def plain_approximate(loc, log_variance):
-    """Equation 14 of the paper, as it stands there."""
+    """Equation 14 of the paper, with 1 - sigmoid(z) = sigmoid(-z), which keeps its digits where α is large."""
     rate = log_variance - torch.log(loc**2)
-    return 0.5 * F.softplus(-rate) + K1 * (1 - torch.sigmoid(K2 + K3 * rate))
+    return 0.5 * F.softplus(-rate) + K1 * torch.sigmoid(-(K2 + K3 * rate))
 
 
 def plain_ard(loc, log_variance):
@@ -62,8 +63,6 @@ def plain_exact(loc, log_variance):
 
 @cache
 def _gauss_legendre(order):
-    import numpy as np
-
     nodes, weights = np.polynomial.legendre.leggauss(order)
     return 0.5 * (nodes + 1), 0.5 * weights
 
@@ -229,9 +228,7 @@ def test_divergence_vanishes_like_half_of_inverse_alpha(kl, slope, device):
     ("kl", "constant"),
     [
         pytest.param(partial(kl_log_uniform, form="approximate"), K1, id="approximate"),
-        pytest.param(
-            partial(kl_log_uniform, form="exact"), 0.5 * (0.57721566490153286 + math.log(2)), id="exact"
-        ),
+        pytest.param(partial(kl_log_uniform, form="exact"), 0.5 * (0.57721566490153286 + math.log(2)), id="exact"),
         pytest.param(kl_ard, 0.0, id="ard"),
     ],
 )
@@ -327,10 +324,10 @@ def test_inputs_are_not_changed(kl, device):
 
 
 @pytest.mark.parametrize("kl", DIVERGENCES + TOTALS)
-def test_second_derivative_is_refused_rather_than_wrong(kl, device):
+def test_second_derivative_is_refused_rather_than_zero(kl, device):
     loc = torch.randn(4, dtype=torch.float64, device=device, requires_grad=True)
-    (grad,) = torch.autograd.grad(kl(loc, torch.zeros_like(loc)).sum(), loc, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (grad,) = torch.autograd.grad(kl(loc, torch.zeros_like(loc)).sum() + (loc**2).sum(), loc, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
         grad.sum().backward()
 
 
@@ -540,16 +537,14 @@ def test_unknown_form_is_refused_by_name(function, form, device):
 
 @pytest.mark.parametrize("kl", DIVERGENCES + TOTALS)
 def test_shapes_that_do_not_broadcast_are_refused(kl, device):
-    with pytest.raises(RuntimeError, match="[Ss]hape|size"):
+    with pytest.raises(RuntimeError, match=r"[Ss]hape|size"):
         kl(torch.ones(3, device=device), torch.ones(4, device=device))
 
 
 def test_log_alpha_is_log_of_variance_over_squared_mean(device):
     loc = torch.tensor([[1.0, -1.0], [0.5, -1e-30]], dtype=torch.float64, device=device)
     log_variance = torch.tensor([-3.0, 2.0], dtype=torch.float64, device=device)
-    expected = [
-        [log_variance[j].item() - math.log(loc[i, j].item() ** 2) for j in range(2)] for i in range(2)
-    ]
+    expected = [[log_variance[j].item() - math.log(loc[i, j].item() ** 2) for j in range(2)] for i in range(2)]
     actual = log_alpha(loc, log_variance)
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64, device=device))
 

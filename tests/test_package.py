@@ -1,0 +1,74 @@
+"""The package as a whole: what an import does, what README and tutorial do."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_import_changes_nothing_global_and_loads_no_plots():
+    code = """
+import logging, warnings, sys
+import pyro, torch
+def state():
+    return (torch.distributions.Distribution._Distribution__validate_args
+            if hasattr(torch.distributions.Distribution, "_Distribution__validate_args")
+            else torch.distributions.Distribution._validate_args,
+            torch.get_default_dtype(), torch.initial_seed(), logging.getLogger().level, torch.get_num_threads(),
+            list(warnings.filters), pyro.settings.get())
+before = state()
+import pyro_sparsevd
+print(before == state(), "matplotlib" in sys.modules)
+"""
+    assert _run(code) == "True False"
+
+
+def test_modules_import_only_from_those_above_them():
+    order = ["divergence", "workspace", "distributions", "priors", "local_reparam", "guides", "schedules", "elbo", "summary", "pruning", "nets", "datasets", "plots"]
+    for position, module in enumerate(order):
+        text = (ROOT / "pyro_sparsevd" / f"{module}.py").read_text()
+        imported = re.findall(r"^from \.(\w+) import", text, re.M)
+        imported += [n for line in re.findall(r"^from \. import (.+)$", text, re.M) for n in line.split(", ")]
+        assert set(imported) <= set(order[:position]), module
+
+
+def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+
+
+def test_the_tutorial_runs_on_the_bundled_digits(monkeypatch, tmp_path, capsys, request):
+    out = tmp_path / "figure.png"
+    device = request.config.getoption("--device")
+    options = ["--epochs", "2", "--batch-size", "500", "--device", device, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["lenet.py", *options])
+    runpy.run_path(str(ROOT / "tutorials" / "lenet.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "test error of the pruned network" in printed
+    assert str(out) in printed
+    assert out.stat().st_size > 10_000
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert set(numbers["sites"]) == {"1.weight", "3.weight", "5.weight"}
+
+
+def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["lenet.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device"):
+        runpy.run_path(str(ROOT / "tutorials" / "lenet.py"), run_name="__main__")

@@ -1,0 +1,189 @@
+"""Pruning: a plain network with the masked posterior means."""
+
+import copy
+import io
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_sparsevd as svd
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.mixer = nn.Linear(4, 4)
+        self.output = nn.Linear(4, 7, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.output(self.mixer(self.embedding(x)).relu())
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), lambda: torch.randn(6, 5)),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2)),
+        lambda: torch.randn(6, 2, 5, 5),
+    ),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 3), nn.ReLU()), lambda: torch.randn(6, 2, 5)),
+    "nested": (
+        lambda: nn.ModuleDict({"a": nn.Sequential(nn.Sequential(nn.Linear(5, 4)))})["a"],
+        lambda: torch.randn(6, 5),
+    ),
+    "tied": (Tied, lambda: torch.randint(7, (6, 2))),
+    "recurrent": (Recurrent, lambda: torch.randn(6, 5, 3)),
+    "attention": (Attention, lambda: torch.randn(6, 5, 4)),
+}
+
+
+@pytest.fixture(params=NETS)
+def pruned(request, device):
+    """The original network, its Bayesian version, a guide with spread log α, its summary, the pruned network, inputs."""
+    make_net, make_input = NETS[request.param]
+    net = make_net().to(device)
+    bnn = svd.bayesianize(net).eval()
+    guide = svd.AutoSparseNormal(bnn)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.uniform_(-1, 1)
+    summary = svd.sparsify(guide, 0.0)
+    assert 0 < summary.kept < summary.total
+    return net, bnn, guide, summary, svd.prune(bnn, guide, summary), make_input().to(device)
+
+
+def test_its_output_is_that_of_the_masked_posterior_mean(pruned):
+    _, bnn, guide, summary, small, x = pruned
+    means = {name: mean * summary.masks[name] for name, mean in guide.median().items()}
+    torch.testing.assert_close(small(x), pyro.poutine.condition(bnn, data=means)(x), rtol=0, atol=1e-6)
+
+
+def test_its_modules_are_of_the_original_classes_with_nothing_of_pyro(pruned):
+    net, _, _, _, small, _ = pruned
+    assert [type(m) for m in small.modules()] == [type(m) for m in net.modules()]
+    assert not any("pyro" in key for m in small.modules() for key in m.__dict__)
+    assert [name for name, _ in small.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert [name for name, _ in small.named_buffers()] == [name for name, _ in net.named_buffers()]
+
+
+def test_its_weights_are_exact_zeros_where_dropped(pruned):
+    _, _, guide, summary, small, _ = pruned
+    state = small.state_dict()
+    for name, mask in summary.masks.items():
+        assert not state[name][~mask].any()
+        assert torch.equal(state[name][mask], guide.posteriors[name].loc[mask])
+
+
+def test_its_state_loads_into_the_original_network(pruned):
+    net, _, _, _, small, x = pruned
+    net.eval().load_state_dict(small.state_dict())
+    torch.testing.assert_close(net(x), small(x))
+
+
+def test_it_is_copied_pickled_and_saved(pruned):
+    _, _, _, _, small, x = pruned
+    expected = small(x)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(other(x), expected)
+
+
+def test_it_is_independent_of_the_bayesian_network_and_the_guide(pruned):
+    _, bnn, guide, _, small, x = pruned
+    expected = small(x)
+    with torch.no_grad():
+        for parameter in [*bnn.parameters(), *guide.parameters()]:
+            parameter.add_(1)
+    assert torch.equal(small(x), expected)
+
+
+def test_it_trains_as_any_network(pruned):
+    _, _, _, _, small, x = pruned
+    small(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+def test_a_tied_weight_stays_one_tensor(device):
+    bnn = svd.bayesianize(Tied().to(device))
+    guide = svd.AutoSparseNormal(bnn)
+    small = svd.prune(bnn, guide, svd.sparsify(guide))
+    assert small.output.weight is small.embedding.weight
+
+
+def test_it_follows_the_dtype_of_the_guide(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2).to(device)).double()
+    guide = svd.AutoSparseNormal(bnn)
+    assert svd.prune(bnn, guide, svd.sparsify(guide)).weight.dtype == torch.float64
+
+
+def test_sites_that_the_summary_leaves_out_are_dense(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2).to(device), dist.Normal(0.0, 1.0))
+    guide = svd.AutoSparseNormal(bnn)
+    small = svd.prune(bnn, guide, svd.sparsify(guide))
+    assert torch.equal(small.weight, guide.posteriors["weight"].loc)
+
+
+def test_what_was_trained_through_svi_is_what_is_pruned(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2).to(device))
+    model = svd.Supervised(bnn, lambda f: dist.Normal(f, 1.0).to_event(1), num_data=8)
+    guide = svd.AutoSparseNormal(model)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), svd.SparseVD_ELBO())
+    x, y = torch.randn(8, 3, device=device), torch.randn(8, 2, device=device)
+    before = svd.prune(bnn, guide, svd.sparsify(guide, float("inf")))
+    for _ in range(3):
+        svi.step(x, y)
+    after = svd.prune(bnn, guide, svd.sparsify(guide, float("inf")))
+    assert not torch.allclose(before.bias, after.bias)
+    assert not torch.allclose(before.weight, after.weight)
+
+
+def test_a_guide_of_another_network_is_refused(device):
+    bnn, other = svd.bayesianize(nn.Linear(3, 2)), svd.bayesianize(nn.Sequential(nn.Linear(3, 2)))
+    guide = svd.AutoSparseNormal(other)
+    with pytest.raises(ValueError, match="weight: expected this site of the network in the guide, .* has 0.weight"):
+        svd.prune(bnn, guide, svd.sparsify(guide))
+
+
+def test_a_summary_of_another_model_is_refused(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2))
+    guide = svd.AutoSparseNormal(bnn)
+    for other, message in [
+        (nn.Sequential(nn.Linear(3, 2)), "0.weight: the summary has this site"),
+        (nn.Linear(5, 2), r"weight: expected a mask of shape \(2, 3\)"),
+    ]:
+        summary = svd.sparsify(svd.AutoSparseNormal(svd.bayesianize(other)))
+        with pytest.raises(ValueError, match=message):
+            svd.prune(bnn, guide, summary)
+
+
+def test_a_plain_network_is_refused(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2))
+    guide = svd.AutoSparseNormal(bnn)
+    with pytest.raises(TypeError, match="bnn: expected the result of bayesianize, but got Linear"):
+        svd.prune(nn.Linear(3, 2), guide, svd.sparsify(guide))
