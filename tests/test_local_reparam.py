@@ -26,9 +26,12 @@ from pyro_sparsevd.local_reparam import (
 )
 from pyro_sparsevd.workspace import Workspace
 
-# Each statistical test compares thousands of numbers: 6 sigma keeps the chance of one false alarm in the file below 1 %.
+# Each statistical test compares thousands of numbers: 6 sigma keep the chance of a false alarm in the file below 1 %.
 SIGMAS = 6
-SAMPLES = 500
+SAMPLES = 300
+
+# Torch's own plain operation says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
 class Operation(NamedTuple):
@@ -167,9 +170,10 @@ def _lazy(loc: Tensor, log_variance: Tensor, site: str = "w", workspace: Workspa
     return local_reparam(lambda: pyro.sample(site, q), workspace=workspace)()
 
 
-def _local(operation: Operation, inputs: Inputs, seed: int) -> tuple[Tensor, LazyWeight]:
+def _local(operation: Operation, inputs: Inputs, seed: int | None = None) -> tuple[Tensor, LazyWeight]:
     weight = _lazy(inputs.loc, inputs.log_variance)
-    torch.manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     return operation.call(inputs.x, weight, inputs.bias), weight
 
 
@@ -212,13 +216,19 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[SparseNormal]:
 # Outputs that are sampled instead of weights.
 
 
+def _standardised(samples: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Returns the samples, a row each, with their mean and scale taken away, where there is a variance."""
+    assert samples.shape[1:] == mean.shape
+    noisy = variance > 0  # no kernel reaches the output padding of a transposed convolution
+    _assert_close(samples[:, ~noisy], mean[~noisy].expand(len(samples), -1))
+    return (samples[:, noisy] - mean[noisy]) / variance[noisy].sqrt()
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_outputs_are_independent_with_the_mean_and_variance_of_the_formula(operation, device):
     inputs = Inputs(*(t if t is None else t.detach() for t in _inputs(operation, device)))
-    mean, variance = _moments(operation, inputs)
-    samples = torch.stack([_local(operation, inputs, seed)[0] for seed in range(SAMPLES)])
-    z = ((samples - mean) / variance.sqrt()).reshape(SAMPLES, -1)
-    assert samples.shape[1:] == mean.shape
+    samples = torch.stack([_local(operation, inputs)[0] for _ in range(SAMPLES)])
+    z = _standardised(samples, *_moments(operation, inputs))
     assert z.mean(0).abs().max() < SIGMAS / SAMPLES**0.5
     correlation = z.t() @ z / SAMPLES
     assert (correlation.diagonal() - 1).abs().max() < SIGMAS * (2 / SAMPLES) ** 0.5
@@ -229,10 +239,9 @@ def test_outputs_are_independent_with_the_mean_and_variance_of_the_formula(opera
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_formula_has_the_mean_and_variance_of_drawn_weights(operation, device):
     inputs = Inputs(*(t if t is None else t.detach() for t in _inputs(operation, device)))
-    mean, variance = _moments(operation, inputs)
     q = SparseNormal(inputs.loc, inputs.log_variance)
     samples = torch.stack([operation.call(inputs.x, q.sample(), inputs.bias) for _ in range(SAMPLES)])
-    z = (samples - mean) / variance.sqrt()
+    z = _standardised(samples, *_moments(operation, inputs))
     assert z.mean(0).abs().max() < SIGMAS / SAMPLES**0.5
     assert (z.square().mean(0) - 1).abs().max() < SIGMAS * (2 / SAMPLES) ** 0.5
 
@@ -289,8 +298,8 @@ def test_gradient_of_the_second_moment_is_that_of_squared_mean_plus_variance(ope
     mean, variance = _moments(operation, inputs)
     expected = torch.autograd.grad((mean**2 + variance).sum(), inputs.trainable())
     samples = []
-    for seed in range(SAMPLES):
-        output, _ = _local(operation, inputs, seed)
+    for _ in range(SAMPLES):
+        output, _ = _local(operation, inputs)
         gradients = torch.autograd.grad(output.square().sum(), inputs.trainable())
         samples.append(torch.cat([g.reshape(-1) for g in gradients]))
     samples = torch.stack(samples)
@@ -362,7 +371,7 @@ def test_inputs_of_zeros_give_the_bias_and_finite_gradients(operation, dtype, de
 def test_zeros_beside_other_numbers_leave_weight_gradients_right(operation, dtype, device):
     inputs = _inputs(operation, device, frozen=("x",))
     inputs.x[0] = 0
-    inputs.x[1, :, : inputs.x.shape[2] // 2] = 0 if inputs.x.dim() > 2 else inputs.x[1]
+    inputs.x[1, :2] = 0
     cast = Inputs(*(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in inputs))
     gradients = torch.autograd.grad(_projected(_local(operation, cast, seed=3)[0]), cast.trainable())
     mean, variance = _moments(operation, cast)
@@ -371,6 +380,7 @@ def test_zeros_beside_other_numbers_leave_weight_gradients_right(operation, dtyp
     # √ has no gradient at 0 in the plain formula: the noise is taken away there.
     noisy = torch.where(variance > 0, variance, 1).sqrt() * torch.where(variance > 0, noise, 0)
     expected = torch.autograd.grad(_projected(mean + noisy), cast.trainable())
+    assert (variance == 0).any()
     _assert_close(gradients, expected, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
@@ -411,9 +421,7 @@ MODULES = [
     pytest.param(lambda: nn.Linear(4, 3), (5, 4), id="Linear"),
     pytest.param(lambda: nn.Conv1d(3, 2, 3, padding="same"), (2, 3, 5), id="Conv1d"),
     pytest.param(lambda: nn.Conv2d(4, 4, 3, stride=2, groups=2), (2, 4, 5, 5), id="Conv2d"),
-    pytest.param(
-        lambda: nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), (2, 3, 4, 4), id="Conv2d-circular"
-    ),
+    pytest.param(lambda: nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), (2, 3, 4, 4), id="Conv2d-circular"),
     pytest.param(lambda: nn.Conv3d(2, 2, 2), (1, 2, 3, 3, 3), id="Conv3d"),
     pytest.param(lambda: nn.ConvTranspose1d(3, 2, 3, stride=2), (2, 3, 4), id="ConvTranspose1d"),
     pytest.param(lambda: nn.ConvTranspose2d(3, 2, 3, output_padding=1, stride=2), (2, 3, 3, 3), id="ConvTranspose2d"),
@@ -430,13 +438,13 @@ def test_torch_modules_sample_their_output_through_functional_call(make, shape, 
     weight = _lazy(loc, log_variance)
     torch.manual_seed(3)
     output = functional_call(module, {"weight": weight}, (x,))
-    operation = Operation(
-        lambda x, w, b: functional_call(module, {"weight": w, "bias": torch.zeros_like(module.bias) if b is None else b}, x),
-        shape,
-        loc.shape,
-        None,
-    )
-    _assert_close(output, _plain(operation, Inputs(x, loc, log_variance, module.bias), seed=3))
+    no_bias = torch.zeros_like(module.bias)
+
+    def plain(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return functional_call(module, {"weight": w, "bias": no_bias if b is None else b}, x)
+
+    inputs = Inputs(x, loc, log_variance, module.bias)
+    _assert_close(output, _plain(Operation(plain, shape, tuple(loc.shape), None), inputs, seed=3))
     assert draws == []
 
 
@@ -602,7 +610,7 @@ def test_a_second_convolution_raises_an_error_that_names_the_site(device):
     operation = CONV2D.values[0]
     inputs = _inputs(operation, device)
     _, weight = _local(operation, inputs, seed=3)
-    with pytest.raises(RepeatedUseError, match="^w: used more than once"):
+    with pytest.raises(RepeatedUseError, match=r"^w: used more than once"):
         operation.call(inputs.x, weight, inputs.bias)
 
 
@@ -959,7 +967,7 @@ def test_divergence_of_low_precision_weights_is_that_of_the_plain_function(dtype
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_divergence_of_weights_of_two_dtypes_is_exact_for_both(form, device):
+def test_divergence_of_weights_of_two_dtypes_is_right_to_the_precision_of_the_lower(form, device):
     double = _inputs(LINEAR.values[0], device)
     single = Inputs(*(t.detach().float() for t in _inputs(LINEAR.values[0], device, seed=2)))
     weights = [_local(LINEAR.values[0], inputs, seed=3)[1] for inputs in (single, double)]
@@ -968,7 +976,7 @@ def test_divergence_of_weights_of_two_dtypes_is_exact_for_both(form, device):
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=0)
     parameters = (double.loc, double.log_variance)
     plain = divergence.kl_log_uniform_total(*parameters, form)
-    _assert_close(torch.autograd.grad(kl, parameters), torch.autograd.grad(plain, parameters))
+    _assert_close(torch.autograd.grad(kl, parameters), torch.autograd.grad(plain, parameters), 1e-5)
 
 
 def test_divergence_of_an_expanded_posterior_reaches_what_was_expanded(device):
