@@ -151,8 +151,9 @@ class LogUniform(dist.TorchDistribution):
             )
         shape = self._extended_shape(torch.Size(sample_shape))
         uniform = torch.rand(shape, dtype=self.low.dtype, device=self.low.device) * 2 - 1
-        magnitude = self.low * (self.high / self.low) ** uniform.abs()
-        return magnitude.clamp(self.low, self.high).copysign(uniform)
+        low = self.low.clamp_min(torch.finfo(self.low.dtype).tiny)  # 1e-8 is 0 in half precision
+        magnitude = low * (self.high / low) ** uniform.abs()
+        return magnitude.clamp(low, self.high).copysign(uniform)
 
     def _require_proper(self, what: str) -> None:
         if not self.is_proper:

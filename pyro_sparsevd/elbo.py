@@ -121,6 +121,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             The loss. Its terms, detached, are in :attr:`terms`.
         """
         try:
+            if self.check_finite and not all(map(_is_finite, (*args, *kwargs.values()))):
+                raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
             nll, kl = self._mean_terms(model, guide, args, kwargs)
             loss = nll + self.kl_weight * kl
             if self.check_finite and not math.isfinite(loss.detach()):
@@ -214,7 +216,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
         if self.kl != "monte_carlo":
-            if q["scale"] is p["scale"] or (q["scale"] == p["scale"] and q["mask"] is p["mask"]):
+            if _have_same_scale_and_mask(q, p):
                 kl = _closed_form(q["fn"], p["fn"], self.kl)
                 if kl is not None:
                     return scale_and_mask(kl, q["scale"], q["mask"]).sum()
@@ -227,9 +229,14 @@ def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
         type(q["value"]) is LazyWeight
         and prior.batch_shape == q["value"].shape
         and isinstance(q["scale"], float)
-        and q["scale"] == p["scale"]
-        and q["mask"] is p["mask"] is None
+        and q["mask"] is None
+        and _have_same_scale_and_mask(q, p)
     )
+
+
+def _have_same_scale_and_mask(q: Any, p: Any) -> bool:
+    numbers = isinstance(q["scale"], float) and isinstance(p["scale"], float)
+    return (q["scale"] is p["scale"] or (numbers and q["scale"] == p["scale"])) and q["mask"] is p["mask"]
 
 
 def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
@@ -294,6 +301,13 @@ def _check_latent(name: str, q: Any, p: Any) -> None:
 def _check_auxiliary(name: str, site: Any) -> None:
     if not (site["is_observed"] or site["infer"].get("is_auxiliary")):
         raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")
+
+
+def _is_finite(argument: Any) -> bool:
+    if not (isinstance(argument, Tensor) and argument.is_floating_point()):
+        return True
+    # A sum may overflow where its terms are finite, but is much cheaper.
+    return math.isfinite(argument.detach().sum()) or bool(torch.isfinite(argument).all())
 
 
 def _blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:

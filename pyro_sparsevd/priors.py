@@ -8,7 +8,7 @@ __all__ = ["SharedSite", "SitePrior", "Supervised", "WeightPrior", "bayesianize"
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -75,9 +75,12 @@ def bayesianize(
         for glob in prior:
             _matches(net, dict(net.named_parameters()), glob, "prior")
     priors = {name: _fitted_prior(name, net.get_parameter(name), prior) for name in chosen}
-    bnn = copy.deepcopy(net)
+    bnn = copy.deepcopy(net, {id(t): t.detach().clone() for t in _derived_tensors(net)})
     aliases = _aliases(bnn)
     to_pyro_module_(bnn)
+    for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
+        if path and isinstance(module, PyroModule):
+            module._pyro_name = path
     for name, fitted in priors.items():
         for alias in aliases[name]:
             _make_site(bnn, alias, name, fitted)
@@ -238,12 +241,13 @@ class SitePrior:
         return self._last
 
 
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
     """Applies a function to every tensor of a distribution, its bases and its transforms.
 
     Args:
         value: A distribution; it is not changed.
         function: The function.
+        memo: What was mapped already, by identity; a transform and its inverse refer to each other.
 
     Returns:
         A copy of the distribution.
@@ -254,11 +258,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return function(value)
+    memo = {} if memo is None else memo
     if isinstance(value, Distribution | torch.distributions.Transform):
-        mapped = copy.copy(value)
-        mapped.__dict__.update({k: map_tensors(v, function) for k, v in value.__dict__.items()})
-        return mapped
-    return type(value)(map_tensors(v, function) for v in value) if type(value) in (list, tuple) else value
+        if id(value) not in memo:
+            memo[id(value)] = mapped = copy.copy(value)
+            mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
+        return memo[id(value)]
+    return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value
 
 
 class SharedSite:
@@ -309,8 +315,11 @@ class _OwnParameters(Messenger):
 
 def _choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
     parameters = dict(net.named_parameters())
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
     if include is None:
-        chosen = [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter) or p.dim() > 1]
+        chosen = [name for name, p in parameters.items() if p.dim() > 1]
     else:
         taken = set().union(*(_matches(net, parameters, p, "include") for p in _listed(include)))
         chosen = [name for name in parameters if name in taken]
@@ -324,7 +333,7 @@ def _choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
 
 
 def _listed(patterns: Any) -> list[Any]:
-    return [patterns] if isinstance(patterns, str | type) or callable(patterns) else list(patterns)
+    return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | type) else [patterns]
 
 
 def _matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any, option: str) -> set[str]:
@@ -345,8 +354,6 @@ def _matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: An
 
 
 def _check_parameter(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, nn.UninitializedParameter):
-        raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
     if not parameter.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
     owner = net.get_submodule(name.rpartition(".")[0])
@@ -392,6 +399,12 @@ def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
     return found
 
 
+def _derived_tensors(net: nn.Module) -> Iterator[Tensor]:
+    """Yields what hooks such as the old weight_norm compute and leave in a module, which deepcopy refuses."""
+    for module in net.modules():
+        yield from (v for v in module.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf)
+
+
 def _aliases(net: nn.Module) -> dict[str, list[str]]:
     """Returns all names of each parameter, by the first, which is the one ``named_parameters`` gives."""
     names: dict[int, list[str]] = {}
@@ -409,6 +422,8 @@ def _make_site(bnn: PyroModule, alias: str, name: str, prior: Distribution) -> N
     value, module._parameters[attribute] = module._parameters[attribute], None  # None keeps its place in the order
     if alias == name:
         buffer = f"{attribute}_initial"
+        while hasattr(module, buffer):
+            buffer += "_"
         module.register_buffer(buffer, value.detach(), persistent=False)
         module._pyro_samples[attribute] = SitePrior(buffer, prior)
     else:
