@@ -321,10 +321,10 @@ class AutoSparseNormal(AutoGuide):
             self._loaded = set(found)
             for name, value in found.items():
                 if name not in self._site_names() or self._parameters_of(name)[0].shape != value.shape:
-                    like = next(self.parameters(), value)
-                    new = torch.zeros_like(value, device=like.device)
-                    deep_setattr(self.locs, name, PyroParam(new, constraints.real, None))
-                    deep_setattr(self.log_variances, name, PyroParam(new, constraints.real, None))
+                    device = next(self.parameters(), value).device
+                    for parameters in (self.locs, self.log_variances):
+                        new = torch.zeros_like(value, device=device)
+                        deep_setattr(parameters, name, PyroParam(new, constraints.real, None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

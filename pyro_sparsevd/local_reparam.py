@@ -132,6 +132,9 @@ class LazyWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({self.site!r}, shape={tuple(self.shape)})"
 
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
     def draw(self) -> Tensor:
         """Returns the one draw of the weight.
 
@@ -213,12 +216,12 @@ _METADATA: set[Any] = {
 # A local form has the signature of the function whose output it samples. It leaves to that function, with the weight
 # drawn, what is not a linear operation on a plain input by a weight that is not drawn yet.
 def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 # as in torch
-    if not _can_integrate_out(input, weight):
+    if not _can_integrate_out(input, weight) or weight.dim() != 2:
         return NotImplemented
     if input.dim() == 2:
         return weight.integrate_out(_LocalLinear, input, bias)
     output = weight.integrate_out(_LocalLinear, input.reshape(-1, input.shape[-1]), bias)
-    return output.reshape(*input.shape[:-1], *weight.shape[:-1])
+    return output.reshape(*input.shape[:-1], -1)
 
 
 def _local_convolution(
@@ -315,9 +318,11 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
         tensor(0.)
     """
     total = torch.zeros(())
-    integrated = [w for w in weights if w._integral is not None]
+    integrated = []
     for w in weights:
-        if w._integral is None:
+        if w._integral is not None and w.dtype in (torch.float32, torch.float64):
+            integrated.append(w)
+        else:
             total = total + divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form)
     return total + _kl_of_integrated(integrated, form) if integrated else total
 
@@ -407,22 +412,36 @@ class _LocalConvolution(torch.autograd.Function):
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(r) if grad is None else grad
         needed = x_needed, loc_needed, bias_needed
-        grad_x, grad_loc, grad_bias = _convolution_backward(grad, x, loc, [grad.shape[1]], *geometry, needed)
+        grad_x, grad_loc, grad_bias = _convolution_backward(grad, x, loc, geometry, needed)
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
         squares = torch.mul(x, x, out=workspace.empty_like(x))
         needed = x_needed, log_variance_needed, False
-        grad_x_squares, grad_log_variance, _ = _convolution_backward(
-            grad_squares, squares, variance, None, *geometry, needed
-        )
+        grad_x_squares, grad_log_variance, _ = _convolution_backward(grad_squares, squares, variance, geometry, needed)
         if x_needed:
             grad_x.addcmul_(grad_x_squares, x)
+        if loc_needed:
+            grad_loc = grad_loc.contiguous()
         if log_variance_needed:
-            grad_log_variance = grad_log_variance.mul_(variance).mul_(0.5).contiguous()
+            grad_log_variance = grad_log_variance.contiguous().mul_(variance).mul_(0.5)
         _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
 
-_convolution_backward = torch.ops.aten.convolution_backward
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needed: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """Returns the gradients of the input, the weight and the bias of a convolution, as far as they are needed."""
+    stride, padding, dilation, transposed, _, groups = geometry
+    x_needed, weight_needed, bias_needed = needed
+    grad_weight = None
+    if weight_needed and x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not transposed:
+        # For grey images oneDNN takes several times as long as the matrix product that this gradient is.
+        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+        grad_weight = torch.bmm(grad.flatten(2), patches.transpose(1, 2)).sum(0).view_as(weight)
+    mask = x_needed, weight_needed and grad_weight is None, bias_needed
+    backward = torch.ops.aten.convolution_backward
+    grad_x, other, grad_bias = backward(grad, x, weight, [grad.shape[1]], *geometry, mask)
+    return grad_x, grad_weight if other is None else other, grad_bias
 
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:

@@ -183,8 +183,8 @@ def test_samples_are_differentiable_in_the_bounds(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_samples_stay_inside_the_bounds_to_the_last_digit(dtype, device):
-    low, high = (torch.tensor(b, dtype=dtype, device=device) for b in (0.1, 0.7))
-    prior = LogUniform(low, high)
+    low = torch.tensor([0.1, 0.3, 0.7, 1.1], dtype=dtype, device=device)
+    prior = LogUniform(low, low * (1 + 8 * torch.finfo(dtype).eps))
     samples = prior.sample((DRAWS,))
     assert samples.dtype == dtype
     assert (prior.log_prob(samples) > -math.inf).all()
