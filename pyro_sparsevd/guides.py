@@ -214,7 +214,7 @@ class AutoSparseNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Samples all latents, see :meth:`forward`."""
-        if not self._pyro_context.used:
+        if not self._has_own_name():
             self._take_own_name()
         return super().__call__(*args, **kwargs)
 
@@ -228,7 +228,6 @@ class AutoSparseNormal(AutoGuide):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(PyroModule.__getstate__(self), memo))
-        new._pyro_context.used = False  # so that the copy takes a name of its own in the parameter store
         return new
 
     def copy_with_same_model(self) -> "AutoSparseNormal":
@@ -240,7 +239,11 @@ class AutoSparseNormal(AutoGuide):
             super()._setup_prototype(*args, **kwargs)
         found = dict(self.prototype_trace.iter_stochastic_nodes())
         unknown = self._loaded - found.keys()
+        for name in unknown:
+            self._remove_site(name)
         if unknown:
+            self._loaded -= unknown
+            self.prototype_trace: Any = None
             raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
         early, self._sites = self._sites, {}
         for name, site in found.items():
@@ -304,14 +307,22 @@ class AutoSparseNormal(AutoGuide):
             self._setup_prototype(*args, **kwargs)
 
     def _take_own_name(self) -> None:
-        """Numbers this guide if Pyro's parameter store holds parameters of another of its name."""
-        store = pyro.get_param_store()
-        name, number = self._pyro_name, 1
-        while any(key.startswith(f"{name}.") for key in store.keys()):  # noqa: SIM118 # no mapping
+        """Numbers this guide, as Pyro's parameter store holds parameters of another of its name."""
+        stored = {key.partition(".")[0] for key in pyro.get_param_store().keys()}  # noqa: SIM118 # no mapping
+        number = 2
+        while f"{type(self).__name__}_{number}" in stored:
             number += 1
-            name = f"{self._pyro_name}_{number}"
-        if number > 1:
-            self._pyro_set_supermodule(name, self._pyro_context)
+        self._pyro_context.used = False
+        self._pyro_set_supermodule(f"{type(self).__name__}_{number}", self._pyro_context)
+
+    def _has_own_name(self) -> bool:
+        if self._pyro_context.active or self.master is not None:
+            return True
+        stored = pyro.get_param_store()._params
+        for name in self._sites:
+            own = self._plain_parameters_of(name)[0]
+            return stored.get(f"{self._pyro_name}.locs.{name}", own) is own
+        return not any(key.startswith(f"{self._pyro_name}.") for key in stored)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.prototype_trace is None:
@@ -320,7 +331,7 @@ class AutoSparseNormal(AutoGuide):
             found = {key[len(start) : -len(end)]: state_dict[key] for key in keys}
             self._loaded = set(found)
             for name, value in found.items():
-                if name not in self._site_names() or self._parameters_of(name)[0].shape != value.shape:
+                if name not in self._site_names() or _is_in_plates(self._parameters_of(name)[0], value):
                     device = next(self.parameters(), value).device
                     for parameters in (self.locs, self.log_variances):
                         new = torch.zeros_like(value, device=device)
@@ -464,6 +475,11 @@ def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
             found = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(found, Distribution):
                 yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
+
+
+def _is_in_plates(early: Tensor, value: Tensor) -> bool:
+    """Tells whether a value loaded has the shape of a site made before its plates were known, with plates in front."""
+    return value.dim() > early.dim() and value.shape[value.dim() - early.dim() :] == early.shape
 
 
 def _leaf(parameters: PyroModule, name: str) -> tuple[PyroModule, str]:

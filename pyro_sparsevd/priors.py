@@ -301,8 +301,8 @@ class _OwnParameters(Messenger):
         if not init or not isinstance(init[0], nn.Parameter):
             return
         parameter = init[0]
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
         if not (parameter.requires_grad and parameter.is_contiguous()):
-            parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does
             msg["value"], msg["done"] = parameter, True
             return
         store = pyro.get_param_store()._params

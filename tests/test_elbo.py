@@ -907,6 +907,27 @@ def test_a_mask_of_model_and_guide_leaves_masked_latents_out(mask, prior, device
     assert abs(SparseVD_ELBO().loss(model, guide) - expected.item()) < 1e-10
 
 
+@pytest.mark.parametrize("mask", ["tensor", False])
+def test_masks_of_model_and_guide_that_differ_are_each_respected(mask, device):
+    zeros = torch.zeros(4, dtype=F64, device=device)
+    value = torch.tensor([True, False, False, True], device=device) if mask == "tensor" else mask
+    q = SparseNormal(zeros + 0.5, -1.0)
+
+    def model():
+        with pyro.plate("plate", 4), poutine.mask(mask=value):
+            pyro.sample("w", dist.Normal(zeros, 1.0))
+
+    def guide():
+        with pyro.plate("plate", 4):
+            pyro.sample("w", q)
+
+    samples = 400
+    losses = torch.tensor([SparseVD_ELBO().loss(model, guide) for _ in range(samples)], dtype=F64)
+    cross_entropy = 0.5 * (q.loc**2 + q.variance + math.log(2 * math.pi))
+    expected = (2 if mask == "tensor" else 0) * cross_entropy[0] - q.entropy().sum()
+    assert abs(losses.mean() - expected.cpu()) < SIGMAS * losses.std() / samples**0.5
+
+
 def test_a_mask_of_the_likelihood_leaves_data_out(device):
     model, guide = _pair(device, log_variance=-70.0)
     x, y = _data(device)

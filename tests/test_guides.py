@@ -427,6 +427,19 @@ def test_a_state_that_is_refused_leaves_the_guide_usable(device):
     assert set(guide(*case.data)) == set(case.sites)
 
 
+def test_a_guide_with_a_wrong_state_fails_at_every_call(device):
+    wrong = AutoSparseNormal(_supervised(device, width=5)).state_dict()
+    guide = AutoSparseNormal(_supervised(device))
+
+    def load_and_use():
+        guide.load_state_dict(wrong)
+        guide(*_data(device))
+
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
+            load_and_use()
+
+
 def test_the_right_state_loads_after_a_wrong_one(device):
     right = AutoSparseNormal(_supervised(device)).state_dict()
     wrong = AutoSparseNormal(_supervised(device, width=5)).state_dict()
@@ -611,13 +624,11 @@ class TestTwoGuides:
         pyro.clear_param_store()
         _train(case.model, second, case.data)
         trained, other = _state(first), _state(second)
-        first(*case.data)
-        _train(case.model, first, case.data, steps=0)
-        with poutine.trace():
-            first(*case.data)
-        assert _same(_state(first), trained)
         _train(case.model, first, case.data, steps=1)
         assert _same(_state(second), other)
+        for name, value in _state(first).items():
+            # One step of Adam moves every number by its learning rate.
+            torch.testing.assert_close((value - trained[name]).abs(), torch.full_like(value, 0.05))
 
     def test_have_names_of_their_own_in_the_store(self, make, device):
         case = make(device)
@@ -626,7 +637,8 @@ class TestTwoGuides:
             _train(case.model, guide, case.data, steps=1)
         stored = {p.data_ptr(): name for name, p in _store().items()}
         names = [{stored[p.data_ptr()].split(".")[0] for p in guide.parameters()} for guide in guides]
-        assert names == [{"AutoSparseNormal"}, {"AutoSparseNormal_2"}, {"AutoSparseNormal_3"}]
+        assert all(len(name) == 1 for name in names)
+        assert len(set.union(*names)) == 3
 
 
 def test_guides_of_models_of_other_shapes_live_side_by_side(device):
@@ -979,7 +991,7 @@ def test_a_first_call_that_failed_does_not_count(latent):
 
     guide = AutoSparseNormal(model)
     for _ in range(2):
-        with pytest.raises((AttributeError, ValueError), match="second|sum"):
+        with pytest.raises((AttributeError, ValueError), match=r"second|sum"):
             guide(None if latent.has_rsample else torch.ones(()))
 
 
