@@ -238,6 +238,8 @@ class AutoSparseNormal(AutoGuide):
         with _unchanged_buffers(self._model and self._model[0]):
             super()._setup_prototype(*args, **kwargs)
         found = dict(self.prototype_trace.iter_stochastic_nodes())
+        if self._loaded:  # so others are targets, which a prediction leaves open
+            found = {name: site for name, site in found.items() if name in self._loaded or name in self._sites}
         unknown = self._loaded - found.keys()
         for name in unknown:
             self._remove_site(name)
@@ -251,6 +253,10 @@ class AutoSparseNormal(AutoGuide):
                 self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
         for name in early.keys() - found.keys():
             self._remove_site(name)
+        plates = {plate for site in self._sites.values() for plate in site.plates}
+        self._prototype_frames: dict[str, Any] = {
+            name: f for name, f in self._prototype_frames.items() if name in plates
+        }
         _keep_latents(self.prototype_trace)
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
@@ -323,6 +329,16 @@ class AutoSparseNormal(AutoGuide):
             own = self._plain_parameters_of(name)[0]
             return stored.get(f"{self._pyro_name}.locs.{name}", own) is own
         return not any(key.startswith(f"{self._pyro_name}.") for key in stored)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads a state, making the parameters that the model has not been run to make; see ``nn.Module``."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError:
+            for name in self._loaded - self._sites.keys():
+                self._remove_site(name)
+            self._loaded = set()
+            raise
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.prototype_trace is None:
