@@ -2,18 +2,26 @@
 
 Data walks down this list of modules, and a module imports only from those above it::
 
-    divergence      KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
-    workspace       memory that is used again: torch only
-    distributions   LogUniform, SparseNormal
-    priors          bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
-    local_reparam   outputs sampled instead of weights, as an effect handler
-    guides          AutoSparseNormal
-    schedules       KL weights as pure functions of the step
-    elbo            SparseVD_ELBO
-    summary         sparsify: which weights matter; threshold_sweep
-    pruning         prune: a plain sparse network
-    nets, datasets  the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
-    plots           pictures from plain data; imported on demand
+    kernels          the divergences and their slopes as functions of 1/α: torch only
+    divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
+    workspace        memory that is used again: torch only
+    distributions    LogUniform, SparseNormal
+    sites            what a parameter of a network is after it was given a prior
+    selection        which parameters to give one
+    priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
+    local_functions  linear operations that sample their output: torch only
+    local_reparam    outputs sampled instead of weights, as an effect handler
+    latents          what a guide learns about the latents of a model, and where it starts
+    masking          the posterior with dropped weights at zero
+    guides           AutoSparseNormal
+    schedules        KL weights as pure functions of the step
+    checks           of what goes into a bound
+    elbo             SparseVD_ELBO
+    summary          sparsify: which weights matter
+    sweep            threshold_sweep: error and compression against the threshold
+    pruning          prune: a plain sparse network
+    nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    plots            pictures from plain data; imported on demand
 
 References:
     | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -28,7 +36,7 @@ from .distributions import LogUniform as LogUniform
 from .distributions import SparseNormal as SparseNormal
 from .elbo import SparseVD_ELBO as SparseVD_ELBO
 from .guides import AutoSparseNormal as AutoSparseNormal
-from .guides import init_to_weights as init_to_weights
+from .latents import init_to_weights as init_to_weights
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize
@@ -36,4 +44,4 @@ from .pruning import prune as prune
 from .schedules import LinearWarmup as LinearWarmup
 from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
-from .summary import threshold_sweep as threshold_sweep
+from .sweep import threshold_sweep as threshold_sweep

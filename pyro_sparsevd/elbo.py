@@ -2,7 +2,6 @@
 
 __all__ = ["SparseVD_ELBO"]
 
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
+from .checks import blame, is_finite
 from .distributions import (
     IMPROPER_LOG_NORMALIZER,
     LogUniform,
@@ -121,14 +121,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             The loss. Its terms, detached, are in :attr:`terms`.
         """
         try:
-            if self.check_finite and not all(map(_is_finite, (*args, *kwargs.values()))):
+            if self.check_finite and not all(map(is_finite, (*args, *kwargs.values()))):
                 raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
             nll, kl = self._mean_terms(model, guide, args, kwargs)
             loss = nll + self.kl_weight * kl
             if self.check_finite and not math.isfinite(loss.detach()):
                 raise ValueError(f"loss: expected a finite number, but got nll {float(nll)} and kl {float(kl)}")
         except ValueError as error:
-            _blame(error, model, guide, args, kwargs)
+            blame(error, model, guide, args, kwargs)
             raise
         self.terms = {"nll": nll.detach(), "kl": kl.detach()}
         return loss
@@ -301,31 +301,3 @@ def _check_latent(name: str, q: Any, p: Any) -> None:
 def _check_auxiliary(name: str, site: Any) -> None:
     if not (site["is_observed"] or site["infer"].get("is_auxiliary")):
         raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")
-
-
-def _is_finite(argument: Any) -> bool:
-    if not (isinstance(argument, Tensor) and argument.is_floating_point()):
-        return True
-    # A sum may overflow where its terms are finite, but is much cheaper.
-    return math.isfinite(argument.detach().sum()) or bool(torch.isfinite(argument).all())
-
-
-def _blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
-    """Raises an error that names the argument or parameter that is not finite, if one is."""
-    for name, value in [*_named_arguments(model, args, kwargs), *_named_parameters(model), *_named_parameters(guide)]:
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
-
-
-def _named_arguments(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        names = []
-    names += [f"argument {i}" for i in range(len(names), len(args))]
-    return [*zip(names, args, strict=False), *kwargs.items()]
-
-
-def _named_parameters(module: Callable) -> list[tuple[str, Tensor]]:
-    return list(module.named_parameters()) if isinstance(module, torch.nn.Module) else []

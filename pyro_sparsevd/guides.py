@@ -1,61 +1,27 @@
 """The factorised Gaussian guide."""
 
-__all__ = ["AutoSparseNormal", "SparsifiedGuide", "check_masks", "init_to_weights", "sparse_normal_parts"]
+__all__ = ["AutoSparseNormal", "sparse_normal_parts"]
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
-from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
-from .priors import SitePrior, WeightPrior, map_tensors
-
-
-def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
-    """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
-
-    Another site with a log-uniform prior starts at small random values, uniform with the standard deviation of
-    torch's linear layers; any other as ``fallback`` says.
-
-    Args:
-        site: A Pyro trace site; without it, the function itself is returned.
-        fallback: The initialisation of sites without a log-uniform prior.
-
-    Returns:
-        The initial value.
-
-    Example:
-        >>> weight = torch.randn(3, 4)
-        >>> site = {"fn": WeightPrior(LogUniform().expand([3, 4]), 2, weight)}
-        >>> torch.equal(init_to_weights(site), weight)
-        True
-    """
-    if site is None:
-        return lambda site: init_to_weights(site, fallback=fallback)
-    fn = site["fn"]
-    if isinstance(fn, WeightPrior):
-        return fn.value
-    prior = unwrap_independent(fn)
-    if not isinstance(prior, LogUniform):
-        return fallback(site)
-    shape = fn.shape()
-    bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
-    return prior.low.new_empty(shape).uniform_(-bound, bound)
+from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, unchanged_buffers
+from .masking import SparsifiedGuide
 
 
 class AutoSparseNormal(AutoGuide):
@@ -107,9 +73,9 @@ class AutoSparseNormal(AutoGuide):
         self.init_log_variance = init_log_variance
         self.locs = PyroModule()
         self.log_variances = PyroModule()
-        self._sites: dict[str, _Site] = {}
+        self._sites: dict[str, Latent] = {}
         self._loaded: set[str] = set()
-        for name, prior in _attribute_sites(model):
+        for name, prior in attribute_sites(model):
             with torch.no_grad(), helpful_support_errors({"name": name, "fn": prior}):
                 self._add_site(name, prior, init_loc_fn({"name": name, "fn": prior}), ())
 
@@ -235,7 +201,7 @@ class AutoSparseNormal(AutoGuide):
         return copy.deepcopy(self, {id(self._model): self._model})
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with _unchanged_buffers(self._model and self._model[0]):
+        with unchanged_buffers(self._model and self._model[0]):
             super()._setup_prototype(*args, **kwargs)
         found = dict(self.prototype_trace.iter_stochastic_nodes())
         if self._loaded:  # so others are targets, which a prediction leaves open
@@ -257,10 +223,10 @@ class AutoSparseNormal(AutoGuide):
         self._prototype_frames: dict[str, Any] = {
             name: f for name, f in self._prototype_frames.items() if name in plates
         }
-        _keep_latents(self.prototype_trace)
+        keep_latents(self.prototype_trace)
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        transform = _simplified(biject_to(prior.support))
+        transform = simplified(biject_to(prior.support))
         loc = transform.inv(value.detach())
         event_dim = len(prior.event_shape) + loc.dim() - value.dim()
         for frame in frames:
@@ -269,7 +235,8 @@ class AutoSparseNormal(AutoGuide):
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
         self._set_parameters(name, loc, event_dim)
         plates = tuple(frame.name for frame in frames if frame.vectorized)
-        self._sites[name] = _Site(transform, event_dim, plates, isinstance(unwrap_independent(prior), LogUniform))
+        is_sparse = isinstance(unwrap_independent(prior), LogUniform)
+        self._sites[name] = Latent(transform, event_dim, plates, is_sparse)
 
     def _set_parameters(self, name: str, loc: Tensor, event_dim: int) -> None:
         if name in self._site_names():
@@ -355,48 +322,6 @@ class AutoSparseNormal(AutoGuide):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class SparsifiedGuide(nn.Module):
-    """A guide whose dropped weights are zero: what is left after :func:`~.summary.sparsify`.
-
-    It is a copy, so training may go on with the original.
-
-    Args:
-        guide: The guide.
-        masks: The weights to keep, by the name of the site.
-
-    Raises:
-        ValueError: If a mask does not fit the guide.
-
-    Example:
-        >>> guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1)))
-        >>> samples = guide()
-        >>> samples = SparsifiedGuide(guide, {"w": torch.tensor([True, False, True])})()
-        >>> samples["w"] == 0
-        tensor([False,  True, False])
-    """
-
-    def __init__(self, guide: AutoSparseNormal, masks: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        check_masks({name: q.batch_shape for name, q in guide.posteriors.items()}, masks)
-        self.guide = guide.copy_with_same_model()
-        self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
-        for name, number in self._mask_numbers.items():
-            self.register_buffer(number, masks[name])
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples all latents, those that were dropped as 0.
-
-        Args:
-            *args: As for the model.
-            **kwargs: As for the model.
-
-        Returns:
-            The value of each latent by the name of its site.
-        """
-        with _MaskMessenger({name: getattr(self, number) for name, number in self._mask_numbers.items()}):
-            return self.guide(*args, **kwargs)
-
-
 def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
     """Returns the factorised Gaussian parts of a guide.
 
@@ -420,77 +345,8 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
     return parts
 
 
-def check_masks(shapes: Mapping[str, torch.Size], masks: Mapping[str, Tensor]) -> None:
-    """Checks that masks are of a guide's sites.
-
-    Args:
-        shapes: The shapes of the guide's sites, by name.
-        masks: The weights to keep, by the name of the site.
-
-    Raises:
-        ValueError: If a site or a shape differs.
-
-    Example:
-        >>> check_masks({"w": torch.Size([3])}, {"v": torch.ones(3)})
-        Traceback (most recent call last):
-            ...
-        ValueError: v: the summary has this site, but the guide has w; are they of the same model?
-    """
-    for name, mask in masks.items():
-        if name not in shapes:
-            known = ", ".join(shapes) or "none"
-            raise ValueError(
-                f"{name}: the summary has this site, but the guide has {known}; are they of the same model?"
-            )
-        if mask.shape != shapes[name]:
-            raise ValueError(
-                f"{name}: expected a mask of shape {tuple(shapes[name])}, as in the guide, but the summary has "
-                f"{tuple(mask.shape)}; are they of the same model?"
-            )
-
-
-class _Site(NamedTuple):
-    """What the guide needs to know of a latent: nothing that holds numbers of the model."""
-
-    transform: Transform
-    event_dim: int
-    plates: tuple[str, ...]
-    is_sparse: bool
-
-    def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
-        base = SparseNormal(loc, log_variance, validate_args=False).to_event(self.event_dim)
-        if _is_identity(self.transform):
-            return base
-        # The cache makes the density at a sample exact, and finite where the inverse is not.
-        return dist.TransformedDistribution(base, [self.transform.with_cache()])
-
-
-class _MaskMessenger(Messenger):
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.masks = masks
-
-    def _pyro_sample(self, msg: Any) -> None:
-        mask = self.masks.get(msg["name"])
-        if mask is None:
-            return
-        fn = msg["fn"]
-        q: Any = unwrap_independent(fn)
-        q = SparseNormal(q.loc * mask, torch.where(mask, q.log_variance, -math.inf), validate_args=False)
-        msg["fn"] = q.to_event(len(fn.event_shape))
-
-
 def _sees_parameters(handler: Any) -> bool:
     return hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param")
-
-
-def _attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
-    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        for attribute, prior in getattr(module, "_pyro_samples", {}).items():
-            found = prior.of(module) if isinstance(prior, SitePrior) else prior
-            if isinstance(found, Distribution):
-                yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
 
 
 def _is_in_plates(early: Tensor, value: Tensor) -> bool:
@@ -503,40 +359,3 @@ def _leaf(parameters: PyroModule, name: str) -> tuple[PyroModule, str]:
     for part in path:
         parameters = parameters._modules[part]
     return parameters, attribute
-
-
-def _simplified(transform: Transform) -> Transform:
-    """Drops x ↦ 0 + 1 x, as at the end of torch's map onto the positive numbers, which hides equal transforms."""
-    if not isinstance(transform, ComposeTransform):
-        return transform
-    parts = [_simplified(part) for part in transform.parts]
-    parts = [part for part in parts if not (isinstance(part, AffineTransform) and part == AffineTransform(0, 1))]
-    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-
-
-def _is_identity(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
-
-
-def _keep_latents(trace: Any) -> None:
-    """Removes from a prototype what a copy or a pickle of it could not, or need not, hold."""
-    for name, node in list(trace.nodes.items()):
-        if node["type"] != "sample" or node["is_observed"]:
-            trace.remove_node(name)
-        else:
-            node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
-
-
-@contextmanager
-def _unchanged_buffers(model: Any) -> Iterator[None]:
-    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation."""
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    kept = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)

@@ -4,7 +4,7 @@
 :class:`Supervised` adds a likelihood and the size of the data set.
 """
 
-__all__ = ["SharedSite", "SitePrior", "Supervised", "WeightPrior", "bayesianize", "map_tensors"]
+__all__ = ["Supervised", "bayesianize"]
 
 import copy
 import weakref
@@ -13,19 +13,16 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import pyro
-import pyro.distributions as dist
-import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .distributions import LogUniform
+from .selection import Pattern, choose, matches
+from .sites import SharedSite, SitePrior
 
-Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 Prior: TypeAlias = Distribution | Mapping[str, Distribution] | Callable[[str, nn.Parameter], Distribution]
 
 
@@ -69,11 +66,11 @@ def bayesianize(
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"bayesianize: expected an nn.Module, but got {type(net).__name__}")
-    chosen = _choose(net, include, exclude)
+    chosen = choose(net, include, exclude)
     prior = LogUniform() if prior is None else prior
     if isinstance(prior, Mapping):
         for glob in prior:
-            _matches(net, dict(net.named_parameters()), glob, "prior")
+            matches(net, dict(net.named_parameters()), glob, "prior")
     priors = {name: _fitted_prior(name, net.get_parameter(name), prior) for name in chosen}
     bnn = copy.deepcopy(net, {id(t): t.detach().clone() for t in _derived_tensors(net)})
     aliases = _aliases(bnn)
@@ -173,122 +170,6 @@ class Supervised(PyroModule):
         return size
 
 
-class WeightPrior(dist.Independent):
-    """The prior of one parameter of a network, with the parameter's value.
-
-    Args:
-        base_dist: The prior of the single weights, of the parameter's shape.
-        reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
-        value: The value that the parameter had.
-
-    Example:
-        >>> prior = WeightPrior(LogUniform().expand([3, 4]), 2, torch.zeros(3, 4))
-        >>> prior.event_shape
-        torch.Size([3, 4])
-    """
-
-    def __init__(self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor) -> None:
-        super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
-        self.value = value
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
-        """Returns the expanded prior, without the value."""
-        return dist.Independent(self.base_dist, self.reinterpreted_batch_ndims).expand(batch_shape, _instance)
-
-
-class SitePrior:
-    """What Pyro calls where a module's attribute is read: the prior, or outside a call of the network its value.
-
-    The prior follows the module to another device or dtype. The value lets modules that look at their own weights,
-    as ``nn.LSTM`` does when it is copied, do so without a sample.
-
-    Args:
-        buffer: The name of the module's buffer with the value that the attribute had.
-        prior: The prior, of the value's shape.
-
-    Example:
-        >>> net = nn.Linear(4, 3)
-        >>> bnn = bayesianize(net, LogUniform(1e-4, 1.0))
-        >>> torch.equal(bnn.weight, net.weight)
-        True
-        >>> bnn._pyro_samples["weight"].of(bnn.double()).sample().dtype
-        torch.float64
-    """
-
-    def __init__(self, buffer: str, prior: Distribution) -> None:
-        self.buffer = buffer
-        self.prior = prior
-        self._last: WeightPrior | None = None
-
-    def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
-        """Returns the prior within a call of the network, and outside of one the value."""
-        return self.of(module) if module._pyro_context.active else module._buffers[self.buffer]
-
-    def of(self, module: nn.Module) -> WeightPrior:
-        """Returns the prior on the device and of the dtype that the module now has.
-
-        Args:
-            module: The module whose attribute it is.
-
-        Returns:
-            The prior.
-        """
-        value = module._buffers[self.buffer]
-        assert value is not None
-        if self._last is None or self._last.value is not value:
-            prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
-            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
-        return self._last
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """Applies a function to every tensor of a distribution, its bases and its transforms.
-
-    Args:
-        value: A distribution; it is not changed.
-        function: The function.
-        memo: What was mapped already, by identity; a transform and its inverse refer to each other.
-
-    Returns:
-        A copy of the distribution.
-
-    Example:
-        >>> map_tensors(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1), Tensor.double).mean.dtype
-        torch.float64
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    memo = {} if memo is None else memo
-    if isinstance(value, Distribution | torch.distributions.Transform):
-        if id(value) not in memo:
-            memo[id(value)] = mapped = copy.copy(value)
-            mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
-        return memo[id(value)]
-    return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value
-
-
-class SharedSite:
-    """What Pyro calls for a parameter that another module owns: the owner's draw.
-
-    Args:
-        owner: The module whose site it is.
-        attribute: The owner's name for it.
-
-    Example:
-        >>> owner = nn.Linear(2, 2)
-        >>> SharedSite(owner, "weight")(nn.Embedding(2, 2)) is owner.weight
-        True
-    """
-
-    def __init__(self, owner: nn.Module, attribute: str) -> None:
-        self.owner = owner
-        self.attribute = attribute
-
-    def __call__(self, module: nn.Module) -> Tensor:
-        """Returns the owner's draw."""
-        return getattr(self.owner, self.attribute)
-
-
 class _OwnParameters(Messenger):
     """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
 
@@ -311,58 +192,6 @@ class _OwnParameters(Messenger):
             number += 1
             msg["name"] = f"{name}_{number}"
         msg["args"] = (msg["name"], parameter)
-
-
-def _choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
-    parameters = dict(net.named_parameters())
-    for name, parameter in parameters.items():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
-    if include is None:
-        chosen = [name for name, p in parameters.items() if p.dim() > 1]
-    else:
-        taken = set().union(*(_matches(net, parameters, p, "include") for p in _listed(include)))
-        chosen = [name for name in parameters if name in taken]
-    left_out = set().union(*(_matches(net, parameters, p, "exclude") for p in _listed(exclude)))
-    chosen = [name for name in chosen if name not in left_out]
-    if not chosen:
-        raise ValueError(f"bayesianize: no parameter is left to give a prior, of {_names(parameters)}")
-    for name in chosen:
-        _check_parameter(net, name, parameters[name])
-    return chosen
-
-
-def _listed(patterns: Any) -> list[Any]:
-    return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | type) else [patterns]
-
-
-def _matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any, option: str) -> set[str]:
-    if isinstance(pattern, str):
-        found = {name for name in parameters if fnmatchcase(name, pattern)}
-    elif isinstance(pattern, type) and issubclass(pattern, nn.Module):
-        owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters(recurse=False)}
-        found = {name for name, p in parameters.items() if id(p) in owned}
-    elif callable(pattern):
-        return {name for name, p in parameters.items() if pattern(name, p)}
-    else:
-        raise TypeError(f"{option}: expected a glob, a module type or a predicate, but got {pattern!r}")
-    if not found:
-        raise ValueError(
-            f"{option}: expected a pattern that matches a parameter, but {pattern!r} fits none of {_names(parameters)}"
-        )
-    return {name for name in found if parameters[name].dim() > 1} or found
-
-
-def _check_parameter(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    if not parameter.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
-    owner = net.get_submodule(name.rpartition(".")[0])
-    hooks = owner._forward_pre_hooks.values()
-    if "parametrizations" in name.split(".") or any(isinstance(h, WeightNorm | SpectralNorm) for h in hooks):
-        raise ValueError(
-            f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
-            "...), and samples of its parts make no weight; remove the parametrisation or exclude the parameter"
-        )
 
 
 def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
@@ -429,7 +258,3 @@ def _make_site(bnn: PyroModule, alias: str, name: str, prior: Distribution) -> N
     else:
         path, _, owner_attribute = name.rpartition(".")
         module._pyro_samples[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)
-
-
-def _names(parameters: Iterable[str]) -> str:
-    return ", ".join(parameters) or "none"

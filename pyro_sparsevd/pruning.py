@@ -9,8 +9,9 @@ from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from .guides import check_masks, sparse_normal_parts
-from .priors import SharedSite, SitePrior
+from .guides import sparse_normal_parts
+from .masking import check_masks
+from .sites import SharedSite, SitePrior
 from .summary import SparsitySummary
 
 

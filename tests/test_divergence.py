@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from pyro_sparsevd import divergence
 from pyro_sparsevd.divergence import (
-    KERNELS,
     add_gradients_,
     kl_ard,
     kl_log_uniform,
@@ -20,6 +19,7 @@ from pyro_sparsevd.divergence import (
     log_alpha,
     total_and_slopes,
 )
+from pyro_sparsevd.kernels import KERNELS
 
 FORMS = ("approximate", "exact")
 K1, K2, K3 = 0.63576, 1.87320, 1.48695

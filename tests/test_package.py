@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import pyro_sparsevd
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,7 +36,10 @@ print(before == state(), "matplotlib" in sys.modules)
 
 
 def test_modules_import_only_from_those_above_them():
-    order = ["divergence", "workspace", "distributions", "priors", "local_reparam", "guides", "schedules", "elbo", "summary", "pruning", "nets", "datasets", "plots"]
+    order = re.findall(r"^    ((?:\w+)(?:, \w+)*)  +\w", pyro_sparsevd.__doc__, re.M)
+    order = [module for line in order for module in line.split(", ")]
+    files = {path.stem for path in (ROOT / "pyro_sparsevd").glob("*.py")}
+    assert set(order) == files - {"__init__", "conftest"}
     for position, module in enumerate(order):
         text = (ROOT / "pyro_sparsevd" / f"{module}.py").read_text()
         imported = re.findall(r"^from \.(\w+) import", text, re.M)

@@ -63,7 +63,7 @@ NETS = {
 
 @pytest.fixture(params=NETS)
 def pruned(request, device):
-    """The original network, its Bayesian version, a guide with spread log α, its summary, the pruned network, inputs."""
+    """A network, its Bayesian version, a guide with spread log α, its summary, the pruned network, inputs."""
     make_net, make_input = NETS[request.param]
     net = make_net().to(device)
     bnn = svd.bayesianize(net).eval()
@@ -166,7 +166,7 @@ def test_what_was_trained_through_svi_is_what_is_pruned(device):
 def test_a_guide_of_another_network_is_refused(device):
     bnn, other = svd.bayesianize(nn.Linear(3, 2)), svd.bayesianize(nn.Sequential(nn.Linear(3, 2)))
     guide = svd.AutoSparseNormal(other)
-    with pytest.raises(ValueError, match="weight: expected this site of the network in the guide, .* has 0.weight"):
+    with pytest.raises(ValueError, match=r"weight: expected this site of the network in the guide, .* has 0\.weight"):
         svd.prune(bnn, guide, svd.sparsify(guide))
 
 

@@ -1,0 +1,68 @@
+"""Checks of what goes into a bound."""
+
+__all__ = ["blame", "is_finite"]
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_finite(argument: Any) -> bool:
+    """Tells whether an argument of a model is not a floating-point tensor with NaN or infinities.
+
+    Args:
+        argument: Any object.
+
+    Returns:
+        False for such a tensor.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0, torch.nan])), is_finite("a"), is_finite(torch.ones(3))
+        (False, True, True)
+    """
+    if not (isinstance(argument, Tensor) and argument.is_floating_point()):
+        return True
+    # A sum may overflow where its terms are finite, but is much cheaper.
+    return math.isfinite(argument.detach().sum()) or bool(torch.isfinite(argument).all())
+
+
+def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+    """Raises an error that names the argument or parameter that is not finite, if one is.
+
+    Args:
+        error: What was raised.
+        model: The model.
+        guide: The guide.
+        args: What both were called with.
+        kwargs: What both were called with.
+
+    Raises:
+        ValueError: If something is not finite.
+
+    Example:
+        >>> blame(ValueError(), lambda x: None, lambda x: None, (torch.tensor(torch.inf),), {})
+        Traceback (most recent call last):
+            ...
+        ValueError: x: expected finite numbers, but it holds NaN or infinities
+    """
+    for name, value in [*_named_arguments(model, args, kwargs), *_named_parameters(model), *_named_parameters(guide)]:
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
+
+
+def _named_arguments(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        names = []
+    names += [f"argument {i}" for i in range(len(names), len(args))]
+    return [*zip(names, args, strict=False), *kwargs.items()]
+
+
+def _named_parameters(module: Callable) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters()) if isinstance(module, torch.nn.Module) else []

@@ -1,0 +1,120 @@
+"""What a guide learns about the latents of a model, and where it starts."""
+
+__all__ = ["Latent", "attribute_sites", "init_to_weights", "keep_latents", "simplified", "unchanged_buffers"]
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide.initialization import init_to_feasible
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+
+from .distributions import LogUniform, SparseNormal, unwrap_independent
+from .sites import SitePrior, WeightPrior, map_tensors
+
+
+def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
+    """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
+
+    Another site with a log-uniform prior starts at small random values, uniform with the standard deviation of
+    torch's linear layers; any other as ``fallback`` says.
+
+    Args:
+        site: A Pyro trace site; without it, the function itself is returned.
+        fallback: The initialisation of sites without a log-uniform prior.
+
+    Returns:
+        The initial value.
+
+    Example:
+        >>> weight = torch.randn(3, 4)
+        >>> site = {"fn": WeightPrior(LogUniform().expand([3, 4]), 2, weight)}
+        >>> torch.equal(init_to_weights(site), weight)
+        True
+    """
+    if site is None:
+        return lambda site: init_to_weights(site, fallback=fallback)
+    fn = site["fn"]
+    if isinstance(fn, WeightPrior):
+        return fn.value
+    prior = unwrap_independent(fn)
+    if not isinstance(prior, LogUniform):
+        return fallback(site)
+    shape = fn.shape()
+    bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
+    return prior.low.new_empty(shape).uniform_(-bound, bound)
+
+
+class Latent(NamedTuple):
+    """What the guide needs to know of a latent: nothing that holds numbers of the model.
+
+    Args:
+        transform: From unconstrained space to the latent's support.
+        event_dim: The number of dimensions of an event, in unconstrained space.
+        plates: The names of the plates it is in.
+        is_sparse: Whether it has a log-uniform prior.
+    """
+
+    transform: Transform
+    event_dim: int
+    plates: tuple[str, ...]
+    is_sparse: bool
+
+    def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
+        """Returns the distribution at the site, given the parameters in unconstrained space."""
+        base = SparseNormal(loc, log_variance, validate_args=False).to_event(self.event_dim)
+        if _is_identity(self.transform):
+            return base
+        # The cache makes the density at a sample exact, and finite where the inverse is not.
+        return dist.TransformedDistribution(base, [self.transform.with_cache()])
+
+
+def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
+    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for attribute, prior in getattr(module, "_pyro_samples", {}).items():
+            found = prior.of(module) if isinstance(prior, SitePrior) else prior
+            if isinstance(found, Distribution):
+                yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
+
+
+def simplified(transform: Transform) -> Transform:
+    """Drops x ↦ 0 + 1 x, as at the end of torch's map onto the positive numbers, which hides equal transforms."""
+    if not isinstance(transform, ComposeTransform):
+        return transform
+    parts = [simplified(part) for part in transform.parts]
+    parts = [part for part in parts if not (isinstance(part, AffineTransform) and part == AffineTransform(0, 1))]
+    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def _is_identity(transform: Transform) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, ComposeTransform) and not transform.parts
+
+
+def keep_latents(trace: Any) -> None:
+    """Removes from a prototype what a copy or a pickle of it could not, or need not, hold."""
+    for name, node in list(trace.nodes.items()):
+        if node["type"] != "sample" or node["is_observed"]:
+            trace.remove_node(name)
+        else:
+            node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
+
+
+@contextmanager
+def unchanged_buffers(model: Any) -> Iterator[None]:
+    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,154 @@
+"""Linear operations by a Gaussian weight that sample their output, as autograd functions."""
+
+__all__ = ["Integral", "LocalConvolution", "LocalLinear"]
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import divergence
+from .workspace import Workspace
+
+
+class Integral:
+    """What the divergence of a weight shares with the operation that integrated it out.
+
+    The operation returns, beside its output, a zero: the carrier. The gradient that the carrier receives is that of
+    the divergence, whose gradients the operation's backward pass adds to its own where they are made. The graph holds
+    this object, so it must not hold the carrier.
+    """
+
+    __slots__ = ("slope", "variance", "workspace")
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.variance: Tensor
+        self.slope: Tensor
+
+
+class LocalLinear(torch.autograd.Function):
+    """output = mean + √variance · ε, with mean and variance linear in the weight's mean and variance.
+
+    The gradient reaches the variance through r = ε / √variance, the only tensor of the output's size that is saved;
+    that of √variance is r/2. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102 # as of every autograd function
+        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: Integral
+    ) -> tuple[Tensor, Tensor]:
+        workspace, shape = integral.workspace, (x.shape[0], loc.shape[0])
+        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        output, std = workspace.empty(shape, x), workspace.empty(shape, x)
+        torch.mm(x, loc.t(), out=output) if bias is None else torch.addmm(bias, x, loc.t(), out=output)
+        torch.mm(torch.mul(x, x, out=workspace.empty_like(x)), variance.t(), out=std)
+        r = _add_noise_(output, std, workspace)
+        ctx.save_for_backward(x, loc, variance, r)
+        ctx.integral = integral
+        ctx.set_materialize_grads(False)
+        return output, loc.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, loc, variance, r = ctx.saved_tensors
+        workspace = ctx.integral.workspace
+        x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
+        grad = torch.zeros_like(r) if grad is None else grad
+        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
+        grad_x = grad_loc = grad_log_variance = None
+        if x_needed:
+            grad_x = torch.mm(grad_squares, variance, out=workspace.empty_like(x)).mul_(x).addmm_(grad, loc)
+        if loc_needed:
+            grad_loc = torch.mm(grad.t(), x, out=workspace.empty_like(loc))
+        if log_variance_needed:
+            squares = torch.mul(x, x, out=workspace.empty_like(x))
+            out = workspace.empty_like(loc)
+            grad_log_variance = torch.addmm(out, grad_squares.t(), squares, beta=0, alpha=0.5, out=out).mul_(variance)
+        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        return grad_x, grad_loc, grad_log_variance, grad.sum(0) if bias_needed else None, None
+
+
+class LocalConvolution(torch.autograd.Function):
+    """As for a linear layer, with independent noise for each output pixel."""
+
+    @staticmethod
+    def forward(  # noqa: D102 # as of every autograd function
+        ctx: Any,
+        x: Tensor,
+        loc: Tensor,
+        log_variance: Tensor,
+        bias: Tensor | None,
+        integral: Integral,
+        *geometry: Any,
+    ) -> tuple[Tensor, Tensor]:
+        workspace = integral.workspace
+        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        output = torch.convolution(x, loc, bias, *geometry)
+        squares = torch.mul(x, x, out=workspace.empty_like(x))
+        r = _add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
+        ctx.save_for_backward(x, loc, variance, r)
+        ctx.integral, ctx.geometry = integral, geometry
+        ctx.set_materialize_grads(False)
+        return output, loc.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, loc, variance, r = ctx.saved_tensors
+        workspace, geometry = ctx.integral.workspace, ctx.geometry
+        x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
+        grad = torch.zeros_like(r) if grad is None else grad
+        needed = x_needed, loc_needed, bias_needed
+        grad_x, grad_loc, grad_bias = _convolution_backward(grad, x, loc, geometry, needed)
+        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
+        squares = torch.mul(x, x, out=workspace.empty_like(x))
+        needed = x_needed, log_variance_needed, False
+        grad_x_squares, grad_log_variance, _ = _convolution_backward(grad_squares, squares, variance, geometry, needed)
+        if x_needed:
+            grad_x.addcmul_(grad_x_squares, x)
+        if loc_needed:
+            grad_loc = grad_loc.contiguous()
+        if log_variance_needed:
+            grad_log_variance = grad_log_variance.contiguous().mul_(variance).mul_(0.5)
+        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needed: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """Returns the gradients of the input, the weight and the bias of a convolution, as far as they are needed."""
+    stride, padding, dilation, transposed, _, groups = geometry
+    x_needed, weight_needed, bias_needed = needed
+    grad_weight = None
+    if weight_needed and x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not transposed:
+        # For grey images oneDNN takes several times as long as the matrix product that this gradient is.
+        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+        grad_weight = torch.bmm(grad.flatten(2), patches.transpose(1, 2)).sum(0).view_as(weight)
+    mask = x_needed, weight_needed and grad_weight is None, bias_needed
+    backward = torch.ops.aten.convolution_backward
+    grad_x, other, grad_bias = backward(grad, x, weight, [grad.shape[1]], *geometry, mask)
+    return grad_x, grad_weight if other is None else other, grad_bias
+
+
+def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
+    """Adds the noise to the mean, overwrites the variance, and returns r."""
+    std = variance.clamp_min_(torch.finfo(variance.dtype).tiny).sqrt_()
+    noise = workspace.empty_like(std).normal_()
+    output.addcmul_(std, noise)
+    return noise.div_(std)
+
+
+def _add_kl_gradients_(
+    grad_loc: Tensor | None, grad_log_variance: Tensor | None, loc: Tensor, integral: Integral, grad: Tensor | None
+) -> None:
+    if grad is not None:
+        divergence.add_gradients_(grad_loc, grad_log_variance, loc, integral.variance, integral.slope, grad)

@@ -1,0 +1,129 @@
+"""What a parameter of a network is after it was given a prior."""
+
+__all__ = ["SharedSite", "SitePrior", "WeightPrior", "map_tensors"]
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+
+class WeightPrior(dist.Independent):
+    """The prior of one parameter of a network, with the parameter's value.
+
+    Args:
+        base_dist: The prior of the single weights, of the parameter's shape.
+        reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
+        value: The value that the parameter had.
+
+    Example:
+        >>> prior = WeightPrior(svd.LogUniform().expand([3, 4]), 2, torch.zeros(3, 4))
+        >>> prior.event_shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor) -> None:
+        super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
+        self.value = value
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
+        """Returns the expanded prior, without the value."""
+        return dist.Independent(self.base_dist, self.reinterpreted_batch_ndims).expand(batch_shape, _instance)
+
+
+class SitePrior:
+    """What Pyro calls where a module's attribute is read: the prior, or outside a call of the network its value.
+
+    The prior follows the module to another device or dtype. The value lets modules that look at their own weights,
+    as ``nn.LSTM`` does when it is copied, do so without a sample.
+
+    Args:
+        buffer: The name of the module's buffer with the value that the attribute had.
+        prior: The prior, of the value's shape.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> bnn = svd.bayesianize(net, svd.LogUniform(1e-4, 1.0))
+        >>> torch.equal(bnn.weight, net.weight)
+        True
+        >>> bnn._pyro_samples["weight"].of(bnn.double()).sample().dtype
+        torch.float64
+    """
+
+    def __init__(self, buffer: str, prior: Distribution) -> None:
+        self.buffer = buffer
+        self.prior = prior
+        self._last: WeightPrior | None = None
+
+    def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
+        """Returns the prior within a call of the network, and outside of one the value."""
+        return self.of(module) if module._pyro_context.active else module._buffers[self.buffer]
+
+    def of(self, module: nn.Module) -> WeightPrior:
+        """Returns the prior on the device and of the dtype that the module now has.
+
+        Args:
+            module: The module whose attribute it is.
+
+        Returns:
+            The prior.
+        """
+        value = module._buffers[self.buffer]
+        assert value is not None
+        if self._last is None or self._last.value is not value:
+            prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
+            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
+        return self._last
+
+
+class SharedSite:
+    """What Pyro calls for a parameter that another module owns: the owner's draw.
+
+    Args:
+        owner: The module whose site it is.
+        attribute: The owner's name for it.
+
+    Example:
+        >>> owner = nn.Linear(2, 2)
+        >>> SharedSite(owner, "weight")(nn.Embedding(2, 2)) is owner.weight
+        True
+    """
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        self.owner = owner
+        self.attribute = attribute
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        """Returns the owner's draw."""
+        return getattr(self.owner, self.attribute)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
+    """Applies a function to every tensor of a distribution, its bases and its transforms.
+
+    Args:
+        value: A distribution; it is not changed.
+        function: The function.
+        memo: What was mapped already, by identity; a transform and its inverse refer to each other.
+
+    Returns:
+        A copy of the distribution.
+
+    Example:
+        >>> map_tensors(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1), Tensor.double).mean.dtype
+        torch.float64
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    memo = {} if memo is None else memo
+    if isinstance(value, Distribution | torch.distributions.Transform):
+        if id(value) not in memo:
+            memo[id(value)] = mapped = copy.copy(value)
+            mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
+        return memo[id(value)]
+    return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value

@@ -1,0 +1,108 @@
+"""Error, likelihood and compression against the threshold."""
+
+__all__ = ["SweepPoint", "threshold_sweep"]
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoGuide
+from torch import Tensor, nn
+
+from .guides import sparse_normal_parts
+from .summary import sparsify
+
+
+class SweepPoint(NamedTuple):
+    """A threshold and what it costs.
+
+    Args:
+        threshold: The log α above which weights are dropped.
+        error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
+            squared error.
+        nll: The mean negative log likelihood of a datum, in nats.
+        sparsity: The fraction of the weights that is dropped.
+        compression: The number of weights over the number kept.
+    """
+
+    threshold: float
+    error: float
+    nll: float
+    sparsity: float
+    compression: float
+
+
+@torch.no_grad()
+def threshold_sweep(
+    model: Callable, guide: AutoGuide, data: Iterable[Sequence[Any]], thresholds: Iterable[float]
+) -> list[SweepPoint]:
+    """Evaluates the sparse network of the posterior means at each of several thresholds.
+
+    Args:
+        model: The model, such as a :class:`~.priors.Supervised`, with an observed site. A module is evaluated in
+            evaluation mode and left in the mode it was in.
+        guide: Its guide.
+        data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Take data that were not
+            trained on.
+        thresholds: The log α above which weights are dropped, each.
+
+    Returns:
+        A point for each threshold, in their order.
+
+    Raises:
+        ValueError: If the model observes nothing, ``data`` is empty or a threshold is NaN.
+
+    Example:
+        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), 100)
+        >>> guide = svd.AutoSparseNormal(model)
+        >>> points = threshold_sweep(model, guide, [(torch.randn(9, 4), torch.zeros(9))], [3.0, -20.0])
+        >>> [point.sparsity for point in points]
+        [0.0, 1.0]
+    """
+    batches = list(data) if isinstance(data, Iterator) else data
+    parts = sparse_normal_parts(guide)
+    medians = {name: value for part in parts for name, value in part.median().items()}
+    points = []
+    with _in_evaluation_mode(model):
+        for threshold in thresholds:
+            summary = sparsify(guide, threshold)
+            error, nll = _evaluate(model, {name: summary.masked(name, m) for name, m in medians.items()}, batches)
+            points.append(SweepPoint(float(threshold), error, nll, summary.sparsity, summary.compression))
+    return points
+
+
+@contextmanager
+def _in_evaluation_mode(model: Any) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]) -> tuple[float, float]:
+    """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
+    conditioned = poutine.condition(model, data=latents)
+    error = nll = 0.0
+    count = 0
+    for batch in batches:
+        trace = poutine.trace(conditioned).get_trace(*batch)
+        sites = (trace.nodes[name] for name in trace.observation_nodes if name not in latents)
+        observed = [site for site in sites if not site["infer"].get("_deterministic")]
+        if not observed:
+            raise ValueError("model: expected an observed site to evaluate; are the targets among the data?")
+        for site in observed:
+            fn, value = site["fn"], site["value"]
+            log_prob = fn.log_prob(value)
+            errors = fn.mode != value if fn.support.is_discrete else (fn.mean - value) ** 2
+            error += float(errors.double().mean()) * log_prob.numel()
+            nll -= float(log_prob.double().sum())
+            count += log_prob.numel()
+    if count == 0:
+        raise ValueError("data: expected at least one batch, but got none")
+    return error / count, nll / count
