@@ -95,6 +95,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
         self._drawn_sites: set[str] = set()
+        self._has_run = False
         self._workspace = Workspace()
 
     @property
@@ -126,7 +127,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             nll, kl = self._mean_terms(model, guide, args, kwargs)
             loss = nll + self.kl_weight * kl
             if self.check_finite and not math.isfinite(loss.detach()):
-                raise ValueError(f"loss: expected a finite number, but got nll {float(nll)} and kl {float(kl)}")
+                raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
         except ValueError as error:
             blame(error, model, guide, args, kwargs)
             raise
@@ -166,11 +167,20 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return loss.item()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
+        # The first pass finds out which weights are used more than once. It must not count twice in the statistics of
+        # a batch normalisation.
+        buffers = () if self._has_run or not isinstance(model, torch.nn.Module) else tuple(model.buffers())
+        saved = [buffer.clone() for buffer in buffers]
         while True:
             try:
-                return self._sites_once(model, guide, args, kwargs)
+                sites = self._sites_once(model, guide, args, kwargs)
             except RepeatedUseError as repeated:
                 self._drawn_sites.add(repeated.site)
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)
+            else:
+                self._has_run = True
+                return sites
 
     def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
         if self.local_reparam:
@@ -235,8 +245,13 @@ def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
 
 
 def _have_same_scale_and_mask(q: Any, p: Any) -> bool:
-    numbers = isinstance(q["scale"], float) and isinstance(p["scale"], float)
-    return (q["scale"] is p["scale"] or (numbers and q["scale"] == p["scale"])) and q["mask"] is p["mask"]
+    return _are_same(q["scale"], p["scale"]) and _are_same(q["mask"], p["mask"])
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first is second or torch.equal(first, second)
+    return type(first) is type(second) and first == second
 
 
 def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
