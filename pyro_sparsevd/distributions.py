@@ -133,10 +133,10 @@ class LogUniform(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         magnitude = value.abs()
-        log_density = -magnitude.log()
         if not self.is_proper:
-            return log_density.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
-        log_density = log_density - (2 * (self.high / self.low).log()).log()
+            return -magnitude.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        # The clamp keeps the gradient of a value outside at 0.
+        log_density = -magnitude.clamp(self.low, self.high).log() - (2 * (self.high / self.low).log()).log()
         return torch.where((self.low <= magnitude) & (magnitude <= self.high), log_density, -math.inf)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch

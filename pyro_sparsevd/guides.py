@@ -84,7 +84,7 @@ class AutoSparseNormal(AutoGuide):
         """The model; a guide that was pickled has none."""
         if self._model is None:
             raise RuntimeError("This guide was unpickled without its model; call a guide once before it is pickled.")
-        return InitMessenger(self.init_loc_fn)(self._model[0])
+        return InitMessenger(self._initial_value)(self._model[0])
 
     @property
     def posteriors(self) -> dict[str, SparseNormal]:
@@ -207,10 +207,7 @@ class AutoSparseNormal(AutoGuide):
         if self._loaded:  # so others are targets, which a prediction leaves open
             found = {name: site for name, site in found.items() if name in self._loaded or name in self._sites}
         unknown = self._loaded - found.keys()
-        for name in unknown:
-            self._remove_site(name)
         if unknown:
-            self._loaded -= unknown
             self.prototype_trace: Any = None
             raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
         early, self._sites = self._sites, {}
@@ -224,6 +221,12 @@ class AutoSparseNormal(AutoGuide):
             name: f for name, f in self._prototype_frames.items() if name in plates
         }
         keep_latents(self.prototype_trace)
+
+    def _initial_value(self, site: Any) -> Any:
+        # After a state was loaded, a site that it lacks is a target, which a prediction leaves open.
+        if self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites:
+            return site["fn"]()
+        return self.init_loc_fn(site)
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
         transform = simplified(biject_to(prior.support))
@@ -281,21 +284,19 @@ class AutoSparseNormal(AutoGuide):
 
     def _take_own_name(self) -> None:
         """Numbers this guide, as Pyro's parameter store holds parameters of another of its name."""
-        stored = {key.partition(".")[0] for key in pyro.get_param_store().keys()}  # noqa: SIM118 # no mapping
-        number = 2
-        while f"{type(self).__name__}_{number}" in stored:
+        stored = pyro.get_param_store()._params
+        old, number = self._pyro_name, 2
+        while any(key.startswith(f"{old}_{number}.") for key in stored):
             number += 1
-        self._pyro_context.used = False
-        self._pyro_set_supermodule(f"{type(self).__name__}_{number}", self._pyro_context)
+        for module in self.modules():
+            module._pyro_name = f"{old}_{number}{module._pyro_name[len(old) :]}"
 
     def _has_own_name(self) -> bool:
-        if self._pyro_context.active or self.master is not None:
-            return True
         stored = pyro.get_param_store()._params
-        for name in self._sites:
-            own = self._plain_parameters_of(name)[0]
-            return stored.get(f"{self._pyro_name}.locs.{name}", own) is own
-        return not any(key.startswith(f"{self._pyro_name}.") for key in stored)
+        if not self._sites:
+            return not any(key.startswith(f"{self._pyro_name}.") for key in stored)
+        own = ((name, self._plain_parameters_of(name)[0]) for name in self._sites)
+        return all(stored.get(f"{self._pyro_name}.locs.{name}", loc) is loc for name, loc in own)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads a state, making the parameters that the model has not been run to make; see ``nn.Module``."""

@@ -5,7 +5,6 @@ __all__ = ["Integral", "LocalConvolution", "LocalLinear"]
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -106,37 +105,45 @@ class LocalConvolution(torch.autograd.Function):
         workspace, geometry = ctx.integral.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(r) if grad is None else grad
-        needed = x_needed, loc_needed, bias_needed
-        grad_x, grad_loc, grad_bias = _convolution_backward(grad, x, loc, geometry, needed)
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
         squares = torch.mul(x, x, out=workspace.empty_like(x))
-        needed = x_needed, log_variance_needed, False
-        grad_x_squares, grad_log_variance, _ = _convolution_backward(grad_squares, squares, variance, geometry, needed)
+        backward, bias_size = torch.ops.aten.convolution_backward, [grad.shape[1]]
+        grey = x.is_cpu and _is_grey_image(x, geometry)
+        needed = x_needed, loc_needed and not grey, bias_needed
+        grad_x, grad_loc, grad_bias = backward(grad, x, loc, bias_size, *geometry, needed)
+        needed = x_needed, log_variance_needed and not grey, False
+        grad_x_squares, grad_log_variance, _ = backward(grad_squares, squares, variance, bias_size, *geometry, needed)
         if x_needed:
             grad_x.addcmul_(grad_x_squares, x)
-        if loc_needed:
-            grad_loc = grad_loc.contiguous()
-        if log_variance_needed:
-            grad_log_variance = grad_log_variance.contiguous().mul_(variance).mul_(0.5)
+        if grey:
+            grad_loc, grad_log_variance = _weight_gradients_of_grey_images(
+                grad, grad_squares, x, loc.shape, geometry, workspace
+            )
+        grad_loc = grad_loc.contiguous() if loc_needed else None
+        grad_log_variance = grad_log_variance.contiguous().mul_(variance).mul_(0.5) if log_variance_needed else None
         _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
 
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needed: tuple[bool, bool, bool]
-) -> tuple[Any, Any, Any]:
-    """Returns the gradients of the input, the weight and the bias of a convolution, as far as they are needed."""
-    stride, padding, dilation, transposed, _, groups = geometry
-    x_needed, weight_needed, bias_needed = needed
-    grad_weight = None
-    if weight_needed and x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not transposed:
-        # For grey images oneDNN takes several times as long as the matrix product that this gradient is.
-        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
-        grad_weight = torch.bmm(grad.flatten(2), patches.transpose(1, 2)).sum(0).view_as(weight)
-    mask = x_needed, weight_needed and grad_weight is None, bias_needed
-    backward = torch.ops.aten.convolution_backward
-    grad_x, other, grad_bias = backward(grad, x, weight, [grad.shape[1]], *geometry, mask)
-    return grad_x, grad_weight if other is None else other, grad_bias
+def _is_grey_image(x: Tensor, geometry: tuple) -> bool:
+    *_, transposed, _, groups = geometry
+    return x.dim() == 4 and x.shape[1] == groups == 1 and not transposed
+
+
+def _weight_gradients_of_grey_images(
+    grad: Tensor, grad_squares: Tensor, x: Tensor, shape: torch.Size, geometry: tuple, workspace: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Returns the weight's gradients of a convolution of x and of one of its squares.
+
+    For images of one channel oneDNN takes several times as long as the matrix products that these gradients are.
+    """
+    stride, padding, dilation, *_ = geometry
+    grad, grad_squares = grad.flatten(2), grad_squares.flatten(2)
+    patches = workspace.empty((len(x), shape[2:].numel(), grad.shape[2]), x)
+    torch.ops.aten.im2col.out(x.contiguous(), shape[2:], dilation, padding, stride, out=patches)
+    grad_mean = torch.bmm(grad, patches.transpose(1, 2)).sum(0)
+    grad_variance = torch.bmm(grad_squares, patches.mul_(patches).transpose(1, 2)).sum(0)
+    return grad_mean.view(shape), grad_variance.view(shape)
 
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:

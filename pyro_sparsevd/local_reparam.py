@@ -244,6 +244,8 @@ def _local_convolution(
     batched = input.dim() == dims + 2
     x = input if batched else input.unsqueeze(0)
     if padding == "same":
+        if any(s != 1 for s in stride):
+            raise RuntimeError(f"padding='same': expected a stride of 1, but got {stride}")
         x, padding = _pad_same(x, weight.shape[2:], dilation)
     padding = _per_dim(0 if padding == "valid" else padding, dims)
     output = weight.integrate_out(

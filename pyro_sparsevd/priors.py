@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import pyro
@@ -114,14 +115,14 @@ class Supervised(PyroModule):
         super().__init__()
         if not isinstance(network, PyroModule):
             raise TypeError(f"Supervised: expected network = bayesianize(net), but got {type(network).__name__}")
-        if not callable(likelihood):
+        if isinstance(likelihood, Distribution) or not callable(likelihood):
             raise TypeError(f"Supervised: expected a callable likelihood, but got {type(likelihood).__name__}")
-        if not (isinstance(num_data, int) and num_data > 0):
+        if isinstance(num_data, bool) or not isinstance(num_data, Integral) or num_data <= 0:
             raise ValueError(f"Supervised: expected num_data, a positive integer, but got {num_data!r}")
         # Past PyroModule.__setattr__, which would prefix the names of the network's sites.
         self._modules["network"] = network
-        self.likelihood = likelihood
-        self.num_data = num_data
+        self.likelihood: Callable[[Any], Distribution] = likelihood
+        self.num_data: int = num_data
 
     @property
     def network(self) -> PyroModule:

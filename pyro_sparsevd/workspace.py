@@ -72,7 +72,7 @@ class Workspace:
         arrays = self._arrays.setdefault((size, dtype), [])
         self._arrays.move_to_end((size, dtype))
         for array in arrays:
-            if sys.getrefcount(array) == _UNUSED:
+            if sys.getrefcount(array) <= _UNUSED:
                 return array
         if len(self._arrays) > self.max_sizes:
             self._arrays.popitem(last=False)
@@ -82,4 +82,13 @@ class Workspace:
 
 _NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
 _SMALL = 2**13  # below this, malloc's own free lists serve
-_UNUSED = 3  # references to an array: the list's, the loop's and the call's
+
+
+def _references_to_a_listed_array() -> int:
+    # What a version of Python counts for the list, the loop and the call.
+    for array in [np.empty(1)]:
+        return sys.getrefcount(array)
+    return 0
+
+
+_UNUSED = _references_to_a_listed_array()

@@ -183,9 +183,11 @@ def test_samples_are_differentiable_in_the_bounds(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_samples_stay_inside_the_bounds_to_the_last_digit(dtype, device):
-    # Bounds so close that rounding alone leaves them.
+    # Bounds a few representable numbers apart: rounding alone can leave them.
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
     low = torch.linspace(0.1, 0.9, 200, dtype=dtype, device=device)
-    prior = LogUniform(low, low * (1 + torch.linspace(4, 40, 200, dtype=dtype, device=device) * torch.finfo(dtype).eps))
+    steps = torch.arange(200, dtype=bits, device=device) % 8 + 1
+    prior = LogUniform(low, (low.view(bits) + steps).view(dtype))
     samples = prior.sample((500,))
     assert samples.dtype == dtype
     assert (prior.log_prob(samples) > -math.inf).all()
@@ -251,7 +253,7 @@ PRIORS = [
     pytest.param(lambda device: LogUniform(), id="improper"),
     pytest.param(lambda device: bounded(0.1, 2.0, device), id="bounded"),
     pytest.param(lambda device: LogUniform(tensor([0.1, 0.2, 1.0], device), 2.0), id="batch"),
-    pytest.param(lambda device: LogUniform(1e-3, 1.0).expand([2, 3]), id="expanded"),
+    pytest.param(lambda device: bounded(1e-3, 1.0, device).expand([2, 3]), id="expanded"),
     pytest.param(lambda device: LogUniform().expand([2, 3]), id="improper expanded"),
 ]
 
@@ -331,12 +333,13 @@ def test_invalid_values_are_refused_with_validation_and_only_then(make, device):
     unchecked._validate_args = False
     assert not unchecked.log_prob(torch.full(prior.batch_shape, math.nan, device=device)).isfinite().any()
     with pytest.raises(ValueError, match=r"broadcast"):
-        LogUniform(1e-3, 1.0).expand([3]).log_prob(torch.ones(2, device=device))
+        bounded(1e-3, 1.0, device).expand([3]).log_prob(torch.ones(2, device=device))
 
 
 @pytest.mark.parametrize("validate_args", [True, False])
 def test_validation_is_kept_by_expansions(validate_args, device):
-    prior = LogUniform(1e-3, 1.0, validate_args=validate_args).expand([2]).expand([3, 2])
+    bounds = tensor(1e-3, device), tensor(1.0, device)
+    prior = LogUniform(*bounds, validate_args=validate_args).expand([2]).expand([3, 2])
     value = torch.full((3, 2), math.nan, device=device)
     if validate_args:
         with pytest.raises(ValueError, match="within the support"):
@@ -618,10 +621,12 @@ def test_kl_form_is_passed_on(posterior):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("ndims", [1, 2])
-@pytest.mark.parametrize("make", [LogUniform, lambda: LogUniform(1e-4, 9.0)], ids=["improper", "bounded"])
+@pytest.mark.parametrize(
+    "make", [lambda device: LogUniform(), lambda d: bounded(1e-4, 9.0, d)], ids=["improper", "bounded"]
+)
 def test_divergence_reaches_through_to_event(family, ndims, make, device):
     loc, log_variance = (torch.randn(2, 3, 4, dtype=torch.float64, device=device) for _ in range(2))
-    q, p = family(SparseNormal(loc, log_variance)), make().expand([2, 3, 4])
+    q, p = family(SparseNormal(loc, log_variance)), make(device).expand([2, 3, 4])
     expected = kl_divergence(q, p)
     assert expected.shape == (2, 3, 4)
     actual = kl_divergence(q.to_event(ndims), p.to_event(ndims))
@@ -631,11 +636,13 @@ def test_divergence_reaches_through_to_event(family, ndims, make, device):
         torch.testing.assert_close(nested, actual)
 
 
-@pytest.mark.parametrize("make", [LogUniform, lambda: LogUniform(1e-4, 9.0)], ids=["improper", "bounded"])
+@pytest.mark.parametrize(
+    "make", [lambda device: LogUniform(), lambda d: bounded(1e-4, 9.0, d)], ids=["improper", "bounded"]
+)
 def test_divergence_has_the_broadcast_shape_of_the_two(make, device):
     q = SparseNormal(torch.zeros(3, 1, device=device), torch.zeros(3, 1, device=device))
-    assert kl_divergence(q, make()).shape == (3, 1)
-    assert kl_divergence(q, make().expand([4])).shape == (3, 4)
+    assert kl_divergence(q, make(device)).shape == (3, 1)
+    assert kl_divergence(q, make(device).expand([4])).shape == (3, 4)
 
 
 def test_divergence_from_a_normal_is_torchs_rule(posterior):

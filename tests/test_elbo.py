@@ -264,6 +264,17 @@ def _function_twin(device: torch.device, subsample: bool = False) -> Twin:
     return Twin(model, AutoSparseNormal(model, init_log_variance=-1.0), ())
 
 
+def _function_of_data_twin(device: torch.device) -> Twin:
+    zeros = torch.zeros(4, dtype=F64, device=device)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(zeros, 1.0).to_event(1))
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    return Twin(model, AutoSparseNormal(model, init_log_variance=-1.0), _data(device))
+
+
 def _subsampled_twin(device: torch.device) -> Twin:
     return _function_twin(device, subsample=True)
 
@@ -850,10 +861,11 @@ def test_local_latents_of_a_subsample_count_for_the_whole_plate(kl, device):
     assert abs(SparseVD_ELBO(kl).loss(model, guide) - expected) < 1e-9
 
 
+@pytest.mark.parametrize("prior", [LogUniform(), LogUniform(1e-30, 1e30), dist.Normal(0.0, 1.0)], ids=repr)
 @pytest.mark.parametrize("scale", [3.0, "tensor"])
 @pytest.mark.parametrize("kl", ["approximate", "exact", "monte_carlo"])
-def test_a_scale_of_model_and_guide_multiplies_the_loss(kl, scale, device):
-    model, guide = _pair(device)
+def test_a_scale_of_model_and_guide_multiplies_the_loss(kl, scale, prior, device):
+    model, guide = _pair(device, prior=prior)
     guide(*_data(device))
     scale = torch.tensor(3.0, dtype=F64, device=device) if scale == "tensor" else scale
     elbo = SparseVD_ELBO(kl)
@@ -1150,6 +1162,43 @@ def test_parameters_that_are_not_finite_raise_before_anything_changes(task, owne
     with pytest.raises(ValueError, match=rf"^\S*{name}\S*: expected finite numbers, but it holds NaN or infinities"):
         p.svi.step(*p.data) if way == "svi" else p.loss(*p.data).backward()
     assert _bits(_state(p.model, p.guide)) == state
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("make", [_network_twin, _function_of_data_twin], ids=["network", "function"])
+def test_bad_data_at_the_very_first_step_do_no_harm(make, position, device):
+    twin, other = make(device), make(device)
+    bad = [t.clone() for t in twin.args]
+    bad[position][0] = math.nan
+    svi = SVI(twin.model, twin.guide, pyro.optim.SGD({"lr": 0.0}), SparseVD_ELBO())
+    with pytest.raises(ValueError, match=r"expected finite numbers"):
+        svi.step(*bad)
+    for guide in (twin.guide, other.guide):
+        guide(*twin.args)
+    loss = _seeded(svi.step, *twin.args)
+    assert loss == _seeded(SparseVD_ELBO().loss, other.model, other.guide, *other.args)
+
+
+@pytest.mark.parametrize("value", NAN_OR_INF)
+def test_bad_data_do_not_reach_running_statistics(value, device):
+    class Normalised(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 1)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    model, guide = _of_network(Normalised, device)
+    x, y = _data(device)
+    loss = SparseVD_ELBO()(model, guide)
+    loss(x, y)
+    before = [b.clone() for b in model.buffers()]
+    bad = x.clone()
+    bad[0, 0] = value
+    with pytest.raises(ValueError, match=r"^x: expected finite numbers"):
+        loss(bad, y)
+    assert all(torch.equal(b, kept) for b, kept in zip(model.buffers(), before, strict=True))
 
 
 def test_a_keyword_argument_is_named(device):

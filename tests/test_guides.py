@@ -66,6 +66,14 @@ def _module_case(device: torch.device) -> Case:
     return Case(_supervised(device), _data(device), sites, sites)
 
 
+def _classification_case(device: torch.device) -> Case:
+    torch.manual_seed(1)
+    bnn = bayesianize(nn.Linear(4, 3).to(device).double())
+    model = Supervised(bnn, lambda output: dist.Categorical(logits=output), NUM_DATA)
+    x, y = _data(device)
+    return Case(model, (x, (y > 0).double()), ("weight",), ("weight",))
+
+
 def _function_case(device: torch.device) -> Case:
     zeros, ones = torch.zeros(4, dtype=F64, device=device), torch.ones((), dtype=F64, device=device)
 
@@ -298,7 +306,7 @@ def test_num_parameters_counts_latents_and_the_parameters_of_the_model(device):
 # Saving and loading.
 
 
-@pytest.mark.parametrize("make", CASES)
+@pytest.mark.parametrize("make", [*CASES, pytest.param(_classification_case, id="classification")])
 class TestLoading:
     def _trained(self, case: Case) -> AutoSparseNormal:
         guide = AutoSparseNormal(case.model)
@@ -438,6 +446,21 @@ def test_a_guide_with_a_wrong_state_fails_at_every_call(device):
     for _ in range(2):
         with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
             load_and_use()
+
+
+def test_a_function_guide_with_a_wrong_state_fails_at_every_call():
+    def model(size):
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+    donor, guide = AutoSparseNormal(model), AutoSparseNormal(model)
+    donor(3)
+    guide.load_state_dict(donor.state_dict())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^w: the state loaded is of shape \(3,\), but the model's site needs \(4,\)"
+        ):
+            guide(4)
 
 
 def test_the_right_state_loads_after_a_wrong_one(device):
@@ -639,6 +662,20 @@ class TestTwoGuides:
         names = [{stored[p.data_ptr()].split(".")[0] for p in guide.parameters()} for guide in guides]
         assert all(len(name) == 1 for name in names)
         assert len(set.union(*names)) == 3
+
+
+def test_guides_that_share_the_name_of_one_site_train_apart_after_the_store_was_cleared():
+    def model(name):
+        pyro.sample(name, dist.Normal(1.0, 1.0))
+        pyro.sample("w", dist.Normal(torch.ones(3), 1.0).to_event(1))
+
+    first, second = AutoSparseNormal(model), AutoSparseNormal(model)
+    _train(model, first, ("a",), steps=1)
+    pyro.clear_param_store()
+    _train(model, second, ("b",), steps=1)
+    before = _state(second)
+    _train(model, first, ("a",), steps=1)
+    assert _same(_state(second), before)
 
 
 def test_guides_of_models_of_other_shapes_live_side_by_side(device):
@@ -1039,7 +1076,22 @@ def test_parts_of_a_guide_list_share_its_plates(device):
     torch.testing.assert_close(trace.nodes["v"]["value"], guide[1].posteriors["v"].loc[indices])
 
 
-def test_a_copied_guide_list_trains_apart(device):
+def test_two_guide_lists_train_apart(device):
+    case = _function_case(device)
+    lists = []
+    for _ in range(2):
+        guide = AutoGuideList(case.model)
+        guide.append(AutoSparseNormal(poutine.block(case.model, hide=["b"])))
+        guide.append(AutoSparseNormal(poutine.block(case.model, expose=["b"])))
+        lists.append(guide)
+    first, second = lists
+    _train(case.model, first, case.data, steps=1)
+    before = _state(first)
+    _train(case.model, second, case.data, steps=1)
+    assert _same(_state(first), before)
+
+
+def test_a_copied_guide_list_works_alike(device):
     case = _function_case(device)
     guide = AutoGuideList(case.model)
     guide.append(AutoSparseNormal(poutine.block(case.model, hide=["b"])))

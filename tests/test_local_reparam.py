@@ -93,6 +93,8 @@ OPERATIONS = [
     CHANNELS_LAST,
     _case("conv2d-no-bias", F.conv2d, (2, 3, 4, 4), (2, 3, 3, 3), None),
     _case("conv2d-pointwise", F.conv2d, (2, 3, 3, 3), (2, 3, 1, 1), 2),
+    _case("conv2d-grey", F.conv2d, (2, 1, 6, 5), (3, 1, 3, 2), 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+    _case("conv2d-grey-unbatched", F.conv2d, (1, 4, 4), (3, 1, 2, 2), None, padding="same"),
     _case("conv2d-dilation", F.conv2d, (2, 3, 6, 5), (2, 3, 3, 2), 2, dilation=(2, 1), padding=1),
     _case("conv2d-groups", F.conv2d, (2, 4, 4, 4), (4, 2, 3, 3), 4, groups=2, padding=1),
     _case("conv2d-depthwise", F.conv2d, (2, 3, 4, 4), (6, 1, 3, 3), 6, groups=3),
@@ -406,6 +408,21 @@ def test_a_linear_map_by_a_vector_has_the_mean_and_variance_of_the_formula(devic
     assert (z.square().mean(0) - 1).abs().max() < SIGMAS * (2 / SAMPLES) ** 0.5
     gradients = torch.autograd.grad(_projected(_local(operation, inputs)[0]), inputs.trainable())
     assert [g.shape for g in gradients] == [(5, 4), (4,), (4,)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding": "same", "stride": 2}, {"padding": "full"}, {"stride": (1, 2, 3)}, {"groups": 2}, {"padding": -1}],
+    ids=str,
+)
+def test_a_convolution_that_torch_refuses_is_refused(options, device):
+    x, loc = (
+        torch.ones(1, 3, 5, 5, dtype=torch.float64, device=device),
+        torch.ones(2, 3, 3, 3, dtype=torch.float64, device=device),
+    )
+    for weight in (loc, _lazy(loc, loc)):
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=r"same|padding|stride|groups|channels"):
+            F.conv2d(x, weight, **options)
 
 
 def test_an_empty_batch_gives_an_empty_output_and_gradients_of_zero(device):
@@ -879,9 +896,8 @@ def test_a_weight_that_goes_before_its_output_leaves_the_backward_pass_intact(de
 # The divergence, whose gradient travels with the operation.
 
 FORMS = ["approximate", "exact"]
-CARRIERS = [*ONE_OF_EACH, CHANNELS_LAST, *(p for p in OPERATIONS if p.id in (
-    "linear-3d", "conv1d-same-even", "conv2d-depthwise", "conv3d", "conv_transpose1d-positional", "conv_transpose3d"
-))]  # fmt: skip
+OTHERS = ("linear-3d", "conv1d-same-even", "conv2d-grey", "conv2d-depthwise", "conv3d", "conv_transpose3d")
+CARRIERS = [*ONE_OF_EACH, CHANNELS_LAST, *(p for p in OPERATIONS if p.id in OTHERS)]
 
 
 def _plain_loss(operation: Operation, inputs: Inputs, form: Any, weight_of_output: float) -> Tensor:
