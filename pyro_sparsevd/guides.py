@@ -203,24 +203,32 @@ class AutoSparseNormal(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with unchanged_buffers(self._model and self._model[0]):
             super()._setup_prototype(*args, **kwargs)
-        found = dict(self.prototype_trace.iter_stochastic_nodes())
-        if self._loaded:  # so others are targets, which a prediction leaves open
-            found = {name: site for name, site in found.items() if name in self._loaded or name in self._sites}
-        unknown = self._loaded - found.keys()
-        if unknown:
-            self.prototype_trace: Any = None
-            raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
-        early, self._sites = self._sites, {}
-        for name, site in found.items():
-            with helpful_support_errors(site):
-                self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
-        for name in early.keys() - found.keys():
+        early = dict(self._sites)
+        try:
+            self._set_up_sites()
+        except ValueError:
+            self._sites, self.prototype_trace = early, None  # so that the next call finds the error again
+            raise
+        for name in early.keys() - self._sites.keys():
             self._remove_site(name)
         plates = {plate for site in self._sites.values() for plate in site.plates}
         self._prototype_frames: dict[str, Any] = {
             name: f for name, f in self._prototype_frames.items() if name in plates
         }
         keep_latents(self.prototype_trace)
+
+    def _set_up_sites(self) -> None:
+        trace: Any = self.prototype_trace
+        found = dict(trace.iter_stochastic_nodes())
+        if self._loaded:
+            found = {name: site for name, site in found.items() if name in self._loaded or name in self._sites}
+        unknown = self._loaded - found.keys()
+        if unknown:
+            raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
+        self._sites = {}
+        for name, site in found.items():
+            with helpful_support_errors(site):
+                self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
 
     def _initial_value(self, site: Any) -> Any:
         # After a state was loaded, a site that it lacks is a target, which a prediction leaves open.
