@@ -108,7 +108,7 @@ def training_curves(
     left.set(xlabel="epoch", ylabel="error, %", yscale="log", title=title)
     right.set(ylabel="compression", yscale="log")
     lines = left.get_lines() + right.get_lines()
-    left.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
+    left.legend(lines, [str(line.get_label()) for line in lines], fontsize="small", loc="center right")
     return figure
 
 

@@ -1302,8 +1302,10 @@ def test_closed_forms_are_not_logged(make, kl, device, caplog):
     assert caplog.records == []
 
 
-def test_latents_with_a_closed_form_have_no_density_computed(device, monkeypatch):
-    model, guide = _pair(device)
+@pytest.mark.parametrize("prior", [LogUniform(), dist.Normal(0.0, 1.0)], ids=repr)
+@pytest.mark.parametrize("local_reparam", [True, False])
+def test_latents_with_a_closed_form_have_no_density_computed(local_reparam, prior, device, monkeypatch):
+    model, guide = _pair(device, prior=prior)
     guide(*_data(device))
 
     def forbidden(self, value):
@@ -1311,7 +1313,7 @@ def test_latents_with_a_closed_form_have_no_density_computed(device, monkeypatch
 
     monkeypatch.setattr(SparseNormal, "log_prob", forbidden)
     monkeypatch.setattr(LogUniform, "log_prob", forbidden)
-    assert math.isfinite(SparseVD_ELBO().loss(model, guide, *_data(device)))
+    assert math.isfinite(SparseVD_ELBO(local_reparam=local_reparam).loss(model, guide, *_data(device)))
 
 
 class TestMemory:

@@ -179,7 +179,7 @@ def draw(
     guide: svd.AutoSparseNormal,
     history: list[dict[str, float]],
     threshold: float,
-    dense_error: float,
+    baseline: float,
 ) -> Figure:
     """Draws first-layer weights before and after, log alpha, and the training curves."""
     figure = Figure(figsize=(13, 10), layout="constrained")
@@ -190,7 +190,7 @@ def draw(
         plots.weight_images(weight.reshape(-1, side, side), title=f"weights of the first layer, {title}", figure=part)
     log_alphas = {name: q.log_alpha for name, q in guide.posteriors.items()}
     plots.log_alpha_histogram(log_alphas, threshold=threshold, title="which weights matter", figure=histogram)
-    plots.training_curves(history, baseline=dense_error, title="validation error, compression", figure=curves)
+    plots.training_curves(history, baseline=baseline, title="validation error, compression", figure=curves)
     return figure
 
 
@@ -230,7 +230,8 @@ def main() -> None:
     for name, value in errors.items():
         print(f"test error of the {name:22s} {100 * value:5.2f} %")
     print(f"\nthreshold {threshold:g}, {time.perf_counter() - start:.0f} s")
-    draw(dense, tuned, guide, history, threshold, dense_error).savefig(args.out, dpi=110)
+    baseline = error(dense, data.validation)
+    draw(dense, tuned, guide, history, threshold, baseline).savefig(args.out, dpi=110)
     numbers = {"threshold": threshold, "seed": args.seed, "errors": errors, **summary.to_dict()}
     args.out.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"figure: {args.out}   numbers: {args.out.with_suffix('.json')}")
