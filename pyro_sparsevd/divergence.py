@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import KERNELS, Kernel, ard
+from .kernels import KERNELS, Kernel, ard, exp
 
 Form = Literal["approximate", "exact"]
 
@@ -220,7 +220,7 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
-        variance = log_variance.exp().contiguous()
+        variance = exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
         value, slope = torch.empty_like(variance), torch.mul(loc, loc, out=torch.empty_like(variance)).div_(variance)
         for (a, out), (*scratch, _) in _blocks(slope, value):
             kernel(a, out, *scratch)
@@ -238,7 +238,7 @@ class _Total(_Elementwise):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
-        variance = log_variance.exp().contiguous()
+        variance = exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
         slope = torch.empty_like(variance)
         ctx.save_for_backward(loc, log_variance, variance, slope)
         return total_and_slopes([loc], [variance], kernel, slope.view(-1))

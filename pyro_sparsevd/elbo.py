@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, cast, get_args
+from weakref import WeakSet
 
 import torch
 from pyro.distributions import Delta
@@ -95,8 +96,15 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
         self._drawn_sites: set[str] = set()
-        self._has_run = False
+        self._settled: WeakSet[torch.nn.Module] = WeakSet()
         self._workspace = Workspace()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither memory nor what was learnt of models of this process belongs into a copy.
+        return {name: value for name, value in vars(self).items() if name not in ("_settled", "_workspace")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _settled=WeakSet(), _workspace=Workspace())
 
     @property
     def kl_weight(self) -> float:
@@ -167,9 +175,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return loss.item()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
-        # The first pass finds out which weights are used more than once. It must not count twice in the statistics of
-        # a batch normalisation.
-        buffers = () if self._has_run or not isinstance(model, torch.nn.Module) else tuple(model.buffers())
+        # The first pass of a model finds out which weights are used more than once. It must not count twice in the
+        # statistics of a batch normalisation.
+        unsettled = model if isinstance(model, torch.nn.Module) and model not in self._settled else None
+        buffers = () if unsettled is None else tuple(unsettled.buffers())
         saved = [buffer.clone() for buffer in buffers]
         while True:
             try:
@@ -179,7 +188,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)
             else:
-                self._has_run = True
+                if unsettled is not None:
+                    self._settled.add(unsettled)
                 return sites
 
     def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
@@ -237,7 +247,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
     return (
         type(q["value"]) is LazyWeight
-        and prior.batch_shape == q["value"].shape
+        and prior.batch_shape == q["value"].base_dist.batch_shape
         and isinstance(q["scale"], float)
         and q["mask"] is None
         and _have_same_scale_and_mask(q, p)

@@ -118,7 +118,7 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        unobserved = not any(_sees_parameters(handler) for handler in _PYRO_STACK)
+        unobserved = not _parameters_are_seen()
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
@@ -180,7 +180,7 @@ class AutoSparseNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Samples all latents, see :meth:`forward`."""
-        if not self._has_own_name():
+        if self._uses_store() and not self._has_own_name():
             self._take_own_name()
         return super().__call__(*args, **kwargs)
 
@@ -253,8 +253,7 @@ class AutoSparseNormal(AutoGuide):
         if name in self._site_names():
             existing = self._parameters_of(name)[0]
             if existing.shape == loc.shape:
-                for parameters in (self.locs, self.log_variances):
-                    module, attribute = _leaf(parameters, name)
+                for module, attribute in self._leaves(name):
                     module._pyro_params[attribute] = constraints.real, event_dim
                 return
             if name in self._loaded:
@@ -268,17 +267,20 @@ class AutoSparseNormal(AutoGuide):
         deep_setattr(self.log_variances, name, PyroParam(log_variance, constraints.real, event_dim))
 
     def _remove_site(self, name: str) -> None:
-        for parameters in (self.locs, self.log_variances):
-            module, attribute = _leaf(parameters, name)
+        for module, attribute in self._leaves(name):
             delattr(module, attribute)
 
+    def _leaves(self, name: str) -> list[tuple[Any, str]]:
+        # Past PyroModule.__getattr__, which is slow.
+        return [_leaf(self._modules[parameters], name) for parameters in ("locs", "log_variances")]
+
     def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
-        (locs, attribute), (log_variances, _) = _leaf(self.locs, name), _leaf(self.log_variances, name)
-        return getattr(locs, attribute), getattr(log_variances, attribute)
+        loc, log_variance = (getattr(module, attribute) for module, attribute in self._leaves(name))
+        return loc, log_variance
 
     def _plain_parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
         """As :meth:`_parameters_of`, past Pyro's statements and its parameter store."""
-        (locs, attribute), (log_variances, _) = _leaf(self.locs, name), _leaf(self.log_variances, name)
+        (locs, attribute), (log_variances, _) = self._leaves(name)
         attribute += "_unconstrained"
         return locs._parameters[attribute], log_variances._parameters[attribute]
 
@@ -298,6 +300,11 @@ class AutoSparseNormal(AutoGuide):
             number += 1
         for module in self.modules():
             module._pyro_name = f"{old}_{number}{module._pyro_name[len(old) :]}"
+
+    def _uses_store(self) -> bool:
+        return (
+            self.prototype_trace is None or _parameters_are_seen() or any(site.plates for site in self._sites.values())
+        )
 
     def _has_own_name(self) -> bool:
         stored = pyro.get_param_store()._params
@@ -354,8 +361,8 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
     return parts
 
 
-def _sees_parameters(handler: Any) -> bool:
-    return hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param")
+def _parameters_are_seen() -> bool:
+    return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in _PYRO_STACK)
 
 
 def _is_in_plates(early: Tensor, value: Tensor) -> bool:
@@ -363,8 +370,8 @@ def _is_in_plates(early: Tensor, value: Tensor) -> bool:
     return value.dim() > early.dim() and value.shape[value.dim() - early.dim() :] == early.shape
 
 
-def _leaf(parameters: PyroModule, name: str) -> tuple[PyroModule, str]:
+def _leaf(module: Any, name: str) -> tuple[Any, str]:
     *path, attribute = name.split(".")
     for part in path:
-        parameters = parameters._modules[part]
-    return parameters, attribute
+        module = module._modules[part]
+    return module, attribute

@@ -1,7 +1,8 @@
 """The divergences as functions of 1/α, with their slopes, element by element and in place."""
 
-__all__ = ["KERNELS", "Kernel", "ard"]
+__all__ = ["KERNELS", "Kernel", "ard", "exp"]
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -14,10 +15,25 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
+_MINUS_K2 = torch.tensor(-_K2, dtype=torch.float64)
+
+
+def exp(x: Tensor, out: Tensor) -> Tensor:
+    """Returns e to the power of x, as one of 2, which torch computes in half the time on a CPU.
+
+    Args:
+        x: The exponents.
+        out: Overwritten with the result, and returned.
+
+    Example:
+        >>> exp(torch.zeros(2), out=torch.empty(2))
+        tensor([1., 1.])
+    """
+    return torch.mul(x, 1 / math.log(2), out=out).exp2_()
 
 
 def _approximate(a: Tensor, value: Tensor, step: Tensor, clamped: Tensor, _: Tensor) -> None:
-    torch.log(a, out=step).mul_(_K3).sub_(_K2).sigmoid_()
+    torch.add(_MINUS_K2, torch.log(a, out=step), alpha=_K3, out=step).sigmoid_()
     torch.log1p(a, out=value).add_(step, alpha=2 * _K1)
     # d step / da = k3 step (1 - step) / a, which vanishes with a; the clamp keeps 0 / 0 out.
     torch.clamp_min(a, torch.finfo(a.dtype).tiny, out=clamped)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergence
+from .kernels import exp
 from .workspace import Workspace
 
 
@@ -25,7 +26,7 @@ class Integral:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.variance: Tensor
-        self.slope: Tensor
+        self.slope: Tensor | None = None  # of the one divergence whose gradients are added here
 
 
 class LocalLinear(torch.autograd.Function):
@@ -40,12 +41,13 @@ class LocalLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: Integral
     ) -> tuple[Tensor, Tensor]:
         workspace, shape = integral.workspace, (x.shape[0], loc.shape[0])
-        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
         output, std = workspace.empty(shape, x), workspace.empty(shape, x)
         torch.mm(x, loc.t(), out=output) if bias is None else torch.addmm(bias, x, loc.t(), out=output)
-        torch.mm(torch.mul(x, x, out=workspace.empty_like(x)), variance.t(), out=std)
+        squares = torch.mul(x, x, out=workspace.empty_like(x))
+        torch.mm(squares, variance.t(), out=std)
         r = _add_noise_(output, std, workspace)
-        ctx.save_for_backward(x, loc, variance, r)
+        ctx.save_for_backward(x, squares, loc, variance, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
         return output, loc.new_zeros(())
@@ -55,7 +57,7 @@ class LocalLinear(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, loc, variance, r = ctx.saved_tensors
+        x, squares, loc, variance, r = ctx.saved_tensors
         workspace = ctx.integral.workspace
         x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
         grad = torch.zeros_like(r) if grad is None else grad
@@ -66,7 +68,6 @@ class LocalLinear(torch.autograd.Function):
         if loc_needed:
             grad_loc = torch.mm(grad.t(), x, out=workspace.empty_like(loc))
         if log_variance_needed:
-            squares = torch.mul(x, x, out=workspace.empty_like(x))
             out = workspace.empty_like(loc)
             grad_log_variance = torch.addmm(out, grad_squares.t(), squares, beta=0, alpha=0.5, out=out).mul_(variance)
         _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
@@ -87,11 +88,11 @@ class LocalConvolution(torch.autograd.Function):
         *geometry: Any,
     ) -> tuple[Tensor, Tensor]:
         workspace = integral.workspace
-        integral.variance = variance = torch.exp(log_variance, out=workspace.empty_like(log_variance))
+        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
         output = torch.convolution(x, loc, bias, *geometry)
         squares = torch.mul(x, x, out=workspace.empty_like(x))
         r = _add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
-        ctx.save_for_backward(x, loc, variance, r)
+        ctx.save_for_backward(x, squares, loc, variance, r)
         ctx.integral, ctx.geometry = integral, geometry
         ctx.set_materialize_grads(False)
         return output, loc.new_zeros(())
@@ -101,12 +102,11 @@ class LocalConvolution(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, loc, variance, r = ctx.saved_tensors
+        x, squares, loc, variance, r = ctx.saved_tensors
         workspace, geometry = ctx.integral.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(r) if grad is None else grad
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
-        squares = torch.mul(x, x, out=workspace.empty_like(x))
         backward, bias_size = torch.ops.aten.convolution_backward, [grad.shape[1]]
         grey = x.is_cpu and _is_grey_image(x, geometry)
         needed = x_needed, loc_needed and not grey, bias_needed
@@ -157,5 +157,5 @@ def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tenso
 def _add_kl_gradients_(
     grad_loc: Tensor | None, grad_log_variance: Tensor | None, loc: Tensor, integral: Integral, grad: Tensor | None
 ) -> None:
-    if grad is not None:
+    if grad is not None and integral.slope is not None:
         divergence.add_gradients_(grad_loc, grad_log_variance, loc, integral.variance, integral.slope, grad)

@@ -217,7 +217,7 @@ _METADATA: set[Any] = {
 # A local form has the signature of the function whose output it samples. It leaves to that function, with the weight
 # drawn, what is not a linear operation on a plain input by a weight that is not drawn yet.
 def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 # as in torch
-    if not _can_integrate_out(input, weight) or weight.dim() != 2:
+    if not _can_integrate_out(input, weight) or weight.base_dist.loc.dim() != 2:
         return NotImplemented
     if input.dim() == 2:
         return weight.integrate_out(LocalLinear, input, bias)
@@ -290,7 +290,8 @@ def _pad_same(batch: Tensor, kernel: torch.Size, dilation: list[int]) -> tuple[T
 def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
     """Returns the sum of :func:`~.divergence.kl_log_uniform` over the elements of several weights.
 
-    Where an output was sampled instead of a weight, the gradient is added in place to that of the output.
+    Where an output was sampled instead of a weight, the gradient of the first divergence of that weight is added in
+    place to that of the output.
 
     Args:
         weights: The weights.
@@ -307,7 +308,8 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
     total = torch.zeros(())
     integrated = []
     for w in weights:
-        if w._integral is not None and w.dtype in (torch.float32, torch.float64):
+        shares = w._integral is not None and w._integral.slope is None
+        if shares and w.base_dist.loc.dtype in (torch.float32, torch.float64):
             integrated.append(w)
         else:
             total = total + divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form)

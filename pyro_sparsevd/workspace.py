@@ -55,7 +55,7 @@ class Workspace:
         size = math.prod(shape)
         if size < _SMALL or not like.is_cpu or like.dtype not in _NUMPY_TYPES:
             return like.new_empty(shape)
-        return torch.from_numpy(self._free_array(size, like.dtype)).view(shape)
+        return torch.from_numpy(self._free_array(size, like.dtype).reshape(shape))
 
     def empty_like(self, like: Tensor) -> Tensor:
         """Returns an uninitialised contiguous tensor of the shape, dtype and device of another.

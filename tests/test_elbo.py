@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import math
+import pickle
 import random
 import warnings
 import weakref
@@ -581,7 +582,8 @@ def test_gradients_of_a_weight_used_twice_beside_a_local_one_have_the_mean_of_dr
     assert ((means[0] - means[1]).abs() < SIGMAS * (variances[0] + variances[1]).sqrt()).all()
 
 
-def test_falling_back_updates_running_statistics_once(device):
+@pytest.mark.parametrize("used_before", [False, True], ids=["fresh-loss", "loss-of-another-model"])
+def test_falling_back_updates_running_statistics_once(used_before, device):
     class Normalised(_Twice):
         def __init__(self) -> None:
             super().__init__()
@@ -590,11 +592,24 @@ def test_falling_back_updates_running_statistics_once(device):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(self.norm(x))
 
-    model, guide = _of_network(Normalised, device)
     elbo = SparseVD_ELBO()
+    if used_before:
+        elbo.loss(*_pair(device), *_data(device))
+    model, guide = _of_network(Normalised, device)
     elbo.loss(model, guide, *_data(device))
     assert elbo._drawn_sites == {"twice.weight"}
     assert model.network.norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda elbo: pickle.loads(pickle.dumps(elbo))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_used_loss_gives_the_same_loss(copied, device):
+    elbo = SparseVD_ELBO(kl="exact", kl_weight=0.5)
+    elbo.loss(*_pair(device), *_data(device))
+    model, guide = _pair(device)
+    losses = [_seeded(e.loss, model, guide, *_data(device)) for e in (elbo, copied(elbo))]
+    assert losses[0] == losses[1]
 
 
 def test_autocast_gives_a_finite_loss_and_finite_gradients(device):

@@ -951,6 +951,16 @@ def test_divergence_gradients_are_the_same_twice_from_a_retained_graph(operation
         _assert_close(torch.autograd.grad(loss, inputs.trainable(), retain_graph=retain_graph), expected)
 
 
+def test_one_divergence_keeps_its_gradient_when_another_form_of_it_is_computed(device):
+    inputs = _inputs(LINEAR.values[0], device)
+    _, weight = _local(LINEAR.values[0], inputs, seed=3)
+    parameters = (inputs.loc, inputs.log_variance)
+    totals = {form: kl_log_uniform_total([weight], form) for form in FORMS}
+    for form, total in totals.items():
+        expected = torch.autograd.grad(divergence.kl_log_uniform_total(*parameters, form), parameters)
+        _assert_close(torch.autograd.grad(total, parameters, retain_graph=True), expected)
+
+
 def test_output_and_divergence_may_be_differentiated_apart(device):
     operation = LINEAR.values[0]
     inputs = _inputs(operation, device)
