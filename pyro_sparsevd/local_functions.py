@@ -34,20 +34,27 @@ class LocalLinear(torch.autograd.Function):
 
     The gradient reaches the variance through r = ε / √variance, the only tensor of the output's size that is saved;
     that of √variance is r/2. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
+
+    What concerns the mean and what concerns the variance lie behind each other in one tensor, and each pair of matrix
+    products is one batched product: on a CPU the two then run side by side, one thread each.
     """
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
         ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: Integral
     ) -> tuple[Tensor, Tensor]:
-        workspace, shape = integral.workspace, (x.shape[0], loc.shape[0])
-        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
-        output, std = workspace.empty(shape, x), workspace.empty(shape, x)
-        torch.mm(x, loc.t(), out=output) if bias is None else torch.addmm(bias, x, loc.t(), out=output)
-        squares = torch.mul(x, x, out=workspace.empty_like(x))
-        torch.mm(squares, variance.t(), out=std)
-        r = _add_noise_(output, std, workspace)
-        ctx.save_for_backward(x, squares, loc, variance, r)
+        inputs, weights = (integral.workspace.empty((2, *t.shape), t) for t in (x, loc))
+        x_copy, squares = inputs.unbind()
+        torch.mul(x_copy.copy_(x), x, out=squares)
+        loc_copy, variance = weights.unbind()
+        loc_copy.copy_(loc)
+        integral.variance = exp(log_variance, out=variance)
+        outputs = integral.workspace.empty((2, x.shape[0], loc.shape[0]), x)
+        output, output_variance = torch.bmm(inputs, weights.mT, out=outputs).unbind()
+        if bias is not None:
+            output.add_(bias)
+        r = _add_noise_(output, output_variance, integral.workspace)
+        ctx.save_for_backward(inputs, weights, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
         return output, loc.new_zeros(())
@@ -57,21 +64,24 @@ class LocalLinear(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, squares, loc, variance, r = ctx.saved_tensors
+        inputs, weights, r = ctx.saved_tensors
         workspace = ctx.integral.workspace
         x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
-        grad = torch.zeros_like(r) if grad is None else grad
-        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
+        grads = workspace.empty((2, *r.shape), r)
+        grad_mean, grad_squares = grads.unbind()
+        grad_mean.zero_() if grad is None else grad_mean.copy_(grad)
+        torch.mul(grad_mean, r, out=grad_squares)  # twice the gradient of the variance
         grad_x = grad_loc = grad_log_variance = None
         if x_needed:
-            grad_x = torch.mm(grad_squares, variance, out=workspace.empty_like(x)).mul_(x).addmm_(grad, loc)
-        if loc_needed:
-            grad_loc = torch.mm(grad.t(), x, out=workspace.empty_like(loc))
-        if log_variance_needed:
-            out = workspace.empty_like(loc)
-            grad_log_variance = torch.addmm(out, grad_squares.t(), squares, beta=0, alpha=0.5, out=out).mul_(variance)
-        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
-        return grad_x, grad_loc, grad_log_variance, grad.sum(0) if bias_needed else None, None
+            of_mean, of_squares = torch.bmm(grads, weights, out=workspace.empty_like(inputs)).unbind()
+            grad_x = of_mean.addcmul_(of_squares, inputs[0])
+        if loc_needed or log_variance_needed:
+            grad_squares.mul_(0.5)
+            grad_loc, grad_variance = torch.bmm(grads.mT, inputs, out=workspace.empty_like(weights)).unbind()
+            grad_log_variance = grad_variance.mul_(weights[1])
+            _add_kl_gradients_(grad_loc, grad_log_variance, weights[0], ctx.integral, grad_kl)
+        grad_bias = grad_mean.sum(0) if bias_needed else None
+        return grad_x, grad_loc, grad_log_variance, grad_bias, None
 
 
 class LocalConvolution(torch.autograd.Function):
@@ -147,11 +157,11 @@ def _weight_gradients_of_grey_images(
 
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
-    """Adds the noise to the mean, overwrites the variance, and returns r."""
+    """Adds the noise to the mean, and returns r in the place of the variance."""
     std = variance.clamp_min_(torch.finfo(variance.dtype).tiny).sqrt_()
     noise = workspace.empty_like(std).normal_()
     output.addcmul_(std, noise)
-    return noise.div_(std)
+    return torch.div(noise, std, out=std)
 
 
 def _add_kl_gradients_(
