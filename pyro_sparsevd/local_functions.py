@@ -1,10 +1,11 @@
 """Linear operations by a Gaussian weight that sample their output, as autograd functions."""
 
-__all__ = ["Integral", "LocalConvolution", "LocalLinear"]
+__all__ = ["Integral", "LocalConvolution", "LocalGreyConvolution", "LocalLinear"]
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -116,44 +117,119 @@ class LocalConvolution(torch.autograd.Function):
         workspace, geometry = ctx.integral.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(r) if grad is None else grad
+        grad_x, grad_loc = _convolution_gradients(grad, x, loc, geometry, (x_needed, loc_needed))
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
-        backward, bias_size = torch.ops.aten.convolution_backward, [grad.shape[1]]
-        grey = x.is_cpu and _is_grey_image(x, geometry)
-        needed = x_needed, loc_needed and not grey, bias_needed
-        grad_x, grad_loc, grad_bias = backward(grad, x, loc, bias_size, *geometry, needed)
-        needed = x_needed, log_variance_needed and not grey, False
-        grad_x_squares, grad_log_variance, _ = backward(grad_squares, squares, variance, bias_size, *geometry, needed)
+        needed = x_needed, log_variance_needed
+        grad_x_squares, grad_variance = _convolution_gradients(grad_squares, squares, variance, geometry, needed)
         if x_needed:
             grad_x.addcmul_(grad_x_squares, x)
-        if grey:
-            grad_loc, grad_log_variance = _weight_gradients_of_grey_images(
-                grad, grad_squares, x, loc.shape, geometry, workspace
-            )
-        grad_loc = grad_loc.contiguous() if loc_needed else None
-        grad_log_variance = grad_log_variance.contiguous().mul_(variance).mul_(0.5) if log_variance_needed else None
+        grad_loc = grad_loc.contiguous()
+        grad_log_variance = grad_variance.contiguous().mul_(variance).mul_(0.5) if log_variance_needed else None
         _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        grad_bias = _sum_of_channels(grad) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
 
-def _is_grey_image(x: Tensor, geometry: tuple) -> bool:
-    *_, transposed, _, groups = geometry
-    return x.dim() == 4 and x.shape[1] == groups == 1 and not transposed
+class LocalGreyConvolution(torch.autograd.Function):
+    """As any convolution, for images of one channel that need no gradient, such as data.
 
-
-def _weight_gradients_of_grey_images(
-    grad: Tensor, grad_squares: Tensor, x: Tensor, shape: torch.Size, geometry: tuple, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
-    """Returns the weight's gradients of a convolution of x and of one of its squares.
-
-    For images of one channel oneDNN takes several times as long as the matrix products that these gradients are.
+    For these, oneDNN pads 1 channel to 16 and takes several times as long as the matrix products with the patches of
+    the images that a convolution is.
     """
+
+    @staticmethod
+    def applies(x: Tensor, kernel: torch.Size, geometry: tuple) -> bool:
+        """Tells whether a convolution is of this kind.
+
+        Args:
+            x: Its input.
+            kernel: The size of its kernel.
+            geometry: Its stride, padding, dilation and so on.
+
+        Returns:
+            Whether it is.
+        """
+        *_, transposed, _, groups = geometry
+        is_grey = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not transposed
+        return is_grey and not x.requires_grad and all(size > 0 for size in _output_size(x, kernel, geometry))
+
+    @staticmethod
+    def forward(  # noqa: D102 # as of every autograd function
+        ctx: Any,
+        x: Tensor,
+        loc: Tensor,
+        log_variance: Tensor,
+        bias: Tensor | None,
+        integral: Integral,
+        *geometry: Any,
+    ) -> tuple[Tensor, Tensor]:
+        workspace = integral.workspace
+        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
+        patches = _patches(x, loc.shape[2:], geometry, workspace)
+        squares = torch.mul(patches, patches, out=workspace.empty_like(patches))
+        shape = len(x), len(loc), patches.shape[2]
+        output, output_variance = (
+            torch.bmm(weight.flatten(1).expand(len(x), -1, -1), of, out=workspace.empty(shape, x))
+            for weight, of in ((loc, patches), (variance, squares))
+        )
+        if bias is not None:
+            output.add_(bias[:, None])
+        r = _add_noise_(output, output_variance, workspace)
+        ctx.save_for_backward(patches, squares, loc, variance, r)
+        ctx.integral = integral
+        ctx.set_materialize_grads(False)
+        return output.view(*shape[:2], *_output_size(x, loc.shape[2:], geometry)), loc.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # noqa: D102
+        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        patches, squares, loc, variance, r = ctx.saved_tensors
+        grad = torch.zeros_like(r) if grad is None else grad.flatten(2)
+        grad_squares = torch.mul(grad, r, out=ctx.integral.workspace.empty_like(r))  # twice that of the variance
+        grad_loc, grad_log_variance = (
+            torch.bmm(of_output, of.mT).sum(0).view(loc.shape)
+            for of_output, of in ((grad, patches), (grad_squares, squares))
+        )
+        grad_log_variance.mul_(variance).mul_(0.5)
+        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        grad_bias = _sum_of_channels(grad) if ctx.needs_input_grad[3] else None
+        return None, grad_loc, grad_log_variance, grad_bias, *(None for _ in ctx.needs_input_grad[4:])
+
+
+def _convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients in the input and the weight; the call costs as much where it has nothing to compute."""
+    if not any(needed):
+        return x, weight
+    gradients = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, (*needed, False))
+    return gradients[:2]
+
+
+def _sum_of_channels(grad: Tensor) -> Tensor:
+    return grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+
+
+def _output_size(x: Tensor, kernel: torch.Size, geometry: tuple) -> list[int]:
     stride, padding, dilation, *_ = geometry
-    grad, grad_squares = grad.flatten(2), grad_squares.flatten(2)
-    patches = workspace.empty((len(x), shape[2:].numel(), grad.shape[2]), x)
-    torch.ops.aten.im2col.out(x.contiguous(), shape[2:], dilation, padding, stride, out=patches)
-    grad_mean = torch.bmm(grad, patches.transpose(1, 2)).sum(0)
-    grad_variance = torch.bmm(grad_squares, patches.mul_(patches).transpose(1, 2)).sum(0)
-    return grad_mean.view(shape), grad_variance.view(shape)
+    sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+
+
+def _patches(x: Tensor, kernel: torch.Size, geometry: tuple, workspace: Workspace) -> Tensor:
+    """Returns what each element of the kernel meets, of shape (images, elements, pixels of the output)."""
+    stride, padding, dilation, *_ = geometry
+    windows = len(x), *kernel, *_output_size(x, kernel, geometry)
+    if any(padding):
+        x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
+    of_image, _, *of_pixel = x.stride()
+    steps = [s * d for s, d in zip(of_pixel, dilation, strict=True)] + [
+        s * t for s, t in zip(of_pixel, stride, strict=True)
+    ]
+    patches = workspace.empty(windows, x).copy_(x.as_strided(windows, (of_image, *steps)))
+    return patches.flatten(3).flatten(1, 2)
 
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map_only
 from . import divergence
 from .distributions import log_variance_of, unwrap_independent
 from .kernels import KERNELS
-from .local_functions import Integral, LocalConvolution, LocalLinear
+from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
 from .workspace import Workspace
 
 Form = divergence.Form
@@ -248,9 +248,9 @@ def _local_convolution(
             raise RuntimeError(f"padding='same': expected a stride of 1, but got {stride}")
         x, padding = _pad_same(x, weight.shape[2:], dilation)
     padding = _per_dim(0 if padding == "valid" else padding, dims)
-    output = weight.integrate_out(
-        LocalConvolution, x, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    geometry = stride, padding, dilation, transposed, output_padding, groups
+    is_grey = LocalGreyConvolution.applies(x, weight.base_dist.loc.shape[2:], geometry)
+    output = weight.integrate_out(LocalGreyConvolution if is_grey else LocalConvolution, x, bias, *geometry)
     return output if batched else output.squeeze(0)
 
 
