@@ -123,7 +123,7 @@ class LocalConvolution(torch.autograd.Function):
         grad_x_squares, grad_variance = _convolution_gradients(grad_squares, squares, variance, geometry, needed)
         if x_needed:
             grad_x.addcmul_(grad_x_squares, x)
-        grad_loc = grad_loc.contiguous()
+        grad_loc = grad_loc.contiguous() if loc_needed else None
         grad_log_variance = grad_variance.contiguous().mul_(variance).mul_(0.5) if log_variance_needed else None
         _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
         grad_bias = _sum_of_channels(grad) if bias_needed else None
@@ -200,12 +200,9 @@ class LocalGreyConvolution(torch.autograd.Function):
 
 def _convolution_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needed: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients in the input and the weight; the call costs as much where it has nothing to compute."""
-    if not any(needed):
-        return x, weight
-    gradients = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, (*needed, False))
-    return gradients[:2]
+) -> list[Any]:
+    """Returns the gradients in the input and the weight that are needed. For the bias, a sum is much cheaper."""
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, (*needed, False))[:2]
 
 
 def _sum_of_channels(grad: Tensor) -> Tensor:
