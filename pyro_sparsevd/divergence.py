@@ -139,32 +139,34 @@ def log_alpha(loc: Tensor, log_variance: Tensor) -> Tensor:
     return log_variance - 2 * loc.abs().log()
 
 
-def total_and_slopes(locs: list[Tensor], variances: list[Tensor], kernel: Kernel, slopes: Tensor) -> Tensor:
-    """Returns the sum of a divergence over the weights of several tensors, outside autograd.
+def total_and_slopes(
+    locs: list[Tensor], variances: list[Tensor], kernel: Kernel, slopes: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the sum of a divergence over the weights of several tensors, and its slopes, outside autograd.
 
     Args:
         locs: The means θ.
         variances: σ² of each weight, in tensors of the same shapes.
         kernel: The divergence, one of ``kernels.KERNELS``.
-        slopes: Filled in with twice the slope in 1/α of each weight, tensor after tensor, for :func:`add_gradients_`.
+        slopes: Memory for what is returned, as many elements as there are weights.
 
     Returns:
-        A scalar, in nats.
+        The sum, a scalar, in nats; and twice the slope in 1/α of each weight, for :func:`add_gradients_`.
 
     Example:
         >>> loc, variance = torch.zeros(2, 3), torch.ones(2, 3)
-        >>> total_and_slopes([loc, loc], [variance, variance], KERNELS["exact"], torch.empty(12))
-        tensor(0.)
+        >>> total, slopes = total_and_slopes([loc, loc], [variance, variance], KERNELS["exact"], torch.empty(12))
+        >>> total, slopes[1].shape
+        (tensor(0.), torch.Size([2, 3]))
     """
-    end = 0
-    for loc, variance in zip(locs, variances, strict=True):
-        start, end = end, end + loc.numel()
-        torch.mul(loc, loc, out=slopes[start:end].view(loc.shape)).div_(variance)
+    of_each = [s.view(loc.shape) for s, loc in zip(slopes.split([loc.numel() for loc in locs]), locs, strict=True)]
+    for a, loc, variance in zip(of_each, locs, variances, strict=True):
+        torch.mul(loc, loc, out=a).div_(variance)
     totals = []
     for (a,), scratch in _blocks(slopes):
         kernel(a, *scratch)
         totals.append(scratch[0].sum())
-    return sum(totals[1:], start=totals[0]).mul_(0.5)
+    return sum(totals[1:], start=totals[0]).mul_(0.5), of_each
 
 
 def add_gradients_(
@@ -239,9 +241,9 @@ class _Total(_Elementwise):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
         variance = exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
-        slope = torch.empty_like(variance)
+        total, (slope,) = total_and_slopes([loc], [variance], kernel, variance.new_empty(variance.numel()))
         ctx.save_for_backward(loc, log_variance, variance, slope)
-        return total_and_slopes([loc], [variance], kernel, slope.view(-1))
+        return total
 
 
 # What is saved is an argument so that the decorator sees that a second derivative would need it, and refuses that.
@@ -261,29 +263,28 @@ _BLOCK = 2**19
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
-    """Yields matching flat pieces of tensors of one size, and four pieces of scratch."""
+    """Yields matching pieces of tensors of one shape, and four pieces of scratch."""
     like = tensors[0]
     total = like.numel()
-    size = _BLOCK if like.device.type == "cpu" else max(total, 1)
-    flat = [t.reshape(-1) for t in tensors]
-    if total <= size:
-        yield flat, _scratch(total, like)
+    if total <= _BLOCK or not like.is_cpu:
+        yield list(tensors), _scratch(like.shape, like)
         return
-    for start in range(0, total, size):
-        length = min(size, total - start)
-        yield [t.narrow(0, start, length) for t in flat], _scratch(length, like)
+    flat = [t.reshape(-1) for t in tensors]
+    for start in range(0, total, _BLOCK):
+        length = min(_BLOCK, total - start)
+        yield [t.narrow(0, start, length) for t in flat], _scratch(torch.Size([length]), like)
 
 
-def _scratch(length: int, like: Tensor) -> tuple[Tensor, ...]:
-    if like.device.type != "cpu":
-        return like.new_empty(4, length).unbind()
-    return _kept_scratch(length, like.dtype, threading.get_ident())
+def _scratch(shape: torch.Size, like: Tensor) -> tuple[Tensor, ...]:
+    if not like.is_cpu:
+        return like.new_empty(4, *shape).unbind()
+    return _kept_scratch(shape, like.dtype, threading.get_ident())
 
 
 @lru_cache(maxsize=256)
-def _kept_scratch(length: int, dtype: torch.dtype, thread: int) -> tuple[Tensor, ...]:
+def _kept_scratch(shape: torch.Size, dtype: torch.dtype, thread: int) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):  # or it could not be written to outside of it
-        return tuple(t.narrow(0, 0, length) for t in _kept_memory(dtype, thread))
+        return tuple(t.narrow(0, 0, shape.numel()).view(shape) for t in _kept_memory(dtype, thread))
 
 
 @lru_cache(maxsize=16)

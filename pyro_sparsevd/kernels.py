@@ -37,8 +37,8 @@ def _approximate(a: Tensor, value: Tensor, step: Tensor, clamped: Tensor, _: Ten
     torch.log1p(a, out=value).add_(step, alpha=2 * _K1)
     # d step / da = k3 step (1 - step) / a, which vanishes with a; the clamp keeps 0 / 0 out.
     torch.clamp_min(a, torch.finfo(a.dtype).tiny, out=clamped)
-    step.addcmul_(step, step, value=-1).div_(clamped)
-    a.add_(1).reciprocal_().add_(step, alpha=2 * _K1 * _K3)
+    step.addcmul_(step, step, value=-1)
+    a.add_(1).reciprocal_().addcdiv_(step, clamped, value=2 * _K1 * _K3)
 
 
 def _exact(a: Tensor, value: Tensor, t: Tensor, numerator: Tensor, denominator: Tensor) -> None:

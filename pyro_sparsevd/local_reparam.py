@@ -319,10 +319,9 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
 def _kl_of_integrated(weights: list[LazyWeight], form: Form) -> Tensor:
     integrals = [w._integral for w in weights if w._integral is not None]
     locs = [w.base_dist.loc.detach() for w in weights]
-    sizes = [loc.numel() for loc in locs]
-    slopes = integrals[0].workspace.empty((sum(sizes),), locs[0])
-    total = divergence.total_and_slopes(locs, [i.variance for i in integrals], KERNELS[form], slopes)
-    for integral, slope in zip(integrals, slopes.split(sizes), strict=True):
+    memory = integrals[0].workspace.empty((sum(loc.numel() for loc in locs),), locs[0])
+    total, slopes = divergence.total_and_slopes(locs, [i.variance for i in integrals], KERNELS[form], memory)
+    for integral, slope in zip(integrals, slopes, strict=True):
         integral.slope = slope
     return sum((w._carrier for w in weights), start=total)
 

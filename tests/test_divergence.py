@@ -487,17 +487,16 @@ def test_total_and_slopes_with_add_gradients_is_autograd_of_the_sum(form, device
     locs = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
     log_variances = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
     variances = [t.exp() for t in log_variances]
-    slopes = torch.full((sum(t.numel() for t in locs),), math.nan, dtype=torch.float64, device=device)
-    total = total_and_slopes(locs, variances, KERNELS[form], slopes)
+    memory = torch.full((sum(t.numel() for t in locs),), math.nan, dtype=torch.float64, device=device)
+    total, slopes = total_and_slopes(locs, variances, KERNELS[form], memory)
     expected = [grads_of(partial(kl_log_uniform, form=form), *pair) for pair in zip(locs, log_variances, strict=True)]
     torch.testing.assert_close(total, sum(value.sum() for value, _, _ in expected), rtol=1e-12, atol=0)
 
-    end, grad = 0, torch.tensor(0.7, dtype=torch.float64, device=device)
-    for loc, variance, (_, true_loc, true_log_variance) in zip(locs, variances, expected, strict=True):
-        start, end = end, end + loc.numel()
+    grad = torch.tensor(0.7, dtype=torch.float64, device=device)
+    for loc, variance, slope, (_, true_loc, true_log_variance) in zip(locs, variances, slopes, expected, strict=True):
         before_loc, before_log_variance = torch.randn_like(loc), torch.randn_like(loc)
         grad_loc, grad_log_variance = before_loc.clone(), before_log_variance.clone()
-        add_gradients_(grad_loc, grad_log_variance, loc, variance, slopes[start:end].view(loc.shape), grad)
+        add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
         torch.testing.assert_close(grad_loc, before_loc + 0.7 * true_loc, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             grad_log_variance, before_log_variance + 0.7 * true_log_variance, rtol=1e-12, atol=1e-12
@@ -509,11 +508,11 @@ def test_total_and_slopes_with_add_gradients_is_autograd_of_the_sum(form, device
 def test_add_gradients_adds_the_gradients_that_are_wanted(wanted, scalar, device, small_blocks):
     loc, log_variance = (torch.randn(4, 6, dtype=torch.float64, device=device) for _ in range(2))
     grad = torch.randn((), dtype=torch.float64, device=device) if scalar else torch.randn_like(loc)
-    slopes = torch.empty(24, dtype=torch.float64, device=device)
-    total_and_slopes([loc], [log_variance.exp()], KERNELS["exact"], slopes)
+    memory = torch.empty(24, dtype=torch.float64, device=device)
+    _, (slope,) = total_and_slopes([loc], [log_variance.exp()], KERNELS["exact"], memory)
     _, *expected = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance, grad=grad.expand(4, 6))
     added = [torch.ones_like(loc) if want else None for want in wanted]
-    add_gradients_(*added, loc, log_variance.exp(), slopes.view(4, 6), grad)
+    add_gradients_(*added, loc, log_variance.exp(), slope, grad)
     for have, want in zip(added, expected, strict=True):
         if have is not None:
             torch.testing.assert_close(have, 1 + want, rtol=1e-12, atol=1e-12)
