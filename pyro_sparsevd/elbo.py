@@ -211,11 +211,12 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     def _terms(self, model_sites: _Sites, guide_sites: _Sites) -> tuple[Tensor, Tensor]:
         """Returns the negative log likelihood and the divergence of one particle."""
-        nll, kl = torch.zeros(()), torch.zeros(())
+        log_likelihoods: list[Tensor] = []
+        divergences: list[Tensor] = []
         lazy: dict[float, list[LazyWeight]] = {}
         for name, site in model_sites.items():
             if site["is_observed"]:
-                nll = nll - _log_prob(site)
+                log_likelihoods.append(_log_prob(site))
                 continue
             if name not in guide_sites:
                 raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
@@ -224,15 +225,16 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             prior = unwrap_independent(site["fn"])
             if self.kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, site):
                 lazy.setdefault(q["scale"], []).append(q["value"])
-                kl = kl + prior.log_normalizer.sum() * q["scale"] if prior.is_proper else kl
+                if prior.is_proper:
+                    divergences.append(prior.log_normalizer.sum() * q["scale"])
             else:
-                kl = kl + self._divergence(name, q, site)
+                divergences.append(self._divergence(name, q, site))
         for scale, weights in lazy.items():
-            kl = kl + scale * kl_log_uniform_total(weights, cast(Form, self.kl))
+            divergences.append(scale * kl_log_uniform_total(weights, cast(Form, self.kl)))
         for name in [name for name in guide_sites if name not in model_sites]:
             _check_auxiliary(name, guide_sites[name])
-            kl = kl + _log_prob(guide_sites[name])
-        return nll, kl
+            divergences.append(_log_prob(guide_sites[name]))
+        return -_sum(log_likelihoods), _sum(divergences)
 
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
         if self.kl != "monte_carlo":
@@ -296,6 +298,10 @@ class _SampleSites(Messenger):
         if msg["name"] in self.found:
             raise ValueError(f"{msg['name']}: expected a name for every sample site, but two share this one")
         self.found[msg["name"]] = msg.copy()
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return sum(terms[1:], start=terms[0]) if terms else torch.zeros(())
 
 
 def _scored(sites: _Sites) -> _Sites:

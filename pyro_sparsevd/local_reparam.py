@@ -294,7 +294,7 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
     place to that of the output.
 
     Args:
-        weights: The weights.
+        weights: The weights, at least one.
         form: ``"approximate"`` or ``"exact"``.
 
     Returns:
@@ -305,15 +305,16 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
         >>> kl_log_uniform_total([LazyWeight(q, "w", Workspace())], "exact")
         tensor(0.)
     """
-    total = torch.zeros(())
-    integrated = []
+    totals, integrated = [], []
     for w in weights:
         shares = w._integral is not None and w._integral.slope is None
         if shares and w.base_dist.loc.dtype in (torch.float32, torch.float64):
             integrated.append(w)
         else:
-            total = total + divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form)
-    return total + _kl_of_integrated(integrated, form) if integrated else total
+            totals.append(divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form))
+    if integrated:
+        totals.append(_kl_of_integrated(integrated, form))
+    return sum(totals[1:], start=totals[0])
 
 
 def _kl_of_integrated(weights: list[LazyWeight], form: Form) -> Tensor:
