@@ -21,6 +21,7 @@ Data walks down this list of modules, and a module imports only from those above
     sweep            threshold_sweep: error and compression against the threshold
     pruning          prune: a plain sparse network
     nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    weight_plots     pictures of weights from plain data
     plots            pictures from plain data; imported on demand
 
 References:

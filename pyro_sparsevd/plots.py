@@ -1,51 +1,113 @@
 """Pictures from plain data.
 
 Each function draws into the figure, or sub-figure, that it is given, or into a new one, and returns it; nothing is
-shown. This module is not imported with the package: ``from pyro_sparsevd import plots``.
+shown. Colours are those of Okabe and Ito, and where lines must be told apart, so do their styles, for readers who
+see no colours and for print. This module is not imported with the package: ``from pyro_sparsevd import plots``.
 """
 
-__all__ = ["log_alpha_histogram", "training_curves", "weight_images"]
+__all__ = [
+    "animate_weight_images",
+    "connections",
+    "divergences",
+    "log_alpha_histogram",
+    "mean_and_scale",
+    "prior_and_posteriors",
+    "threshold_curves",
+    "training_curves",
+    "weight_images",
+]
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure, SubFigure
+import torch
 from torch import Tensor
 
+from .distributions import LogUniform, SparseNormal
+from .divergence import kl_log_uniform
+from .sweep import SweepPoint
+from .weight_plots import (
+    BLUE,
+    ORANGE,
+    animate_weight_images,
+    as_numpy,
+    connections,
+    figure_or_new,
+    weight_images,
+)
 
-def weight_images(weight: Tensor, *, count: int = 36, title: str = "", figure: Any = None) -> Any:
-    """Draws the incoming weights of units as a grid of images, on one scale symmetric about 0.
+_STYLES = [(ORANGE, "-"), (BLUE, "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("black", "-")]
+
+
+def prior_and_posteriors(
+    posteriors: Mapping[str, tuple[float, float]], *, limit: float = 3.0, title: str = "", figure: Any = None
+) -> Any:
+    """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights.
 
     Args:
-        weight: Weights of shape ``(units, height, width)``.
-        count: The largest number of units to draw, the first ones.
+        posteriors: Mean and log variance of each weight, by what to call it.
+        limit: The largest magnitude of a weight to draw.
         title: What to write above.
         figure: Where to draw.
 
     Returns:
         The figure.
 
-    Raises:
-        ValueError: If ``weight`` is not three-dimensional.
+    Example:
+        >>> figure = prior_and_posteriors({"kept": (1.0, -3.0), "dropped": (0.01, 0.0)})
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['log-uniform prior, p(w) ∝ 1/|w|', 'kept: log α = -3.0', 'dropped: log α = 9.2']
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    w = torch.linspace(-limit, limit, 2001, dtype=torch.float64)
+    prior = LogUniform().log_prob(w).exp() / 4
+    axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
+    for (name, (loc, log_variance)), (color, style) in zip(posteriors.items(), _cycled(skip=BLUE), strict=False):
+        q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
+        label = f"{name}: log α = {q.log_alpha:.1f}"
+        axis.plot(w, q.log_prob(w).exp(), color=color, linestyle=style, label=label)
+    axis.set(xlabel="weight w", ylabel="density", ylim=(0, 2.5), xlim=(-limit, limit), title=title)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def divergences(
+    *, samples: Mapping[float, float] | None = None, limit: float = 8.0, title: str = "", figure: Any = None
+) -> Any:
+    """Draws the KL divergence against log α, exact and approximate, and their difference below.
+
+    Args:
+        samples: Monte Carlo estimates of the divergence by log α.
+        limit: The largest magnitude of log α to draw.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
 
     Example:
-        >>> weight_images(torch.randn(4, 5, 5), title="kernels").get_suptitle()
-        'kernels'
+        >>> len(divergences(samples={0.0: 0.43}).axes)
+        2
     """
-    if weight.dim() != 3:
-        raise ValueError(f"weight: expected shape (units, height, width), but got {tuple(weight.shape)}")
-    figure = _figure(figure)
-    images = weight.detach().cpu().float().numpy()[:count]
-    columns = int(np.ceil(np.sqrt(len(images))))
-    rows = int(np.ceil(len(images) / columns))
-    limit = float(np.abs(images).max()) or 1.0
-    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, image in zip(axes.flat, images, strict=False):
-        axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    figure.suptitle(title)
+    figure = figure_or_new(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    log_alpha = torch.linspace(-limit, limit, 801, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    exact, approximate = (kl_log_uniform(one, log_alpha, form) for form in ("exact", "approximate"))
+    above.plot(log_alpha, exact, color=ORANGE, label="exact")
+    above.plot(log_alpha, approximate, color=BLUE, linestyle="--", label="approximate (equation 14)")
+    below.plot(log_alpha, approximate - exact, color=BLUE, linestyle="--")
+    if samples:
+        at, values = (torch.tensor(list(v), dtype=torch.float64) for v in (samples.keys(), samples.values()))
+        above.plot(at, values, "x", color="black", label="Monte Carlo")
+        below.plot(at, values - kl_log_uniform(one, at, "exact"), "x", color="black")
+    below.axhline(0, color="gray", linewidth=0.5)
+    above.set(ylabel="KL, nats", title=title)
+    below.set(xlabel="log α", ylabel="minus exact, nats", xlim=(-limit, limit))
+    above.legend(fontsize="small")
     return figure
 
 
@@ -67,11 +129,12 @@ def log_alpha_histogram(
         >>> len(log_alpha_histogram({"w": torch.randn(100)}, threshold=3.0).axes)
         1
     """
-    figure = _figure(figure)
+    figure = figure_or_new(figure)
     axis = figure.subplots()
-    for name, values in log_alphas.items():
-        finite = values.detach().cpu().float().numpy().ravel().clip(-15, 15)
-        axis.hist(finite, bins=90, range=(-15, 15), histtype="step", label=name, density=True)
+    for (name, values), (color, style) in zip(log_alphas.items(), _cycled(), strict=False):
+        clipped = as_numpy(values).ravel().clip(-15, 15)
+        bins = {"bins": 90, "range": (-15, 15), "density": True}
+        axis.hist(clipped, histtype="step", label=name, color=color, linestyle=style, **bins)
     if threshold is not None:
         axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axis.set(xlabel="log α (clipped to ±15)", ylabel="density", yscale="log", title=title)
@@ -79,13 +142,53 @@ def log_alpha_histogram(
     return figure
 
 
-def training_curves(
-    history: Sequence[Mapping[str, float]], *, baseline: float | None = None, title: str = "", figure: Any = None
+def mean_and_scale(
+    loc: Tensor, log_variance: Tensor, *, threshold: float | None = None, title: str = "", figure: Any = None
 ) -> Any:
-    """Draws error and compression against epochs.
+    """Draws the posterior scale of each weight against its mean, and the lines where log α is the threshold.
 
     Args:
-        history: For each epoch ``error``, a fraction, and ``compression``.
+        loc: The mean of each weight.
+        log_variance: log σ² of each weight.
+        threshold: The log α above which weights are dropped: those above the lines.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> len(mean_and_scale(torch.randn(9), torch.randn(9), threshold=3.0).axes[0].get_lines())
+        2
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    means, scales = as_numpy(loc).ravel(), as_numpy((0.5 * log_variance).exp()).ravel()
+    axis.plot(means, scales, ".", color=BLUE, markersize=2, alpha=0.4, rasterized=True)
+    if threshold is not None:
+        line = np.array([-1.0, 0.0, 1.0]) * (np.abs(means).max() or 1.0)
+        label = f"log α = {threshold:g}: above it, dropped"
+        axis.plot(line, np.abs(line) * math.exp(threshold / 2), color=ORANGE, linestyle="--", label=label)
+        axis.legend(fontsize="small")
+    axis.set(xlabel="mean θ", ylabel="standard deviation σ", ylim=(0, 1.05 * scales.max()), title=title)
+    return figure
+
+
+def training_curves(
+    history: Sequence[Mapping[str, float]],
+    *,
+    left: Mapping[str, str] = {"error": "error"},  # not changed
+    right: Mapping[str, str] = {"compression": "compression"},
+    baseline: float | None = None,
+    title: str = "",
+    figure: Any = None,
+) -> Any:
+    """Draws quantities against epochs, on two logarithmic axes.
+
+    Args:
+        history: For each epoch its quantities, such as ``error`` and ``compression``; errors are fractions.
+        left: What to call each of the quantities drawn on the left axis.
+        right: The same for the right axis.
         baseline: The error of a dense network.
         title: What to write above.
         figure: Where to draw.
@@ -94,23 +197,65 @@ def training_curves(
         The figure.
 
     Example:
-        >>> len(training_curves([{"error": 0.5, "compression": 1.0}, {"error": 0.1, "compression": 9.0}]).axes)
-        2
+        >>> history = [{"nll": 9.0, "kl": 1.0, "compression": 1.0}, {"nll": 5.0, "kl": 2.0, "compression": 9.0}]
+        >>> figure = training_curves(history, left={"nll": "NLL, nats", "kl": "KL, nats"})
+        >>> [len(axis.get_lines()) for axis in figure.axes]
+        [2, 1]
     """
-    figure = _figure(figure)
-    left = figure.subplots()
-    right = left.twinx()
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    other = axis.twinx() if right else axis
+    styles = iter(_cycled())
     epochs = range(1, len(history) + 1)
-    left.plot(epochs, [100 * h["error"] for h in history], color="tab:red", label="error of the pruned network")
+    for side, names in ((axis, left), (other, right)):
+        for quantity, name in names.items():
+            color, style = next(styles)
+            side.plot(epochs, [h[quantity] for h in history], color=color, linestyle=style, label=name)
+        side.set(ylabel=", ".join(names.values()), yscale="log")
     if baseline is not None:
-        left.axhline(100 * baseline, color="tab:red", linestyle=":", linewidth=1, label="error of the dense network")
-    right.plot(epochs, [h["compression"] for h in history], color="tab:blue", label="compression")
-    left.set(xlabel="epoch", ylabel="error, %", yscale="log", title=title)
-    right.set(ylabel="compression", yscale="log")
-    lines = left.get_lines() + right.get_lines()
-    left.legend(lines, [str(line.get_label()) for line in lines], fontsize="small", loc="center right")
+        axis.axhline(baseline, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
+    axis.set(xlabel="epoch", title=title)
+    _joint_legend(axis, other)
     return figure
 
 
-def _figure(figure: Any) -> Figure | SubFigure:
-    return Figure(figsize=(6, 4), layout="constrained") if figure is None else figure
+def threshold_curves(
+    points: Sequence[SweepPoint], *, chosen: float | None = None, title: str = "", figure: Any = None
+) -> Any:
+    """Draws error and compression against the threshold.
+
+    Args:
+        points: What :func:`~.sweep.threshold_sweep` returns.
+        chosen: The threshold that was chosen.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> points = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
+        >>> len(threshold_curves(points, chosen=3.0).axes)
+        2
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    other = axis.twinx()
+    thresholds = [point.threshold for point in points]
+    axis.plot(thresholds, [100 * p.error for p in points], "o-", color=ORANGE, label="error")
+    other.plot(thresholds, [p.compression for p in points], "s--", color=BLUE, label="compression")
+    if chosen is not None:
+        axis.axvline(chosen, color="black", linestyle=":", linewidth=1, label=f"chosen: {chosen:g}")
+    axis.set(xlabel="threshold on log α", ylabel="error, %", title=title)
+    other.set(ylabel="compression", yscale="log")
+    _joint_legend(axis, other)
+    return figure
+
+
+def _cycled(skip: str = "") -> list[tuple[str, str]]:
+    return [style for style in _STYLES if style[0] != skip] * 20
+
+
+def _joint_legend(axis: Any, other: Any) -> None:
+    lines = axis.get_lines() + (other.get_lines() if other is not axis else [])
+    axis.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
