@@ -19,8 +19,9 @@ Data walks down this list of modules, and a module imports only from those above
     elbo             SparseVD_ELBO
     summary          sparsify: which weights matter
     sweep            threshold_sweep: error and compression against the threshold
-    pruning          prune: a plain sparse network
+    pruning          prune: a plain sparse network; masks_held: to train it on
     nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    training         a loop that goes on where it was killed
     weight_plots     pictures of weights from plain data
     plots            pictures from plain data; imported on demand
 
@@ -41,6 +42,7 @@ from .latents import init_to_weights as init_to_weights
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize
+from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .schedules import LinearWarmup as LinearWarmup
 from .summary import SparsitySummary as SparsitySummary

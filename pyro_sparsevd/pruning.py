@@ -1,13 +1,16 @@
 """From the posterior to a plain sparse network."""
 
-__all__ = ["prune"]
+__all__ = ["masks_held", "prune"]
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 
 from .guides import sparse_normal_parts
 from .masking import check_masks
@@ -55,6 +58,45 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
         if isinstance(module, PyroModule):
             _to_plain_module_(module)
     return net
+
+
+@contextmanager
+def masks_held(net: nn.Module) -> Iterator[nn.Module]:
+    """Keeps weights that are zero at zero while a sparse network is trained on.
+
+    This is torch's own pruning reparametrisation, undone at the end. Make the optimiser within: the parameters are
+    others there.
+
+    Args:
+        net: A plain network, as :func:`prune` returns it; its weights are those parameters of two or more dimensions.
+
+    Yields:
+        The network.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> net.weight.data = torch.tensor([[0.0, 1.0]])
+        >>> with masks_held(net):
+        ...     optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        ...     net(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> net.weight
+        Parameter containing:
+        tensor([[0.0000, 0.9000]], requires_grad=True)
+    """
+    held = [
+        (module, name)
+        for module in net.modules()
+        for name, weight in list(module.named_parameters(recurse=False))
+        if weight.dim() > 1
+    ]
+    for module, name in held:
+        torch_prune.custom_from_mask(module, name, getattr(module, name) != 0)
+    try:
+        yield net
+    finally:
+        for module, name in held:
+            torch_prune.remove(module, name)
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:

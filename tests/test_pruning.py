@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
+from pyro_sparsevd import masks_held
 
 
 class Tied(nn.Module):
@@ -187,3 +188,45 @@ def test_a_plain_network_is_refused(device):
     guide = svd.AutoSparseNormal(bnn)
     with pytest.raises(TypeError, match="bnn: expected the result of bayesianize, but got Linear"):
         svd.prune(nn.Linear(3, 2), guide, svd.sparsify(guide))
+
+
+class TiedLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(4, 3), TiedLinear, lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU())]
+)
+def test_held_weights_stay_zero_and_others_learn(make, device):
+    torch.manual_seed(0)
+    net = make().to(device)
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(torch.rand_like(weight) < 0.5)
+    names, before = list(net.state_dict()), [w.detach().clone() for w in weights]
+    x = torch.randn(5, 2, 4, device=device) if isinstance(net, nn.Sequential) else torch.randn(5, weights[0].shape[1])
+    with masks_held(net) as held:
+        assert held is net
+        optimizer = torch.optim.Adam(net.parameters(), 0.1, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x.to(device)).square().sum().backward()
+            optimizer.step()
+    assert sorted(net.state_dict()) == sorted(names)
+    for weight, old in zip((p for p in net.parameters() if p.dim() > 1), before, strict=True):
+        assert torch.equal(weight == 0, old == 0)
+        assert (weight != old)[old != 0].any()
+
+
+def test_masks_are_let_go_when_training_fails(device):
+    net = nn.Linear(2, 2).to(device)
+    with pytest.raises(RuntimeError, match="diverged"), masks_held(net):
+        raise RuntimeError("diverged")
+    assert sorted(net.state_dict()) == ["bias", "weight"]

@@ -11,25 +11,24 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pyro.infer import Predictive
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.datasets import Split, digits, hold_out, mnist
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
+from pyro_sparsevd.training import CrossEntropy, constant_then_linear, error, fit
 
 NETS: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5_caffe}
-THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
+THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
 
 
 @dataclass
@@ -83,36 +82,21 @@ def load(data_dir: Path | None, device: torch.device) -> Data:
     return Data(*(Split(s.images.to(device), s.labels.to(device)) for s in (train, validation, test)))
 
 
-def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the data in random order."""
-    order = torch.randperm(len(split.labels), device=split.labels.device)
-    for index in order.split(size):
-        yield split.images[index], split.labels[index]
-
-
-def linear_decay(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Keeps the learning rate for half of the epochs, then lowers it linearly to 0."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, 2 * (1 - epoch / max(epochs, 1))))
-
-
-@torch.no_grad()
-def error(network: nn.Module, split: Split) -> float:
-    """Returns the fraction of wrong predictions."""
-    predictions = torch.cat([network(x).argmax(-1) for x in split.images.split(1_000)])
-    return (predictions != split.labels).float().mean().item()
-
-
-def train_dense(network: nn.Module, data: Data, epochs: int, batch_size: int, lr: float) -> None:
-    """Fits the network by maximum likelihood."""
-    network.train()
-    optimizer = torch.optim.Adam(network.parameters(), lr)
-    scheduler = linear_decay(optimizer, epochs)
-    for _ in tqdm(range(epochs), desc="maximum likelihood", unit="epoch"):
-        for x, y in batches(data.train, batch_size):
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), y).backward()
-            optimizer.step()
-        scheduler.step()
+def train_dense(network: nn.Module, split: Split, epochs: int, batch_size: int) -> nn.Module:
+    """Fits a network by maximum likelihood."""
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    scheduler = constant_then_linear(optimizer, epochs)
+    loss = CrossEntropy(network)
+    fit(
+        loss,
+        split,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        description="maximum likelihood",
+    )
+    return network
 
 
 def train_sparse(
@@ -121,46 +105,55 @@ def train_sparse(
     """Fits the guide, and returns the error and the compression after each epoch."""
     elbo = svd.SparseVD_ELBO(kl=args.kl)
     loss = elbo(model, guide)
-    optimizer = torch.optim.Adam(loss.parameters(), args.lr)
-    scheduler = linear_decay(optimizer, args.epochs)
+    optimizer = torch.optim.Adam(loss.parameters(), args.lr, fused=True)
     warmup = svd.LinearWarmup(args.epochs / 40, args.epochs / 10)
-    history = []
-    with tqdm(range(args.epochs), desc="sparse", unit="epoch") as progress:
-        for epoch in progress:
-            elbo.kl_weight = warmup(epoch)
-            for x, y in batches(data.train, args.batch_size):
-                optimizer.zero_grad()
-                loss(x, y).backward()
-                optimizer.step()
-            scheduler.step()
-            summary = svd.sparsify(guide, args.threshold if args.threshold is not None else 3.0)
-            pruned = svd.prune(model.network, guide, summary)
-            history.append({"error": error(pruned, data.validation), "compression": summary.compression})
-            progress.set_postfix(error=f"{100 * history[-1]['error']:.2f}%", compression=f"{summary.compression:.1f}x")
-    return history
+
+    def before_epoch(epoch: int) -> None:
+        elbo.kl_weight = warmup(epoch)
+
+    def after_epoch(epoch: int) -> dict[str, float]:
+        summary = svd.sparsify(guide, args.threshold if args.threshold is not None else 3.0)
+        pruned = svd.prune(model.network, guide, summary)
+        return {"error": error(pruned, data.validation), "compression": summary.compression}
+
+    return fit(
+        loss,
+        data.train,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, args.epochs),
+        before_epoch=before_epoch,
+        after_epoch=after_epoch,
+        description="sparse",
+    )
 
 
-def fine_tune(network: nn.Module, data: Data, epochs: int, batch_size: int) -> nn.Module:
-    """Fits the weights that are left, by maximum likelihood; a dropped weight gets no gradient and stays 0."""
-    network = copy.deepcopy(network)
-    for weight in network.parameters():
-        if weight.dim() > 1:
-            weight.register_hook(lambda grad, kept=(weight != 0): grad * kept)
-    train_dense(network, data, epochs, batch_size, 1e-3)
-    return network
+def fine_tune(network: nn.Module, split: Split, epochs: int, batch_size: int) -> nn.Module:
+    """Fits the weights that are left, by maximum likelihood."""
+    with svd.masks_held(copy.deepcopy(network)) as tuned:
+        return train_dense(tuned, split, epochs, batch_size)
 
 
 def choose_threshold(
     model: svd.Supervised, guide: svd.AutoSparseNormal, data: Data, args: argparse.Namespace
 ) -> tuple[float, nn.Module]:
-    """Returns the smallest threshold whose fine-tuned network does well on the validation digits, and the network."""
-    tuned = {}
+    """Returns the smallest threshold whose fine-tuned network does well on the validation digits, and the network.
+
+    Once the threshold is chosen, the validation digits are there to fine-tune with, too.
+    """
+    errors = {}
     for threshold in THRESHOLDS if args.threshold is None else [args.threshold]:
         pruned = svd.prune(model.network, guide, svd.sparsify(guide, threshold))
-        tuned[threshold] = fine_tune(pruned, data, args.fine_tune, args.batch_size)
-    errors = {threshold: error(network, data.validation) for threshold, network in tuned.items()}
+        errors[threshold] = error(fine_tune(pruned, data.train, args.fine_tune, args.batch_size), data.validation)
     threshold = min(t for t in errors if errors[t] <= min(errors.values()) + 0.001)
-    return threshold, tuned[threshold]
+    pruned = svd.prune(model.network, guide, svd.sparsify(guide, threshold))
+    return threshold, fine_tune(pruned, joined(data.train, data.validation), args.fine_tune, args.batch_size)
+
+
+def joined(first: Split, second: Split) -> Split:
+    """Returns the data of both."""
+    return Split(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
 
 
 def sampled_error(model: svd.Supervised, guide: svd.AutoSparseNormal, split: Split, num_samples: int = 20) -> float:
@@ -207,7 +200,7 @@ def main() -> None:
     start = time.perf_counter()
 
     dense = NETS[args.net]().to(device)
-    train_dense(dense, data, max(1, args.epochs // 4), args.batch_size, 1e-3)
+    train_dense(dense, data.train, max(1, args.epochs // 4), args.batch_size)
     dense_error = error(dense, data.test)
 
     bnn = svd.bayesianize(NETS[args.net]().to(device))
