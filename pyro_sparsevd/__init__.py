@@ -22,6 +22,7 @@ Data walks down this list of modules, and a module imports only from those above
     pruning          prune: a plain sparse network; masks_held: to train it on
     nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
     training         a loop that goes on where it was killed
+    recipes          from data to a sparse classifier, as it was measured to work
     weight_plots     pictures of weights from plain data
     plots            pictures from plain data; imported on demand
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyro_sparsevd
 
@@ -56,24 +57,31 @@ def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):
         exec(snippet, namespace)
 
 
+def _script(monkeypatch, name, *options):
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+    return runpy.run_path(str(ROOT / "tutorials" / name), run_name="__main__")
+
+
 def test_the_tutorial_runs_on_the_bundled_digits(monkeypatch, tmp_path, capsys, request):
     out = tmp_path / "figure.png"
     device = request.config.getoption("--device")
-    options = ["--epochs", "2", "--batch-size", "500", "--device", device, "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["lenet.py", *options])
-    runpy.run_path(str(ROOT / "tutorials" / "lenet.py"), run_name="__main__")
+    options = ["--epochs", 2, "--batch-size", 500, "--device", device, "--out", out]
+    _script(monkeypatch, "lenet.py", *options)
     printed = capsys.readouterr().out
     assert "test error of the pruned network" in printed
     assert str(out) in printed
     assert out.stat().st_size > 10_000
     numbers = json.loads(out.with_suffix(".json").read_text())
     assert set(numbers["sites"]) == {"1.weight", "3.weight", "5.weight"}
+    _script(monkeypatch, "lenet.py", *options, "--resume")
+    assert (
+        json.loads(out.with_suffix(".json").read_text())["errors"]["dense network"]
+        == numbers["errors"]["dense network"]
+    )
 
 
 def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["lenet.py", "--device", "cuda"])
     with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device"):
-        runpy.run_path(str(ROOT / "tutorials" / "lenet.py"), run_name="__main__")
+        _script(monkeypatch, "lenet.py", "--device", "cuda")

