@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 
-def is_finite(argument: Any) -> bool:
-    """Tells whether an argument of a model is not a floating-point tensor with NaN or infinities.
+def is_finite(arguments: Any) -> bool:
+    """Tells whether arguments of a model hold no floating-point tensor with NaN or infinities.
 
     Args:
-        argument: Any object.
+        arguments: Any object; tuples, lists and dictionaries are looked into.
 
     Returns:
         False for such a tensor.
@@ -24,10 +25,9 @@ def is_finite(argument: Any) -> bool:
         >>> is_finite(torch.tensor([1.0, torch.nan])), is_finite("a"), is_finite(torch.ones(3))
         (False, True, True)
     """
-    if not (isinstance(argument, Tensor) and argument.is_floating_point()):
-        return True
+    tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
     # A sum may overflow where its terms are finite, but is much cheaper.
-    return math.isfinite(argument.detach().sum()) or bool(torch.isfinite(argument).all())
+    return all(math.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
@@ -49,7 +49,12 @@ def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs
             ...
         ValueError: x: expected finite numbers, but it holds NaN or infinities
     """
-    for name, value in [*_named_arguments(model, args, kwargs), *_named_parameters(model), *_named_parameters(guide)]:
+    arguments = [
+        (name + keystr(path), leaf)
+        for name, value in _named_arguments(model, args, kwargs)
+        for path, leaf in tree_flatten_with_path(value)[0]
+    ]
+    for name, value in [*arguments, *_named_parameters(model), *_named_parameters(guide)]:
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
 

@@ -130,7 +130,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             The loss. Its terms, detached, are in :attr:`terms`.
         """
         try:
-            if self.check_finite and not all(map(is_finite, (*args, *kwargs.values()))):
+            if self.check_finite and not is_finite((args, kwargs)):
                 raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
             nll, kl = self._mean_terms(model, guide, args, kwargs)
             loss = nll + self.kl_weight * kl

@@ -3,7 +3,6 @@
 __all__ = ["AutoSparseNormal", "sparse_normal_parts"]
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -49,7 +48,8 @@ class AutoSparseNormal(AutoGuide):
         create_plates: As for ``AutoNormal``: returns the plates to use, given the arguments of the model.
 
     Raises:
-        ValueError: If ``init_log_variance`` is not finite, or, when first called, if the model has a discrete latent.
+        ValueError: If ``init_log_variance`` is not between -80 and 80, or, when first called, if the model has a
+            discrete latent.
 
     Example:
         >>> model = lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1))
@@ -66,8 +66,8 @@ class AutoSparseNormal(AutoGuide):
         init_log_variance: float = -10.0,
         create_plates: Callable | None = None,
     ) -> None:
-        if not math.isfinite(init_log_variance):
-            raise ValueError(f"init_log_variance: expected a finite number, but got {init_log_variance}")
+        if not -80 <= init_log_variance <= 80:  # of which float32 knows the exponential
+            raise ValueError(f"init_log_variance: expected a number from -80 to 80, but got {init_log_variance}")
         super().__init__(model, create_plates=create_plates)
         self.init_loc_fn = init_loc_fn
         self.init_log_variance = init_log_variance
@@ -75,6 +75,8 @@ class AutoSparseNormal(AutoGuide):
         self.log_variances = PyroModule()
         self._sites: dict[str, Latent] = {}
         self._loaded: set[str] = set()
+        others = model.parameters() if isinstance(model, nn.Module) else ()
+        self._num_model_parameters = sum(p.numel() for p in others)
         for name, prior in attribute_sites(model):
             with torch.no_grad(), helpful_support_errors({"name": name, "fn": prior}):
                 self._add_site(name, prior, init_loc_fn({"name": name, "fn": prior}), ())
@@ -94,9 +96,7 @@ class AutoSparseNormal(AutoGuide):
     @property
     def num_parameters(self) -> int:
         """The number of elements of all latents and, if the model is a module, of all its parameters."""
-        model = self._model[0] if self._model else None
-        others = model.parameters() if isinstance(model, nn.Module) else ()
-        return sum(q.loc.numel() for q in self.posteriors.values()) + sum(p.numel() for p in others)
+        return sum(q.loc.numel() for q in self.posteriors.values()) + self._num_model_parameters
 
     @property
     def sparse_sites(self) -> tuple[str, ...]:
@@ -315,12 +315,13 @@ class AutoSparseNormal(AutoGuide):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads a state, making the parameters that the model has not been run to make; see ``nn.Module``."""
+        before = self._loaded
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError:
-            for name in self._loaded - self._sites.keys():
+            for name in self._loaded - self._sites.keys() - before:
                 self._remove_site(name)
-            self._loaded = set()
+            self._loaded = before
             raise
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

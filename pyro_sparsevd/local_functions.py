@@ -138,20 +138,20 @@ class LocalGreyConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def applies(x: Tensor, kernel: torch.Size, geometry: tuple) -> bool:
-        """Tells whether a convolution is of this kind.
+    def applies(x: Tensor, shape: torch.Size, geometry: tuple) -> bool:
+        """Tells whether a convolution is of this kind, and its patches take not much more memory than its output.
 
         Args:
             x: Its input.
-            kernel: The size of its kernel.
+            shape: The shape of its weight.
             geometry: Its stride, padding, dilation and so on.
 
         Returns:
             Whether it is.
         """
         *_, transposed, _, groups = geometry
-        is_grey = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not transposed
-        return is_grey and not x.requires_grad and all(size > 0 for size in _output_size(x, kernel, geometry))
+        is_grey = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not (transposed or x.requires_grad)
+        return is_grey and shape[2:].numel() <= 2 * shape[0] and min(_output_size(x, shape[2:], geometry)) > 0
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
@@ -166,7 +166,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         workspace = integral.workspace
         integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
         patches = _patches(x, loc.shape[2:], geometry, workspace)
-        squares = torch.mul(patches, patches, out=workspace.empty_like(patches))
+        squares = torch.mul(patches, patches, out=workspace.empty_like(patches))  # made again in the backward pass
         shape = len(x), len(loc), patches.shape[2]
         output, output_variance = (
             torch.bmm(weight.flatten(1).expand(len(x), -1, -1), of, out=workspace.empty(shape, x))
@@ -175,7 +175,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         if bias is not None:
             output.add_(bias[:, None])
         r = _add_noise_(output, output_variance, workspace)
-        ctx.save_for_backward(patches, squares, loc, variance, r)
+        ctx.save_for_backward(patches, loc, variance, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
         return output.view(*shape[:2], *_output_size(x, loc.shape[2:], geometry)), loc.new_zeros(())
@@ -185,9 +185,11 @@ class LocalGreyConvolution(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        patches, squares, loc, variance, r = ctx.saved_tensors
+        patches, loc, variance, r = ctx.saved_tensors
+        workspace = ctx.integral.workspace
         grad = torch.zeros_like(r) if grad is None else grad.flatten(2)
-        grad_squares = torch.mul(grad, r, out=ctx.integral.workspace.empty_like(r))  # twice that of the variance
+        grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice that of the variance
+        squares = torch.mul(patches, patches, out=workspace.empty_like(patches))
         grad_loc, grad_log_variance = (
             torch.bmm(of_output, of.mT).sum(0).view(loc.shape)
             for of_output, of in ((grad, patches), (grad_squares, squares))

@@ -10,9 +10,11 @@ draw. The handler is used in the three ways of Pyro's own::
     trace = poutine.trace(local_reparam(guide)).get_trace(x, y)
     poutine.replay(model, trace=trace)(x, y)         # the model receives the weight that is not drawn
 
-A linear layer is exact: each datum of the batch has its own, independent draw of the weight, integrated out. In a
-convolution the noise of each output pixel is independent, while one draw of a kernel would correlate the pixels of an
-image: the marginals are right, and the gradient has less variance.
+A linear layer on a matrix is exact: each datum, a row, has its own, independent draw of the weight, integrated out.
+In a convolution the noise of each output pixel is independent, and in a linear layer on more than two dimensions that
+of each position, while one draw of the weight would correlate those of a datum: the marginals are right, and the
+gradient has less variance. Exclude a site, or use ``SparseVD_ELBO(local_reparam=False)``, where those correlations
+matter.
 
 References:
     | Variational Dropout and the Local Reparameterization Trick (Kingma, Salimans, Welling, 2015)
@@ -68,6 +70,10 @@ class LocalReparamMessenger(Messenger):
         self.exclude = exclude
         self.workspace = Workspace() if workspace is None else workspace
 
+    def __enter__(self) -> "LocalReparamMessenger":
+        self.workspace.start_step()
+        return super().__enter__()
+
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["done"] or msg["value"] is not None or msg["name"] in self.exclude or msg["cond_indep_stack"]:
@@ -119,6 +125,7 @@ class LazyWeight(Tensor):
     site: str
     _workspace: Workspace
     _drawn: Tensor | None
+    _modes: tuple[bool, bool]
     _integral: "Integral | None"
     _carrier: Tensor
 
@@ -128,6 +135,7 @@ class LazyWeight(Tensor):
         self = Tensor._make_wrapper_subclass(cls, loc.shape, dtype=loc.dtype, device=loc.device)
         self.base_dist, self.site, self._workspace = base_dist, site, workspace
         self._drawn, self._integral = None, None
+        self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -145,7 +153,10 @@ class LazyWeight(Tensor):
         if self._drawn is None:
             if self._integral is not None:
                 raise RepeatedUseError(self.site)
-            self._drawn = self.base_dist.rsample()
+            # Who asks first may do so without a gradient, others may need it.
+            inference, grad = self._modes
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                self._drawn = self.base_dist.rsample()
         return self._drawn
 
     def value_for_density(self) -> Tensor:
@@ -171,11 +182,11 @@ class LazyWeight(Tensor):
             raise RepeatedUseError(self.site)
         loc, log_variance, bias = self.base_dist.loc, log_variance_of(self.base_dist), _drawn(bias)
         self._integral = integral = Integral(self._workspace)
-        if torch.is_autocast_enabled(x.device.type):  # small variances underflow in half precision
-            with torch.autocast(x.device.type, enabled=False):
-                output, self._carrier = function.apply(x.to(loc.dtype), loc, log_variance, bias, integral, *geometry)
-        else:
+        if not torch.is_autocast_enabled(x.device.type):
             output, self._carrier = function.apply(x, loc, log_variance, bias, integral, *geometry)
+            return output
+        with torch.autocast(x.device.type, enabled=False):  # small variances underflow in half precision
+            output, self._carrier = function.apply(x.to(loc.dtype), loc, log_variance, bias, integral, *geometry)
         return output
 
     @classmethod
@@ -222,7 +233,7 @@ def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A0
     if input.dim() == 2:
         return weight.integrate_out(LocalLinear, input, bias)
     output = weight.integrate_out(LocalLinear, input.reshape(-1, input.shape[-1]), bias)
-    return output.reshape(*input.shape[:-1], -1)
+    return output.reshape(*input.shape[:-1], output.shape[-1])
 
 
 def _local_convolution(
@@ -249,7 +260,7 @@ def _local_convolution(
         x, padding = _pad_same(x, weight.shape[2:], dilation)
     padding = _per_dim(0 if padding == "valid" else padding, dims)
     geometry = stride, padding, dilation, transposed, output_padding, groups
-    is_grey = LocalGreyConvolution.applies(x, weight.base_dist.loc.shape[2:], geometry)
+    is_grey = LocalGreyConvolution.applies(x, weight.base_dist.loc.shape, geometry)
     output = weight.integrate_out(LocalGreyConvolution if is_grey else LocalConvolution, x, bias, *geometry)
     return output if batched else output.squeeze(0)
 
@@ -307,7 +318,8 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
     """
     totals, integrated = [], []
     for w in weights:
-        shares = w._integral is not None and w._integral.slope is None
+        # An output that was sampled without a gradient passes none on.
+        shares = w._integral is not None and w._integral.slope is None and w._carrier.requires_grad
         if shares and w.base_dist.loc.dtype in (torch.float32, torch.float64):
             integrated.append(w)
         else:

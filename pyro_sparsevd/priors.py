@@ -146,7 +146,7 @@ class Supervised(PyroModule):
         size = self._batch_size(x, y)
         with _OwnParameters():
             output = self.network(x)
-        likelihood = self.likelihood(output)
+            likelihood = self.likelihood(output)
         if not likelihood.batch_shape or likelihood.batch_shape[-1] != size:
             raise ValueError(
                 f"likelihood: expected one distribution per datum, batch_shape (..., {size}), but got "

@@ -105,10 +105,18 @@ def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
         site = f"{owner._pyro_name}.{name}" if owner._pyro_name else name
         if site not in weights:
             known = ", ".join(weights) or "none"
-            raise ValueError(f"{site}: expected this site of the network in the guide, but the guide has {known}")
+            raise ValueError(
+                f"{site}: expected this site of the network in the guide, but the guide has {known}; exclude a weight "
+                "that the network does not use when it is made Bayesian"
+            )
         module._parameters[attribute] = weights[site]
         if isinstance(prior, SitePrior):
-            del module._buffers[prior.buffer]
+            shape = module._buffers.pop(prior.buffer).shape
+            if weights[site].shape != shape:
+                raise ValueError(
+                    f"{site}: expected a posterior of shape {tuple(shape)}, but the guide has "
+                    f"{tuple(weights[site].shape)}; is it the guide of another network?"
+                )
             module._non_persistent_buffers_set.discard(prior.buffer)
 
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -78,7 +79,7 @@ def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any
     if isinstance(pattern, str):
         found = {name for name in parameters if fnmatchcase(name, pattern)}
     elif isinstance(pattern, type) and issubclass(pattern, nn.Module):
-        owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters(recurse=False)}
+        owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters()}
         found = {name for name, p in parameters.items() if id(p) in owned}
     elif callable(pattern):
         return {name for name, p in parameters.items() if pattern(name, p)}
@@ -96,12 +97,15 @@ def _check_parameter(net: nn.Module, name: str, parameter: nn.Parameter) -> None
         raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
     owner = net.get_submodule(name.rpartition(".")[0])
     hooks = owner._forward_pre_hooks.values()
-    if "parametrizations" in name.split(".") or any(isinstance(h, WeightNorm | SpectralNorm) for h in hooks):
+    if "parametrizations" in name.split(".") or any(isinstance(h, _REPARAMETRISATIONS) for h in hooks):
         raise ValueError(
             f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
-            "...), and samples of its parts make no weight; remove the parametrisation or exclude the parameter"
+            "pruning, ...), and samples of its parts make no weight; remove that or exclude the parameter"
         )
 
 
 def _names(parameters: Iterable[str]) -> str:
     return ", ".join(parameters) or "none"
+
+
+_REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -2,6 +2,7 @@
 
 __all__ = ["SweepPoint", "threshold_sweep"]
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class SweepPoint(NamedTuple):
     Args:
         threshold: The log α above which weights are dropped.
         error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
-            squared error.
+            squared error; NaN for a prediction without mode or mean.
         nll: The mean negative log likelihood of a datum, in nats.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
@@ -99,10 +100,17 @@ def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Seq
         for site in observed:
             fn, value = site["fn"], site["value"]
             log_prob = fn.log_prob(value)
-            errors = fn.mode != value if fn.support.is_discrete else (fn.mean - value) ** 2
-            error += float(errors.double().mean()) * log_prob.numel()
+            error += _mean_error(fn, value) * log_prob.numel()
             nll -= float(log_prob.double().sum())
             count += log_prob.numel()
     if count == 0:
         raise ValueError("data: expected at least one batch, but got none")
     return error / count, nll / count
+
+
+def _mean_error(fn: Any, value: Tensor) -> float:
+    try:
+        errors = fn.mode != value if fn.support.is_discrete else (fn.mean - value) ** 2
+    except NotImplementedError:
+        return math.nan
+    return float(errors.double().mean())

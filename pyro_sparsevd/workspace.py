@@ -9,7 +9,6 @@ __all__ = ["Workspace"]
 
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,10 +21,7 @@ class Workspace:
 
     The memory belongs to NumPy arrays, which count the tensors that use them, so what is still referred to, as a
     gradient that is accumulated, is never handed out twice. Elsewhere than on a CPU, and for small tensors, this is
-    plain ``torch.empty``.
-
-    Args:
-        max_sizes: How many different sizes to keep memory for; the one unused for longest is dropped first.
+    plain ``torch.empty``. Memory of a size that the last steps did not ask for is given back.
 
     Example:
         >>> workspace = Workspace()
@@ -38,9 +34,16 @@ class Workspace:
         True
     """
 
-    def __init__(self, max_sizes: int = 64) -> None:
-        self.max_sizes = max_sizes
-        self._arrays: OrderedDict[tuple[int, torch.dtype], list[np.ndarray]] = OrderedDict()
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, torch.dtype], list[np.ndarray]] = {}
+        self._last_asked: dict[tuple[int, torch.dtype], int] = {}
+        self._step = 0
+
+    def start_step(self) -> None:
+        """Says that a new step begins, and gives memory back that was not asked for in the last three."""
+        self._step += 1
+        for key in [key for key, step in self._last_asked.items() if step < self._step - 3]:
+            del self._arrays[key], self._last_asked[key]
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Returns an uninitialised contiguous tensor.
@@ -70,12 +73,10 @@ class Workspace:
 
     def _free_array(self, size: int, dtype: torch.dtype) -> np.ndarray:
         arrays = self._arrays.setdefault((size, dtype), [])
-        self._arrays.move_to_end((size, dtype))
+        self._last_asked[size, dtype] = self._step
         for array in arrays:
             if sys.getrefcount(array) <= _UNUSED:
                 return array
-        if len(self._arrays) > self.max_sizes:
-            self._arrays.popitem(last=False)
         arrays.append(np.empty(size, _NUMPY_TYPES[dtype]))
         return arrays[-1]
 

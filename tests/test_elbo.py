@@ -1444,3 +1444,31 @@ def test_two_evaluations_draw_different_noise_and_one_seed_the_same(device):
     loss = SparseVD_ELBO()(model, guide)
     assert loss(*_data(device)) != loss(*_data(device))
     assert _seeded(loss, *_data(device)) == _seeded(loss, *_data(device))
+
+
+def test_memory_does_not_grow_with_the_number_of_batch_sizes(device):
+    model = Supervised(bayesianize(nn.Linear(64, 256).to(device)), lambda x: dist.Normal(x, 1.0).to_event(1), 10_000)
+    guide, elbo = AutoSparseNormal(model), SparseVD_ELBO()
+    kept = []
+    for size in range(200, 230):
+        elbo(model, guide)(torch.ones(size, 64, device=device), torch.ones(size, 256, device=device)).backward()
+        kept.append(sum(a.nbytes for arrays in elbo._workspace._arrays.values() for a in arrays))
+    assert kept[-1] <= kept[5] * 1.2
+
+
+@pytest.mark.parametrize(
+    "nest", [lambda x: {"x": x}, lambda x: [x], lambda x: ({"a": [x]},)], ids=["dict", "list", "deep"]
+)
+def test_values_that_are_not_finite_are_found_in_containers_before_they_reach_the_model(nest, device):
+    calls = []
+
+    def model(batch):
+        calls.append(batch)
+        pyro.sample("w", LogUniform().expand([3]).to_event(1))
+
+    guide = AutoSparseNormal(model)
+    guide(nest(torch.ones(2, device=device)))
+    calls.clear()
+    with pytest.raises(ValueError, match=r"batch.*: expected finite numbers, but it holds NaN or infinities"):
+        SparseVD_ELBO().loss(model, guide, nest(torch.tensor([1.0, math.nan], device=device)))
+    assert not calls

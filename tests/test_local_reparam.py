@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import SparseNormal, divergence
 from pyro_sparsevd.distributions import LogUniform
+from pyro_sparsevd.local_functions import LocalGreyConvolution
 from pyro_sparsevd.local_reparam import (
     LazyWeight,
     LocalReparamMessenger,
@@ -1032,3 +1033,46 @@ def test_divergence_of_a_plain_normal_reaches_its_scale(device):
     gradients = torch.autograd.grad(kl_log_uniform_total([weight], "exact"), (loc, scale))
     expected = divergence.kl_log_uniform_total(loc, 2 * scale.log(), "exact")
     _assert_close(gradients, torch.autograd.grad(expected, (loc, scale)))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_draw_that_is_first_asked_for_without_a_gradient_has_one_for_others(mode, device):
+    loc = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    weight = _lazy(loc, torch.zeros_like(loc))
+    with mode():
+        norm = torch.linalg.vector_norm(weight)
+    (grad,) = torch.autograd.grad((weight * 2).sum(), loc)
+    assert norm > 0
+    assert (grad == 2).all()
+
+
+def test_a_draw_of_a_weight_made_without_a_gradient_has_none(device):
+    loc = torch.randn(3, 4, device=device, requires_grad=True)
+    with torch.no_grad():
+        weight = _lazy(loc, torch.zeros_like(loc))
+    assert not (weight * 2).requires_grad
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("operation", ONE_OF_EACH)
+def test_divergence_has_its_gradients_where_the_output_was_sampled_without(operation, form, device):
+    inputs = _inputs(operation, device)
+    with torch.no_grad():
+        _, weight = _local(operation, inputs, seed=3)
+    parameters = (inputs.loc, inputs.log_variance)
+    gradients = torch.autograd.grad(kl_log_uniform_total([weight], form), parameters)
+    expected = divergence.kl_log_uniform_total(*parameters, form)
+    _assert_close(gradients, torch.autograd.grad(expected, parameters))
+
+
+def test_patches_are_not_made_where_they_take_much_more_memory_than_the_output(device):
+    geometry = ([1, 1], [3, 3], [1, 1], False, [0, 0], 1)
+    x = torch.zeros(2, 1, 16, 16, device=device)
+    assert not LocalGreyConvolution.applies(x, torch.Size([8, 1, 7, 7]), geometry)
+    assert LocalGreyConvolution.applies(x, torch.Size([25, 1, 7, 7]), geometry) == x.is_cpu
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 5, 4), (2, 0, 4)], ids=str)
+def test_an_empty_batch_has_an_empty_output(shape, device):
+    weight = _lazy(torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device))
+    assert F.linear(torch.zeros(shape, device=device), weight).shape == (*shape[:-1], 3)

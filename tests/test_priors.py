@@ -18,6 +18,7 @@ from torch.distributions import constraints
 from torch.nn.utils import parametrizations
 
 import pyro_sparsevd as svd
+from pyro_sparsevd.selection import choose
 from pyro_sparsevd.sites import SitePrior, WeightPrior, map_tensors
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
@@ -1011,3 +1012,34 @@ def test_both_routes_of_training_fit_a_line(device):
     torch.testing.assert_close(
         model.network.bias.detach(), torch.tensor([1.0, -2.0, 3.0], device=device), rtol=0, atol=0.2
     )
+
+
+def test_parameters_of_two_likelihoods_are_trained_apart(device):
+    class Likelihood(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, output):
+            return dist.Normal(output.squeeze(-1), self.log_scale.exp())
+
+    x, y = torch.randn(20, 4, device=device), 5 * torch.randn(20, device=device)
+    models = [svd.Supervised(svd.bayesianize(nn.Linear(4, 1)), Likelihood(), 20).to(device) for _ in range(2)]
+    for model in models:
+        svi = SVI(model, svd.AutoSparseNormal(model), pyro.optim.Adam({"lr": 0.1}), svd.SparseVD_ELBO())
+        for _ in range(3):
+            svi.step(x, y)
+    assert all(model.likelihood.log_scale > 0.1 for model in models)
+
+
+def test_a_module_type_takes_what_its_modules_hold():
+    net = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 3))
+    assert set(choose(net, None, [nn.MultiheadAttention])) == {"1.weight"}
+    assert set(choose(net, nn.MultiheadAttention, [])) == {"0.in_proj_weight", "0.out_proj.weight"}
+
+
+def test_a_pruned_weight_is_refused():
+    net = nn.Linear(4, 3)
+    torch.nn.utils.prune.l1_unstructured(net, "weight", amount=2)
+    with pytest.raises(ValueError, match="weight_orig: expected a plain parameter"):
+        svd.bayesianize(net)

@@ -230,3 +230,12 @@ def test_masks_are_let_go_when_training_fails(device):
     with pytest.raises(RuntimeError, match="diverged"), masks_held(net):
         raise RuntimeError("diverged")
     assert sorted(net.state_dict()) == ["bias", "weight"]
+
+
+def test_the_guide_of_a_network_of_other_shapes_is_refused():
+    bnn, other = (svd.bayesianize(nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3))) for n in (8, 6))
+    guide = svd.AutoSparseNormal(other)
+    with pytest.raises(
+        ValueError, match=r"0.weight: expected a posterior of shape \(8, 4\), but the guide has \(6, 4\)"
+    ):
+        svd.prune(bnn, guide, svd.sparsify(guide))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -194,3 +195,19 @@ def test_the_sweep_wants_data_with_targets(fitted, device):
         svd.threshold_sweep(model, guide, [], [3.0])
     with pytest.raises(ValueError, match="model: expected an observed site"):
         svd.threshold_sweep(model, guide, [(torch.randn(2, 6, device=device),)], [3.0])
+
+
+def test_totals_of_a_pickled_guide_are_those_of_the_original():
+    model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), 10)
+    guide = svd.AutoSparseNormal(model)
+    assert svd.sparsify(pickle.loads(pickle.dumps(guide))).num_parameters == svd.sparsify(guide).num_parameters == 15
+
+
+def test_a_prediction_without_a_mode_has_a_likelihood_and_no_error():
+    model = svd.Supervised(
+        svd.bayesianize(nn.Linear(4, 1)), lambda x: dist.ZeroInflatedPoisson(x[:, 0].exp(), gate=torch.tensor(0.5)), 10
+    )
+    guide = svd.AutoSparseNormal(model)
+    (point,) = svd.threshold_sweep(model, guide, [(torch.randn(5, 4), torch.ones(5))], [3.0])
+    assert math.isfinite(point.nll)
+    assert math.isnan(point.error)

@@ -148,17 +148,22 @@ def test_other_devices_have_their_own_allocator():
     assert not workspace._arrays
 
 
-def test_the_size_unused_for_longest_is_dropped_first():
-    workspace, like = Workspace(max_sizes=2), torch.ones(1)
-    sizes = [2**13, 2**13 + 1, 2**13 + 2]
-    for size in (sizes[0], sizes[1], sizes[0], sizes[2]):
-        workspace.empty((size,), like)
-    assert list(workspace._arrays) == [(sizes[0], torch.float32), (sizes[2], torch.float32)]
+def test_memory_of_sizes_that_the_last_steps_did_not_ask_for_is_given_back():
+    workspace, like = Workspace(), torch.ones(1)
+    for step in range(20):
+        workspace.start_step()
+        workspace.empty((2**13 + step,), like)
+        workspace.empty(LARGE, like)
+    sizes = {size for size, _ in workspace._arrays}
+    assert sizes == {2**14, *(2**13 + step for step in range(16, 20))}
 
 
 def test_memory_in_use_survives_the_loss_of_its_size():
-    workspace, like = Workspace(max_sizes=1), torch.ones(1)
+    workspace, like = Workspace(), torch.ones(1)
     tensor = workspace.empty((2**13,), like).fill_(3.0)
+    for _ in range(5):
+        workspace.start_step()
+    assert not workspace._arrays
     others = [workspace.empty((2**13 + n,), like).fill_(7.0) for n in (1, 2, 0)]
     assert tensor.data_ptr() not in {t.data_ptr() for t in others}
     assert (tensor == 3).all()
