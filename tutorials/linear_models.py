@@ -1,0 +1,173 @@
+"""Which inputs matter: sparse linear and logistic regression as plain Pyro models, without any network.
+
+1,000 objects have 10 features that matter and 990 that are noise. A log-uniform prior on the coefficients and SVI
+tell which to keep; beside it stand the Lasso with its penalty cross-validated and, unless --horseshoe-samples is 0,
+a horseshoe prior under NUTS, where a feature counts as kept if the central 90 % of its samples exclude 0.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from common import finite, parser, write
+from matplotlib.figure import Figure
+from pyro.infer import MCMC, NUTS
+from sklearn.linear_model import LassoCV, LogisticRegressionCV
+from torch import Tensor
+from tqdm import trange
+
+import pyro_sparsevd as svd
+
+OBJECTS, RELEVANT, NOISE = 1_000, 10, 990
+
+
+def likelihood(kind: str, output: Tensor) -> dist.TorchDistribution:
+    """Returns the distribution of the targets; a regression's noise has a scale of its own, with a prior."""
+    if kind == "logistic":
+        return dist.Bernoulli(logits=output)
+    return dist.Normal(output, pyro.sample("scale", dist.LogNormal(0.0, 1.0)))
+
+
+def sparse_model(kind: str) -> Callable:
+    """Returns a linear model with a log-uniform prior on its coefficients."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+        coefficients = pyro.sample("coefficients", svd.LogUniform().expand([1, x.shape[1]]).to_event(2))
+        fn = likelihood(kind, F.linear(x, coefficients)[:, 0] + bias)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", fn, obs=y)
+
+    return model
+
+
+def horseshoe_model(kind: str) -> Callable:
+    """Returns a linear model with a horseshoe prior on its coefficients, not centred."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+        shared = pyro.sample("shared_scale", dist.HalfCauchy(0.1))
+        scales = pyro.sample("scales", dist.HalfCauchy(torch.ones(x.shape[1])).to_event(1))
+        units = pyro.sample("units", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+        coefficients = pyro.deterministic("coefficients", units * scales * shared)
+        fn = likelihood(kind, x @ coefficients + bias)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", fn, obs=y)
+
+    return model
+
+
+def make_data(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns features and targets of twice as many objects, half of them to test on, and the true coefficients."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2 * OBJECTS, RELEVANT + NOISE, generator=generator)
+    true = torch.zeros(RELEVANT + NOISE)
+    true[:RELEVANT] = (1 + torch.rand(RELEVANT, generator=generator)) * (-1.0) ** torch.arange(RELEVANT)
+    output = x @ true
+    if kind == "logistic":
+        return x, (torch.rand(2 * OBJECTS, generator=generator) < output.sigmoid()).float(), true
+    return x, output + 0.3 * torch.randn(2 * OBJECTS, generator=generator), true
+
+
+def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Fits the posterior by SVI, and keeps what the threshold keeps."""
+    pyro.clear_param_store()
+    model = sparse_model(kind)
+    guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
+    elbo = svd.SparseVD_ELBO(kl="exact")
+    guide(x, y)
+    optimizer = torch.optim.Adam(guide.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: min(1.0, 2 * (1 - e / args.epochs)))
+    warmup = svd.LinearWarmup(args.epochs / 20, args.epochs / 4)
+    for step in trange(args.epochs, desc=f"{kind}, sparse"):
+        elbo.kl_weight = warmup(step)
+        optimizer.zero_grad()
+        elbo.differentiable_loss(model, guide, x, y).backward()
+        optimizer.step()
+        schedule.step()
+    summary = svd.sparsify(guide, args.threshold)
+    median = guide.median()
+    coefficients = summary.masked("coefficients", median["coefficients"])[0]
+    log_alpha = guide.posteriors["coefficients"].log_alpha[0].detach()
+    return {"coefficients": coefficients, "bias": median["bias"], "kept": coefficients != 0, "log_alpha": log_alpha}
+
+
+def fit_lasso(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Fits scikit-learn's Lasso, or a logistic regression with its penalty."""
+    if kind == "logistic":
+        strengths = np.logspace(-3, 0, 10)
+        options = {"solver": "liblinear", "scoring": "neg_log_loss", "use_legacy_attributes": False}
+        found = LogisticRegressionCV(Cs=strengths, l1_ratios=(1.0,), **options)
+        found.fit(x.numpy(), y.numpy())
+    else:
+        found = LassoCV(cv=5).fit(x.numpy(), y.numpy())
+    coefficients = torch.as_tensor(found.coef_).float().reshape(-1)
+    bias = torch.as_tensor(np.asarray(found.intercept_)).float().reshape(())
+    return {"coefficients": coefficients, "bias": bias, "kept": coefficients != 0}
+
+
+def fit_horseshoe(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples the posterior of the horseshoe model."""
+    kernel = NUTS(horseshoe_model(kind), max_tree_depth=6)
+    mcmc = MCMC(kernel, args.horseshoe_samples, warmup_steps=args.horseshoe_samples)
+    mcmc.run(x, y)
+    samples = mcmc.get_samples()
+    coefficients = samples["units"] * samples["scales"] * samples["shared_scale"][:, None]
+    low, high = coefficients.quantile(torch.tensor([0.05, 0.95]), dim=0)
+    return {"coefficients": coefficients.mean(0), "bias": samples["bias"].mean(), "kept": (low > 0) | (high < 0)}
+
+
+def evaluate(kind: str, found: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, float]:
+    """Returns which features were kept, and the error on other objects."""
+    output = x @ found["coefficients"] + found["bias"]
+    error = ((output > 0).float() != y).float().mean() if kind == "logistic" else ((output - y) ** 2).mean()
+    kept = found["kept"]
+    return {
+        "relevant_kept": int(kept[:RELEVANT].sum()),
+        "noise_kept": int(kept[RELEVANT:].sum()),
+        "error": float(error),
+    }
+
+
+def main() -> None:
+    """Runs the experiment."""
+    options = parser(str(__doc__), epochs=3_000, out="linear_models.png")
+    options.add_argument("--threshold", type=finite, default=3.0, help="log alpha above which features are dropped")
+    options.add_argument("--horseshoe-samples", type=int, default=150, help="and as many to warm up (%(default)s)")
+    args = options.parse_args()
+    methods = {"Sparse VD": fit_sparse, "Lasso": fit_lasso, "horseshoe, NUTS": fit_horseshoe}
+    if args.horseshoe_samples == 0:
+        del methods["horseshoe, NUTS"]
+    results: dict[str, dict[str, float]] = {}
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, len(methods), sharex=True, squeeze=False)
+    for row, kind in zip(axes, ("regression", "logistic"), strict=True):
+        pyro.set_rng_seed(args.seed)
+        x, y, true = make_data(kind, args.seed)
+        train, test = (x[:OBJECTS], y[:OBJECTS]), (x[OBJECTS:], y[OBJECTS:])
+        for axis, (name, fit) in zip(row, methods.items(), strict=True):
+            start = time.perf_counter()
+            found = fit(kind, *train, args)
+            seconds = time.perf_counter() - start
+            results[f"{kind}, {name}"] = {**evaluate(kind, found, *test), "seconds": seconds}
+            axis.plot(true[:50], "o", color="black", fillstyle="none", label="truth")
+            axis.plot(found["coefficients"][:50], "x", color="#D55E00", label="estimate")
+            axis.set(title=f"{kind}, {name}", xlabel="feature (the first 50)", ylabel="coefficient")
+            axis.legend(fontsize="small")
+
+    print(f"\n{'':30s}{'relevant kept':>14s}{'noise kept':>12s}{'test error':>12s}{'seconds':>9s}")
+    for name, r in results.items():
+        kept = f"{r['relevant_kept']:>9d} / {RELEVANT}{r['noise_kept']:>6d} / {NOISE}"
+        print(f"{name:30s}{kept}{r['error']:12.3f}{r['seconds']:9.1f}")
+    print("test error: mean squared error of the regression, fraction of wrong labels of the logistic regression")
+    write(args, figure, {"results": results})
+
+
+if __name__ == "__main__":
+    main()
