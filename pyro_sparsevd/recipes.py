@@ -80,7 +80,7 @@ def train_sparse(
 ) -> list[dict[str, float]]:
     """Fits the posterior of a Bayesian classifier, with Adam.
 
-    The KL weight rises linearly from 0 to 1 between a fortieth and a tenth of the epochs; the learning rate is
+    The KL weight rises linearly from 0 to 1 between a fortieth and a half of the epochs; the learning rate is
     constant for half of the epochs, then falls linearly to 0.
 
     Args:
@@ -110,7 +110,7 @@ def train_sparse(
     elbo = SparseVD_ELBO(kl=kl)
     loss = elbo(model, guide)
     optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
-    warmup = LinearWarmup(epochs / 40, epochs / 10)
+    warmup = LinearWarmup(epochs / 40, epochs / 2)
 
     def before_epoch(epoch: int) -> None:
         elbo.kl_weight = warmup(epoch)
@@ -170,7 +170,7 @@ def choose_threshold(
     thresholds: Iterable[float],
     epochs: int,
     batch_size: int,
-    tolerance: float = 0.001,
+    tolerance: float = 0.003,
 ) -> float:
     """Returns the smallest threshold whose fine-tuned network errs little more than the best on held-out data.
 
