@@ -1,6 +1,6 @@
 """The evidence lower bound with closed-form divergences and local reparameterisation."""
 
-__all__ = ["SparseVD_ELBO"]
+__all__ = ["KL", "SparseVD_ELBO"]
 
 import logging
 import math

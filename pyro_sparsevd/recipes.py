@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from .datasets import Split
-from .divergence import Form
-from .elbo import SparseVD_ELBO
+from .elbo import KL, SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .summary import sparsify
-from .training import CrossEntropy, constant_then_linear, error, fit
+from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
 
 
 def train_dense(
@@ -74,7 +73,7 @@ def train_sparse(
     epochs: int,
     batch_size: int,
     lr: float = 3e-3,
-    kl: Form = "exact",
+    kl: KL = "exact",
     threshold: float = 3.0,
     checkpoint: str | Path | None = None,
 ) -> list[dict[str, float]]:
@@ -170,9 +169,11 @@ def choose_threshold(
     thresholds: Iterable[float],
     epochs: int,
     batch_size: int,
-    tolerance: float = 0.003,
+    tolerance: float = 0.02,
 ) -> float:
-    """Returns the smallest threshold whose fine-tuned network errs little more than the best on held-out data.
+    """Returns the smallest threshold whose fine-tuned network predicts held-out data little worse than the best.
+
+    What is compared is the negative log likelihood, which is less noisy than the error.
 
     Args:
         model: The model.
@@ -182,7 +183,7 @@ def choose_threshold(
         thresholds: The thresholds to try, at least one.
         epochs: How many epochs to fine-tune for.
         batch_size: The number of data of a step.
-        tolerance: How much larger than the smallest the error may be, as a fraction of the data.
+        tolerance: How much larger than the smallest the negative log likelihood may be, as a fraction of it.
 
     Returns:
         The threshold.
@@ -194,9 +195,9 @@ def choose_threshold(
         >>> choose_threshold(model, AutoSparseNormal(model), split, **options)
         1.0
     """
-    errors = {}
+    nlls = {}
     for threshold in thresholds:
         pruned = prune(model.network, guide, sparsify(guide, threshold))
         tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)
-        errors[threshold] = error(tuned, validation)
-    return min(t for t, found in errors.items() if found <= min(errors.values()) + tolerance)
+        nlls[threshold] = negative_log_likelihood(tuned, validation)
+    return min(t for t, nll in nlls.items() if nll <= min(nlls.values()) * (1 + tolerance))

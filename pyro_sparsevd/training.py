@@ -1,6 +1,6 @@
 """A training loop for losses that are torch modules, which goes on where it was killed."""
 
-__all__ = ["CrossEntropy", "batches", "constant_then_linear", "error", "fit"]
+__all__ = ["CrossEntropy", "batches", "constant_then_linear", "error", "fit", "negative_log_likelihood"]
 
 import os
 from collections.abc import Callable, Iterator
@@ -61,7 +61,6 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(self.network(x), y)
 
 
-@torch.no_grad()
 def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
     """Returns the fraction of data that a classifier gets wrong, in evaluation mode.
 
@@ -78,11 +77,26 @@ def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
         >>> 0 <= error(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) <= 1
         True
     """
-    training = network.training
-    network.eval()
-    predictions = torch.cat([network(images).argmax(-1) for images in split.images.split(batch_size)])
-    network.train(training)
-    return float((predictions != split.labels).float().mean())
+    return float((_logits(network, split, batch_size).argmax(-1) != split.labels).float().mean())
+
+
+def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
+    """Returns the mean negative log likelihood of a classifier's labels, in nats per datum, in evaluation mode.
+
+    Args:
+        network: A network that returns class logits; it is left in the mode it was in.
+        split: The data.
+        batch_size: How many data to predict at a time.
+
+    Returns:
+        The negative log likelihood.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        >>> negative_log_likelihood(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) > 0
+        True
+    """
+    return float(F.cross_entropy(_logits(network, split, batch_size), split.labels))
 
 
 def constant_then_linear(
@@ -176,6 +190,16 @@ def fit(
             if checkpoint is not None:
                 _save(Path(checkpoint), parts, history)
     return history
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, split: Split, batch_size: int) -> Tensor:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    logits = torch.cat([network(images) for images in split.images.split(batch_size)])
+    for module, mode in modes:
+        module.training = mode
+    return logits
 
 
 def _save(path: Path, parts: dict[str, Any], history: list[dict[str, float]]) -> None:

@@ -1,0 +1,80 @@
+"""What the form of the KL divergence costs: the approximate, the exact and the Monte Carlo one on LeNet-300-100.
+
+For each form and seed: the time of a training step, and error and compression of the pruned network at a threshold.
+The steps that are timed take turns, so that a drift of the machine hits all forms; nothing else should run.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from common import classifier, finite, load, parser, write
+from matplotlib.figure import Figure
+
+import pyro_sparsevd as svd
+from pyro_sparsevd import plots
+from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.nets import lenet_300_100
+from pyro_sparsevd.recipes import train_sparse
+from pyro_sparsevd.training import batches, error
+
+FORMS: tuple[svd.elbo.KL, ...] = ("approximate", "exact", "monte_carlo")
+
+
+def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, rounds: int = 15) -> dict[str, float]:
+    """Returns the median time of a step with each form."""
+    losses: dict[str, torch.nn.Module] = {}
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for form in FORMS:
+        model, guide = classifier(lenet_300_100().to(device), len(split))
+        losses[form] = svd.SparseVD_ELBO(kl=form)(model, guide)
+    optimizers = {form: torch.optim.Adam(loss.parameters(), 1e-3, fused=True) for form, loss in losses.items()}
+    for _ in range(rounds):
+        for name, loss in losses.items():
+            start, steps = time.perf_counter(), 0
+            for x, y in batches(split, batch_size):
+                optimizers[name].zero_grad()
+                loss(x, y).backward()
+                optimizers[name].step()
+                steps += 1
+                if steps == 20:
+                    break
+            times[name].append((time.perf_counter() - start) / steps)
+    return {form: 1e3 * statistics.median(values) for form, values in times.items()}
+
+
+def main() -> None:
+    """Runs the experiment."""
+    options = parser(str(__doc__), epochs=60, out="kl_cost.png")
+    options.add_argument("--seeds", type=int, default=3, help="how many, from --seed (%(default)s)")
+    options.add_argument("--threshold", type=finite, default=2.0, help="log alpha above which weights are dropped")
+    args = options.parse_args()
+    data = load(args)
+    step_times = milliseconds_per_step(data.train, args.batch_size, args.device)
+    results: dict[str, dict[str, Any]] = {}
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    parts: Any = figure.subfigures(1, len(FORMS))
+    for form, part in zip(FORMS, parts, strict=True):
+        errors, compressions = [], []
+        for seed in range(args.seed, args.seed + args.seeds):
+            torch.manual_seed(seed)
+            model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
+            common = {"epochs": args.epochs, "batch_size": args.batch_size}
+            history = train_sparse(model, guide, data.train, validation=data.validation, kl=form, **common)
+            summary = svd.sparsify(guide, args.threshold)
+            errors.append(error(svd.prune(model.network, guide, summary), data.test))
+            compressions.append(summary.compression)
+        plots.training_curves(history, title=f"{form} KL, the last seed, threshold 3", figure=part)
+        results[form] = {"milliseconds": step_times[form], "errors": errors, "compressions": compressions}
+
+    print(f"\n{'KL':12s}{'ms/step':>9s}{'compression':>13s}{'range':>16s}{'test error':>12s}{'range':>16s}")
+    for name, found in results.items():
+        c, e = found["compressions"], [100 * value for value in found["errors"]]
+        ranges = f"{statistics.mean(c):13.1f}{min(c):8.1f} - {max(c):5.1f}{statistics.mean(e):10.2f} %"
+        print(f"{name:12s}{found['milliseconds']:9.2f}{ranges}{min(e):8.2f} - {max(e):5.2f}")
+    write(args, figure, {"results": results})
+
+
+if __name__ == "__main__":
+    main()
