@@ -1,5 +1,8 @@
-"""The notebooks run, in smoke mode, and what they keep is small; their last cells assert what they show."""
+"""The scripts run; the notebooks do, in smoke mode, and what they keep is small; their last cells assert."""
 
+import json
+import runpy
+import sys
 from pathlib import Path
 
 import nbformat
@@ -33,3 +36,28 @@ def test_every_notebook_is_in_the_table_of_contents():
     contents = (TUTORIALS / "README.md").read_text()
     assert NOTEBOOKS
     assert all(path.name in contents for path in NOTEBOOKS)
+
+
+SCRIPTS = {
+    "random_labels.py": ["--epochs", 3, "--hidden", 20, "--batch-size", 500],
+    "linear_models.py": ["--epochs", 20, "--horseshoe-samples", 2],
+    "kl_cost.py": ["--epochs", 1, "--seeds", 1, "--batch-size", 500],
+    "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
+}
+
+
+@pytest.mark.parametrize(("name", "options"), SCRIPTS.items(), ids=SCRIPTS)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_script_writes_numbers_and_a_figure(name, options, monkeypatch, tmp_path, request):
+    out = tmp_path / "figure.png"
+    options = [*options, "--device", request.config.getoption("--device"), "--out", out]
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+    runpy.run_path(str(TUTORIALS / name), run_name="__main__")
+    assert out.stat().st_size > 10_000
+    assert json.loads(out.with_suffix(".json").read_text())["options"]["seed"] == 0
+
+
+def test_every_script_is_tried():
+    others = {"common.py", "lenet.py"}
+    assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}

@@ -22,7 +22,7 @@ from pyro_sparsevd.training import batches, error
 FORMS: tuple[svd.elbo.KL, ...] = ("approximate", "exact", "monte_carlo")
 
 
-def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, rounds: int = 15) -> dict[str, float]:
+def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, rounds: int = 7) -> dict[str, float]:
     """Returns the median time of a step with each form."""
     losses: dict[str, torch.nn.Module] = {}
     times: dict[str, list[float]] = {form: [] for form in FORMS}
