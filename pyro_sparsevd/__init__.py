@@ -10,12 +10,15 @@ Data walks down this list of modules, and a module imports only from those above
     selection        which parameters to give one
     priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
     local_functions  linear operations that sample their output: torch only
+    lazy_weight      the weight that is not drawn until somebody needs its numbers
     local_reparam    outputs sampled instead of weights, as an effect handler
     latents          what a guide learns about the latents of a model, and where it starts
     masking          the posterior with dropped weights at zero
+    store_names      names of a guide's own in Pyro's parameter store
     guides           AutoSparseNormal
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
+    records          the sample sites of a run, and their densities
     elbo             SparseVD_ELBO
     summary          sparsify: which weights matter
     sweep            threshold_sweep: error and compression against the threshold

@@ -1,6 +1,6 @@
 """Checks of what goes into a bound."""
 
-__all__ = ["blame", "is_finite"]
+__all__ = ["blame", "check_auxiliary", "check_latent", "is_finite"]
 
 import inspect
 import math
@@ -57,6 +57,49 @@ def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs
     for name, value in [*arguments, *_named_parameters(model), *_named_parameters(guide)]:
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
+
+
+def check_latent(name: str, q: Any, p: Any) -> None:
+    """Checks that a latent is one whose divergence has a reparameterised gradient.
+
+    Args:
+        name: The name of the site.
+        q: The site in the guide.
+        p: The site in the model.
+
+    Raises:
+        ValueError: If it is enumerated, or the guide not reparameterised.
+
+    Example:
+        >>> site = {"infer": {}, "fn": dist.Normal(0.0, 1.0)}
+        >>> check_latent("w", site, site)
+    """
+    if any(site["infer"].get("enumerate") or site["infer"].get("_enumerate_dim") is not None for site in (q, p)):
+        raise ValueError(
+            f"{name}: expected a continuous latent, but it is enumerated; use TraceEnum_ELBO or observe it"
+        )
+    if not q["fn"].has_rsample:
+        raise ValueError(
+            f"{name}: expected a reparameterised guide, but {type(q['fn']).__name__} has no rsample; a discrete latent "
+            "needs TraceEnum_ELBO, or must be observed or summed out"
+        )
+
+
+def check_auxiliary(name: str, site: Any) -> None:
+    """Checks that a site of the guide alone is marked as such.
+
+    Args:
+        name: The name of the site.
+        site: The site.
+
+    Raises:
+        ValueError: If it is not.
+
+    Example:
+        >>> check_auxiliary("w", {"is_observed": False, "infer": {"is_auxiliary": True}})
+    """
+    if not (site["is_observed"] or site["infer"].get("is_auxiliary")):
+        raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")
 
 
 def _named_arguments(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Any]]:

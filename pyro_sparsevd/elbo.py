@@ -5,33 +5,27 @@ __all__ = ["KL", "SparseVD_ELBO"]
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, cast, get_args
 from weakref import WeakSet
 
 import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.elbo import ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from .checks import blame, is_finite
-from .distributions import (
-    IMPROPER_LOG_NORMALIZER,
-    LogUniform,
-    kl_normal_log_uniform,
-    unwrap_independent,
-)
+from .checks import blame, check_auxiliary, check_latent, is_finite
+from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
 from .divergence import Form
-from .local_reparam import LazyWeight, RepeatedUseError, kl_log_uniform_total, local_reparam
+from .lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
+from .local_reparam import local_reparam
+from .records import SampleSites, Sites, log_prob, scored
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 KL = Literal["approximate", "exact", "monte_carlo"]
-_Sites: TypeAlias = dict[str, Any]
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -174,7 +168,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         # The first pass of a model finds out which weights are used more than once. It must not count twice in the
         # statistics of a batch normalisation.
         unsettled = model if isinstance(model, torch.nn.Module) and model not in self._settled else None
@@ -192,14 +186,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                     self._settled.add(unsettled)
                 return sites
 
-    def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[_Sites, _Sites]:
+    def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         if self.local_reparam:
             guide = local_reparam(guide, exclude=self._drawn_sites, workspace=self._workspace)
-        with _SampleSites() as guide_sites:
+        with SampleSites() as guide_sites:
             guide(*args, **kwargs)
-        with _SampleSites(guide_sites.found) as model_sites:
+        with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
-        return _scored(model_sites.found), _scored(guide_sites.found)
+        return scored(model_sites.found), scored(guide_sites.found)
 
     def _mean_terms(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the negative log likelihood and the divergence, averaged over the particles."""
@@ -209,19 +203,19 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         nlls, kls = zip(*particles, strict=True)
         return torch.stack(nlls).mean(), torch.stack(kls).mean()
 
-    def _terms(self, model_sites: _Sites, guide_sites: _Sites) -> tuple[Tensor, Tensor]:
+    def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Tensor, Tensor]:
         """Returns the negative log likelihood and the divergence of one particle."""
         log_likelihoods: list[Tensor] = []
         divergences: list[Tensor] = []
         lazy: dict[float, list[LazyWeight]] = {}
         for name, site in model_sites.items():
             if site["is_observed"]:
-                log_likelihoods.append(_log_prob(site))
+                log_likelihoods.append(log_prob(site))
                 continue
             if name not in guide_sites:
                 raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
             q = guide_sites[name]
-            _check_latent(name, q, site)
+            check_latent(name, q, site)
             prior = unwrap_independent(site["fn"])
             if self.kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, site):
                 lazy.setdefault(q["scale"], []).append(q["value"])
@@ -232,8 +226,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         for scale, weights in lazy.items():
             divergences.append(scale * kl_log_uniform_total(weights, cast(Form, self.kl)))
         for name in [name for name in guide_sites if name not in model_sites]:
-            _check_auxiliary(name, guide_sites[name])
-            divergences.append(_log_prob(guide_sites[name]))
+            check_auxiliary(name, guide_sites[name])
+            divergences.append(log_prob(guide_sites[name]))
         return -_sum(log_likelihoods), _sum(divergences)
 
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
@@ -243,7 +237,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 if kl is not None:
                     return scale_and_mask(kl, q["scale"], q["mask"]).sum()
             logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
-        return _log_prob(q) - _log_prob(p)
+        return log_prob(q) - log_prob(p)
 
 
 def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
@@ -279,56 +273,5 @@ def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
         return None
 
 
-class _SampleSites(Messenger):
-    """Records sample sites, those of latents with the values of other sites of the names: a lean trace and replay."""
-
-    def __init__(self, values_from: _Sites | None = None) -> None:
-        super().__init__()
-        self.values_from = values_from or {}
-        self.found: _Sites = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        source = self.values_from.get(msg["name"])
-        if source is not None and not msg["is_observed"]:
-            msg["value"], msg["infer"], msg["done"] = source["value"], source["infer"], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic"):
-            return
-        if msg["name"] in self.found:
-            raise ValueError(f"{msg['name']}: expected a name for every sample site, but two share this one")
-        self.found[msg["name"]] = msg.copy()
-
-
 def _sum(terms: list[Tensor]) -> Tensor:
     return sum(terms[1:], start=terms[0]) if terms else torch.zeros(())
-
-
-def _scored(sites: _Sites) -> _Sites:
-    return {name: site for name, site in sites.items() if not site_is_subsample(site)}
-
-
-def _log_prob(site: Any) -> Tensor:
-    fn, value = site["fn"], site["value"]
-    log_prob = fn.log_prob(value.value_for_density() if isinstance(value, LazyWeight) else value)
-    base = unwrap_independent(fn)
-    if isinstance(base, LogUniform) and not base.is_proper:
-        log_prob = log_prob + IMPROPER_LOG_NORMALIZER * fn.event_shape.numel()
-    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
-
-
-def _check_latent(name: str, q: Any, p: Any) -> None:
-    if any(site["infer"].get("enumerate") or site["infer"].get("_enumerate_dim") is not None for site in (q, p)):
-        raise ValueError(
-            f"{name}: expected a continuous latent, but it is enumerated; use TraceEnum_ELBO or observe it"
-        )
-    if not q["fn"].has_rsample:
-        raise ValueError(
-            f"{name}: expected a reparameterised guide, but {type(q['fn']).__name__} has no rsample; a discrete latent "
-            "needs TraceEnum_ELBO, or must be observed or summed out"
-        )
-
-
-def _check_auxiliary(name: str, site: Any) -> None:
-    if not (site["is_observed"] or site["infer"].get("is_auxiliary")):
-        raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")

@@ -14,13 +14,13 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
 from pyro.nn import PyroModule, PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
 from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, unchanged_buffers
 from .masking import SparsifiedGuide
+from .store_names import has_own_name, parameters_are_seen, take_own_name
 
 
 class AutoSparseNormal(AutoGuide):
@@ -118,7 +118,7 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        unobserved = not _parameters_are_seen()
+        unobserved = not parameters_are_seen()
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
@@ -180,8 +180,10 @@ class AutoSparseNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Samples all latents, see :meth:`forward`."""
-        if self._uses_store() and not self._has_own_name():
-            self._take_own_name()
+        if self._uses_store():
+            own = {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites}
+            if not has_own_name(self, own):
+                take_own_name(self)
         return super().__call__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,26 +294,8 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None and (args or kwargs or not self._sites):
             self._setup_prototype(*args, **kwargs)
 
-    def _take_own_name(self) -> None:
-        """Numbers this guide, as Pyro's parameter store holds parameters of another of its name."""
-        stored = pyro.get_param_store()._params
-        old, number = self._pyro_name, 2
-        while any(key.startswith(f"{old}_{number}.") for key in stored):
-            number += 1
-        for module in self.modules():
-            module._pyro_name = f"{old}_{number}{module._pyro_name[len(old) :]}"
-
     def _uses_store(self) -> bool:
-        return (
-            self.prototype_trace is None or _parameters_are_seen() or any(site.plates for site in self._sites.values())
-        )
-
-    def _has_own_name(self) -> bool:
-        stored = pyro.get_param_store()._params
-        if not self._sites:
-            return not any(key.startswith(f"{self._pyro_name}.") for key in stored)
-        own = ((name, self._plain_parameters_of(name)[0]) for name in self._sites)
-        return all(stored.get(f"{self._pyro_name}.locs.{name}", loc) is loc for name, loc in own)
+        return self.prototype_trace is None or parameters_are_seen() or any(s.plates for s in self._sites.values())
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads a state, making the parameters that the model has not been run to make; see ``nn.Module``."""
@@ -360,10 +344,6 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
     if not parts:
         raise TypeError(f"guide: expected an AutoSparseNormal or a list with one, but got {type(guide).__name__}")
     return parts
-
-
-def _parameters_are_seen() -> bool:
-    return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in _PYRO_STACK)
 
 
 def _is_in_plates(early: Tensor, value: Tensor) -> bool:

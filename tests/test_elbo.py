@@ -24,7 +24,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor, nn
 
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
-from pyro_sparsevd.local_reparam import LazyWeight
+from pyro_sparsevd.lazy_weight import LazyWeight
 
 F64 = torch.float64
 NUM_DATA = 20

@@ -17,14 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import SparseNormal, divergence
 from pyro_sparsevd.distributions import LogUniform
+from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
 from pyro_sparsevd.local_functions import LocalGreyConvolution
-from pyro_sparsevd.local_reparam import (
-    LazyWeight,
-    LocalReparamMessenger,
-    RepeatedUseError,
-    kl_log_uniform_total,
-    local_reparam,
-)
+from pyro_sparsevd.local_reparam import LocalReparamMessenger, local_reparam
 from pyro_sparsevd.workspace import Workspace
 
 # Each statistical test compares thousands of numbers: 6 sigma keep the chance of a false alarm in the file below 1 %.
