@@ -5,7 +5,7 @@ __all__ = ["AutoSparseNormal", "sparse_normal_parts"]
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -46,10 +46,12 @@ class AutoSparseNormal(AutoGuide):
         init_log_variance: The initial log σ² in unconstrained space; small is part of the method. About -8 suits a
             trained network.
         create_plates: As for ``AutoNormal``: returns the plates to use, given the arguments of the model.
+        parameterization: ``"additive"``, w = θ + σε, or, to compare, ``"multiplicative"``, w = θ(1 + √α ε), whose
+            parameters are ``locs`` and ``log_alphas`` and whose gradient in θ is noisier.
 
     Raises:
-        ValueError: If ``init_log_variance`` is not between -80 and 80, or, when first called, if the model has a
-            discrete latent.
+        ValueError: If ``parameterization`` is neither of the two or ``init_log_variance`` not between -80 and 80, or,
+            when first called, if the model has a discrete latent.
 
     Example:
         >>> model = lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1))
@@ -65,14 +67,19 @@ class AutoSparseNormal(AutoGuide):
         init_loc_fn: Callable = init_to_weights,
         init_log_variance: float = -10.0,
         create_plates: Callable | None = None,
+        parameterization: Literal["additive", "multiplicative"] = "additive",
     ) -> None:
+        if parameterization not in _SPREADS:
+            expected = " or ".join(map(repr, _SPREADS))
+            raise ValueError(f"parameterization: expected {expected}, but got {parameterization!r}")
         if not -80 <= init_log_variance <= 80:  # of which float32 knows the exponential
             raise ValueError(f"init_log_variance: expected a number from -80 to 80, but got {init_log_variance}")
         super().__init__(model, create_plates=create_plates)
         self.init_loc_fn = init_loc_fn
         self.init_log_variance = init_log_variance
+        self.parameterization = parameterization
         self.locs = PyroModule()
-        self.log_variances = PyroModule()
+        setattr(self, _SPREADS[parameterization], PyroModule())
         self._sites: dict[str, Latent] = {}
         self._loaded: set[str] = set()
         others = model.parameters() if isinstance(model, nn.Module) else ()
@@ -264,27 +271,37 @@ class AutoSparseNormal(AutoGuide):
                     f"{tuple(loc.shape)}"
                 )
         loc = loc.detach().clone(memory_format=torch.contiguous_format)
-        log_variance = torch.full_like(loc, self.init_log_variance)
-        deep_setattr(self.locs, name, PyroParam(loc, constraints.real, event_dim))
-        deep_setattr(self.log_variances, name, PyroParam(log_variance, constraints.real, event_dim))
+        spread = torch.full_like(loc, self.init_log_variance)
+        if self.parameterization == "multiplicative":
+            spread -= _log_squares(loc)
+        for parameters, value in zip(self._parameter_modules(), (loc, spread), strict=True):
+            deep_setattr(parameters, name, PyroParam(value, constraints.real, event_dim))
 
     def _remove_site(self, name: str) -> None:
         for module, attribute in self._leaves(name):
             delattr(module, attribute)
 
-    def _leaves(self, name: str) -> list[tuple[Any, str]]:
+    def _parameter_modules(self) -> tuple[Any, Any]:
         # Past PyroModule.__getattr__, which is slow.
-        return [_leaf(self._modules[parameters], name) for parameters in ("locs", "log_variances")]
+        return self._modules["locs"], self._modules[_SPREADS[self.parameterization]]
+
+    def _leaves(self, name: str) -> list[tuple[Any, str]]:
+        return [_leaf(parameters, name) for parameters in self._parameter_modules()]
 
     def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
-        loc, log_variance = (getattr(module, attribute) for module, attribute in self._leaves(name))
-        return loc, log_variance
+        """Returns mean and log variance."""
+        loc, spread = (getattr(module, attribute) for module, attribute in self._leaves(name))
+        return loc, self._log_variance(loc, spread)
 
     def _plain_parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
         """As :meth:`_parameters_of`, past Pyro's statements and its parameter store."""
-        (locs, attribute), (log_variances, _) = self._leaves(name)
+        (locs, attribute), (spreads, _) = self._leaves(name)
         attribute += "_unconstrained"
-        return locs._parameters[attribute], log_variances._parameters[attribute]
+        loc, spread = locs._parameters[attribute], spreads._parameters[attribute]
+        return loc, self._log_variance(loc, spread)
+
+    def _log_variance(self, loc: Tensor, spread: Tensor) -> Tensor:
+        return spread if self.parameterization == "additive" else spread + _log_squares(loc)
 
     def _site_names(self) -> list[str]:
         stored = [name.removesuffix("_unconstrained") for name, _ in self.locs.named_parameters()]
@@ -317,7 +334,7 @@ class AutoSparseNormal(AutoGuide):
             for name, value in found.items():
                 if name not in self._site_names() or _is_in_plates(self._parameters_of(name)[0], value):
                     device = next(self.parameters(), value).device
-                    for parameters in (self.locs, self.log_variances):
+                    for parameters in self._parameter_modules():
                         new = torch.zeros_like(value, device=device)
                         deep_setattr(parameters, name, PyroParam(new, constraints.real, None))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -349,6 +366,14 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
 def _is_in_plates(early: Tensor, value: Tensor) -> bool:
     """Tells whether a value loaded has the shape of a site made before its plates were known, with plates in front."""
     return value.dim() > early.dim() and value.shape[value.dim() - early.dim() :] == early.shape
+
+
+def _log_squares(loc: Tensor) -> Tensor:
+    return 2 * loc.abs().clamp_min(1e-15).log()  # the square is still a number in single precision
+
+
+# What holds the second parameter of each weight.
+_SPREADS = {"additive": "log_variances", "multiplicative": "log_alphas"}
 
 
 def _leaf(module: Any, name: str) -> tuple[Any, str]:

@@ -1295,3 +1295,53 @@ def test_a_state_that_does_not_fit_leaves_the_one_that_was_loaded(device):
     with pytest.raises(RuntimeError):
         guide.load_state_dict(bad)
     assert guide.posteriors.keys() == trained.posteriors.keys()
+
+
+@pytest.mark.parametrize("kl", ["approximate", "exact"])
+def test_both_parameterizations_are_one_posterior_with_one_loss(kl, device):
+    case = _module_case(device)
+    additive, multiplicative = (
+        AutoSparseNormal(case.model, parameterization=p) for p in ("additive", "multiplicative")
+    )
+    losses = []
+    for guide in (additive, multiplicative):
+        pyro.set_rng_seed(0)
+        losses.append(SparseVD_ELBO(kl=kl)(case.model, guide)(*case.data))
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, q in multiplicative.posteriors.items():
+        torch.testing.assert_close(q.log_variance, additive.posteriors[name].log_variance)
+    assert {name.split(".")[0] for name, _ in multiplicative.named_parameters()} == {"locs", "log_alphas"}
+
+
+def test_gradients_of_the_multiplicative_parameterization_are_those_of_its_formula(device):
+    loc, log_alpha = (torch.tensor([v], dtype=torch.float64, device=device, requires_grad=True) for v in (0.7, -2.0))
+    model = lambda: pyro.sample("w", LogUniform().expand([1]).to_event(1))  # noqa: E731
+    guide = AutoSparseNormal(model, init_loc_fn=lambda site: loc.detach().clone(), parameterization="multiplicative")
+    guide()
+    with torch.no_grad():
+        guide.log_alphas.w_unconstrained.fill_(-2.0)
+    pyro.set_rng_seed(3)
+    weight = guide()["w"]
+    pyro.set_rng_seed(3)
+    noise = torch.randn(1, dtype=torch.float64, device=device)
+    expected = loc * (1 + (0.5 * log_alpha).exp() * noise)
+    gradients = torch.autograd.grad(weight.sum(), [guide.locs.w_unconstrained, guide.log_alphas.w_unconstrained])
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), [loc, log_alpha]))
+
+
+def test_the_multiplicative_parameterization_is_finite_at_a_mean_of_0(device):
+    model = lambda: pyro.sample("w", LogUniform().expand([2]).to_event(1))  # noqa: E731
+    zeros = torch.zeros(2, device=device)
+    guide = AutoSparseNormal(model, init_loc_fn=lambda site: zeros, parameterization="multiplicative")
+    loss = SparseVD_ELBO(kl="exact")(model, guide)()
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in guide.parameters())
+
+
+def test_an_unknown_parameterization_is_refused():
+    with pytest.raises(
+        ValueError, match="parameterization: expected 'additive' or 'multiplicative', but got 'divided'"
+    ):
+        AutoSparseNormal(lambda: None, parameterization="divided")

@@ -42,6 +42,7 @@ SCRIPTS = {
     "random_labels.py": ["--epochs", 3, "--hidden", 20, "--batch-size", 500],
     "linear_models.py": ["--epochs", 20, "--horseshoe-samples", 2],
     "kl_cost.py": ["--epochs", 1, "--seeds", 1, "--batch-size", 500],
+    "parameterizations.py": ["--epochs", 1, "--repeats", 3, "--batch-size", 500],
     "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
 }
 

@@ -1,0 +1,92 @@
+"""Additive against multiplicative noise (figure 2 of the paper): sparsity and bound over epochs, and gradient noise.
+
+The posterior N(theta, sigma^2) is trained in (theta, log sigma^2) and in (theta, log alpha) from the same start. After
+each epoch sparsity and the bound are kept; at the end the variance of the stochastic gradient in theta is measured at
+one and the same posterior in both parameterisations, over repeated evaluations on one batch.
+"""
+
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import torch
+from common import load, parser, write
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import pyro_sparsevd as svd
+from pyro_sparsevd.nets import lenet_300_100
+from pyro_sparsevd.recipes import train_sparse
+
+Parameterization = Literal["additive", "multiplicative"]
+PARAMETERIZATIONS: tuple[Parameterization, ...] = ("additive", "multiplicative")
+
+
+def gradient_variance(model: svd.Supervised, guide: svd.AutoSparseNormal, x: Tensor, y: Tensor, repeats: int) -> float:
+    """Returns the variance of the gradient in theta, averaged over the weights."""
+    loss = svd.SparseVD_ELBO(kl="exact")(model, guide)
+    loss(x, y)
+    locs = list(guide.locs.parameters())
+    draws = [torch.autograd.grad(loss(x, y), locs) for _ in range(repeats)]
+    variances = [torch.stack(of_site).var(0) for of_site in zip(*draws, strict=True)]
+    return float(torch.cat([v.flatten() for v in variances]).mean())
+
+
+def main() -> None:
+    """Runs the experiment."""
+    options = parser(str(__doc__), epochs=60, out="parameterizations.png")
+    options.add_argument("--repeats", type=int, default=100, help="gradients to take the variance of (%(default)s)")
+    args = options.parse_args()
+    data = load(args)
+    histories: dict[str, list[dict[str, float]]] = {}
+    variances: dict[str, dict[str, float]] = {}
+    for trained_in in PARAMETERIZATIONS:
+        torch.manual_seed(args.seed)
+        bnn = svd.bayesianize(lenet_300_100().to(args.device))
+        model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
+        guide = svd.AutoSparseNormal(model, init_log_variance=-8.0, parameterization=trained_in)
+        train = {"epochs": args.epochs, "batch_size": args.batch_size}
+        histories[trained_in] = train_sparse(model, guide, data.train, validation=data.validation, **train)
+        posteriors = {name: (q.loc.detach(), q.log_variance.detach()) for name, q in guide.posteriors.items()}
+        variances[f"posterior trained in the {trained_in} one"] = {
+            measured_in: gradient_variance(
+                model,
+                at(posteriors, model, measured_in),
+                data.train.images[:100],
+                data.train.labels[:100],
+                args.repeats,
+            )
+            for measured_in in PARAMETERIZATIONS
+        }
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, history), color, style in zip(histories.items(), ("#D55E00", "#0072B2"), ("-", "--"), strict=True):
+        left.plot([100 * h["sparsity"] for h in history], color=color, linestyle=style, label=name)
+        right.plot([h["nll"] + h["kl"] for h in history], color=color, linestyle=style, label=name)
+    left.set(xlabel="epoch", ylabel="sparsity at threshold 3, %")
+    right.set(xlabel="epoch", ylabel="negative bound of the last batch, nats", yscale="log")
+    left.legend()
+
+    for name, history in histories.items():
+        print(f"{name:15s} sparsity {history[-1]['sparsity']:.2%}, validation error {history[-1]['error']:.2%}")
+    for where, found in variances.items():
+        ratio = found["multiplicative"] / found["additive"]
+        print(f"{where}: variance of the gradient in theta {ratio:.1f} x as large in the multiplicative one")
+    write(args, figure, {"histories": histories, "gradient_variances": variances})
+
+
+def at(posteriors: dict[str, Any], model: svd.Supervised, parameterization: Parameterization) -> svd.AutoSparseNormal:
+    """Returns a guide in a parameterisation, at given posteriors."""
+    guide = svd.AutoSparseNormal(model, parameterization=parameterization)
+    locs, spreads = (dict(part.named_parameters()) for part in list(guide.children())[:2])
+    with torch.no_grad():
+        for name, (loc, log_variance) in posteriors.items():
+            key = f"{name}_unconstrained"
+            locs[key].copy_(loc)
+            log_square = 2 * loc.abs().clamp_min(1e-15).log()
+            spreads[key].copy_(log_variance if parameterization == "additive" else log_variance - log_square)
+    return guide
+
+
+if __name__ == "__main__":
+    main()
