@@ -15,6 +15,7 @@ Data walks down this list of modules, and a module imports only from those above
     latents          what a guide learns about the latents of a model, and where it starts
     masking          the posterior with dropped weights at zero
     store_names      names of a guide's own in Pyro's parameter store
+    parameters       the parameters of a factorised Gaussian guide
     guides           AutoSparseNormal
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
