@@ -25,7 +25,7 @@ from pyro_sparsevd.recipes import choose_threshold, fine_tune, train_dense, trai
 from pyro_sparsevd.training import error
 
 NETS: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5_caffe}
-THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
 
 def parse_args() -> argparse.Namespace:
