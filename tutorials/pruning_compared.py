@@ -50,14 +50,14 @@ def in_steps(network: nn.Module, compression: float, data: Data, args: argparse.
 
 
 def posterior(prior: Any, data: Data, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Fits a posterior; returns the network of its means, and minus log alpha of each weight."""
+    """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
     bnn = svd.bayesianize(lenet_300_100().to(args.device), prior)
     model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
     train_sparse(model, guide, data.train, validation=data.validation, **options)
     means = svd.prune(bnn, guide, svd.SparsitySummary((), {}, 0))
-    return means, {name: -q.log_alpha.detach() for name, q in guide.posteriors.items()}
+    return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 
 def one_seed(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
