@@ -4,6 +4,7 @@ __all__ = ["SampleSites", "Sites", "log_prob", "scored"]
 
 from typing import Any, TypeAlias
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -80,8 +81,12 @@ def log_prob(site: Any) -> Tensor:
         tensor(0.)
     """
     fn, value = site["fn"], site["value"]
-    density = fn.log_prob(value.value_for_density() if isinstance(value, LazyWeight) else value)
     base = unwrap_independent(fn)
-    if isinstance(base, LogUniform) and not base.is_proper:
+    is_improper = isinstance(base, LogUniform) and not base.is_proper
+    value = value.value_for_density() if isinstance(value, LazyWeight) else value
+    if is_improper:  # a draw that rounding made 0, once in some 1e9, has no density
+        value = torch.where(value == 0, torch.finfo(value.dtype).eps, value)
+    density = fn.log_prob(value)
+    if is_improper:
         density = density + IMPROPER_LOG_NORMALIZER * fn.event_shape.numel()
     return scale_and_mask(density, site["scale"], site["mask"]).sum()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
 from pyro_sparsevd.lazy_weight import LazyWeight
+from pyro_sparsevd.records import log_prob
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -1472,3 +1473,12 @@ def test_values_that_are_not_finite_are_found_in_containers_before_they_reach_th
     with pytest.raises(ValueError, match=r"batch.*: expected finite numbers, but it holds NaN or infinities"):
         SparseVD_ELBO().loss(model, guide, nest(torch.tensor([1.0, math.nan], device=device)))
     assert not calls
+
+
+def test_a_draw_of_exactly_0_has_a_finite_density_and_gradient(device):
+    value = torch.tensor([0.0, 1.0], device=device, requires_grad=True)
+    site = {"fn": LogUniform().expand([2]).to_event(1), "value": value, "scale": 1.0, "mask": None}
+    density = log_prob(site)
+    density.backward()
+    assert density.isfinite()
+    assert value.grad.tolist() == [0.0, -1.0]

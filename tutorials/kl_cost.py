@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from common import classifier, finite, load, parser, write
+from common import checkpoint, classifier, finite, load, parser, write
 from matplotlib.figure import Figure
 
 import pyro_sparsevd as svd
@@ -61,7 +61,10 @@ def main() -> None:
             torch.manual_seed(seed)
             model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
             common = {"epochs": args.epochs, "batch_size": args.batch_size}
-            history = train_sparse(model, guide, data.train, validation=data.validation, kl=form, **common)
+            path = checkpoint(args, f"{form}-{seed}")
+            history = train_sparse(
+                model, guide, data.train, validation=data.validation, kl=form, checkpoint=path, **common
+            )
             summary = svd.sparsify(guide, args.threshold)
             errors.append(error(svd.prune(model.network, guide, summary), data.test))
             compressions.append(summary.compression)

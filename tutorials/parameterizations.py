@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from common import load, parser, write
+from common import checkpoint, load, parser, write
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -44,7 +44,10 @@ def main() -> None:
         model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
         guide = svd.AutoSparseNormal(model, init_log_variance=-8.0, parameterization=trained_in)
         train = {"epochs": args.epochs, "batch_size": args.batch_size}
-        histories[trained_in] = train_sparse(model, guide, data.train, validation=data.validation, **train)
+        path = checkpoint(args, trained_in)
+        histories[trained_in] = train_sparse(
+            model, guide, data.train, validation=data.validation, checkpoint=path, **train
+        )
         posteriors = {name: (q.loc.detach(), q.log_variance.detach()) for name, q in guide.posteriors.items()}
         batch = data.train.images[:100], data.train.labels[:100]
         additive, multiplicative = (

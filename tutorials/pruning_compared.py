@@ -9,11 +9,12 @@ picture: test error against compression. Without --data-dir it uses the 5,000 MN
 import argparse
 import copy
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from common import Data, load, parser, write
+from common import Data, checkpoint, load, parser, write
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
@@ -49,22 +50,24 @@ def in_steps(network: nn.Module, compression: float, data: Data, args: argparse.
     return network
 
 
-def posterior(prior: Any, data: Data, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
+def posterior(prior: Any, data: Data, args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
     bnn = svd.bayesianize(lenet_300_100().to(args.device), prior)
     model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    train_sparse(model, guide, data.train, validation=data.validation, **options)
+    train_sparse(model, guide, data.train, validation=data.validation, checkpoint=path, **options)
     means = svd.prune(bnn, guide, svd.SparsitySummary((), {}, 0))
     return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 
-def one_seed(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
+def one_seed(data: Data, args: argparse.Namespace, seed: int) -> dict[str, list[float]]:
     """Returns the test error of each method at each compression."""
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    dense = train_dense(lenet_300_100().to(args.device), data.train, **options)
-    gaussian, sparse = (posterior(prior, data, args) for prior in (dist.Normal(0.0, 0.1), svd.LogUniform()))
+    paths = {name: checkpoint(args, f"{name}-{seed}") for name in ("dense", "gaussian", "sparse")}
+    dense = train_dense(lenet_300_100().to(args.device), data.train, checkpoint=paths["dense"], **options)
+    gaussian = posterior(dist.Normal(0.0, 0.1), data, args, paths["gaussian"])
+    sparse = posterior(svd.LogUniform(), data, args, paths["sparse"])
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
     for compression in COMPRESSIONS:
         candidates = [compressed(dense, compression)]
@@ -88,7 +91,7 @@ def main() -> None:
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
-        runs.append(one_seed(data, args))
+        runs.append(one_seed(data, args, seed))
     means = {
         method: [100 * statistics.mean(e) for e in zip(*(r[method] for r in runs), strict=True)] for method in runs[0]
     }
