@@ -52,7 +52,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     Args:
         kl: The divergence: ``"approximate"`` (the paper's equation 14), ``"exact"``, or ``"monte_carlo"`` for one
-            sample of every latent; an improper log-uniform prior then counts with the constant of the other two.
+            sample of every latent; an improper log-uniform prior then counts with the constant of the other two, and
+            the gradient of log \|w\|, of no finite variance, hardly makes anything sparse.
         kl_weight: c, the weight of the divergence of every latent; an attribute that may be set at every step.
         local_reparam: Whether to sample outputs instead of weights.
         num_particles: The number of samples that are averaged.
