@@ -55,7 +55,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             sample of every latent; an improper log-uniform prior then counts with the constant of the other two, and
             the gradient of log \|w\|, of no finite variance, hardly makes anything sparse.
         kl_weight: c, the weight of the divergence of every latent; an attribute that may be set at every step.
-        local_reparam: Whether to sample outputs instead of weights.
+        local_reparam: Whether to sample outputs instead of weights; not where the model differentiates its network
+            with ``create_graph=True``, since sampled outputs have no second derivative.
         num_particles: The number of samples that are averaged.
         check_finite: Whether to raise where the loss is not finite, before a gradient is computed. On an
             accelerator this waits for the device.

@@ -110,7 +110,7 @@ class LazyWeight(Tensor):
             return output
         with torch.autocast(x.device.type, enabled=False):  # small variances underflow in half precision
             output, self._carrier = function.apply(x.to(loc.dtype), loc, log_variance, bias, integral, *geometry)
-        return output
+        return output.to(torch.get_autocast_dtype(x.device.type))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class _MaskMessenger(Messenger):
         if mask is None:
             return
         fn = msg["fn"]
+        mask = pyro.subsample(mask, event_dim=len(fn.event_shape))
         q: Any = unwrap_independent(fn)
         q = SparseNormal(q.loc * mask, torch.where(mask, q.log_variance, -math.inf), validate_args=False)
         msg["fn"] = q.to_event(len(fn.event_shape))

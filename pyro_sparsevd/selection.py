@@ -77,7 +77,9 @@ def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any
         {'bias'}
     """
     if isinstance(pattern, str):
-        found = {name for name in parameters if fnmatchcase(name, pattern)}
+        first = {id(p): name for name, p in parameters.items()}  # of a tied parameter, any name will do
+        named = net.named_parameters(remove_duplicate=False)
+        found = {first[id(p)] for name, p in named if id(p) in first and fnmatchcase(name, pattern)}
     elif isinstance(pattern, type) and issubclass(pattern, nn.Module):
         owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters()}
         found = {name for name, p in parameters.items() if id(p) in owned}

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from .guides import sparse_normal_parts
@@ -88,7 +90,7 @@ def _in_evaluation_mode(model: Any) -> Iterator[None]:
 
 def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]) -> tuple[float, float]:
     """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
-    conditioned = poutine.condition(model, data=latents)
+    conditioned = _LatentsMessenger(latents)(model)
     error = nll = 0.0
     count = 0
     for batch in batches:
@@ -99,18 +101,36 @@ def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Seq
             raise ValueError("model: expected an observed site to evaluate; are the targets among the data?")
         for site in observed:
             fn, value = site["fn"], site["value"]
-            log_prob = fn.log_prob(value)
-            error += _mean_error(fn, value) * log_prob.numel()
-            nll -= float(log_prob.double().sum())
-            count += log_prob.numel()
+            log_prob = fn.log_prob(value).double()
+            mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=log_prob.device)
+            mask = mask.expand_as(log_prob)
+            error += float(_errors(fn, value)[mask].sum())
+            nll -= float(log_prob[mask].sum())
+            count += int(mask.sum())
     if count == 0:
-        raise ValueError("data: expected at least one batch, but got none")
+        raise ValueError("data: expected at least one datum that is not masked, but got none")
     return error / count, nll / count
 
 
-def _mean_error(fn: Any, value: Tensor) -> float:
+def _errors(fn: Any, value: Tensor) -> Tensor:
+    """Returns the error of each datum, of the batch shape."""
+    event_dim = len(fn.event_shape)
     try:
-        errors = fn.mode != value if fn.support.is_discrete else (fn.mean - value) ** 2
+        errors = (fn.mode != value).double() if fn.support.is_discrete else (fn.mean - value).double() ** 2
     except NotImplementedError:
-        return math.nan
-    return float(errors.double().mean())
+        return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
+    return errors.flatten(errors.dim() - event_dim).mean(-1) if event_dim else errors
+
+
+class _LatentsMessenger(Messenger):
+    """Conditions a model on latents, of which a plate that is subsampled takes its part."""
+
+    def __init__(self, latents: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.latents and not msg["is_observed"]:
+            event_dim = len(msg["fn"].event_shape)
+            msg["value"] = pyro.subsample(self.latents[msg["name"]], event_dim=event_dim)
+            msg["is_observed"] = True

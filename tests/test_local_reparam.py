@@ -670,8 +670,9 @@ def test_autocast_computes_the_noise_in_full_precision(operation, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         output, _ = _local(operation, inputs._replace(x=inputs.x.bfloat16()), seed=3)
     expected = _plain(operation, inputs._replace(x=inputs.x.bfloat16().float()), seed=3)
-    torch.testing.assert_close(output.float(), expected, rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(_projected(output), inputs.trainable())
+    assert output.dtype == torch.bfloat16  # as of the plain operation, but rounded only once
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+    gradients = torch.autograd.grad(_projected(output.float()), inputs.trainable())
     assert all(g.isfinite().all() for g in gradients)
     assert gradients[2].any()
 

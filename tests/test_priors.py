@@ -486,6 +486,15 @@ def test_module_type_chooses_the_tied_weights_of_its_modules(device):
         assert sites_of(svd.bayesianize(net, include=included), tokens) == ["embedding.weight"]
 
 
+def test_a_glob_may_name_a_tied_weight_by_any_of_its_names(device):
+    net = Tied().to(device)
+    names = [name for name, p in net.named_parameters(remove_duplicate=False) if p is net.embedding.weight]
+    assert len(names) == 2
+    for name in names:
+        bnn = svd.bayesianize(net, include=name)
+        assert sites_of(bnn, torch.arange(6, device=device)) == ["embedding.weight"]
+
+
 @pytest.mark.parametrize("net", [None, lambda x: x, "net", [nn.Linear(2, 2)]], ids=["none", "function", "str", "list"])
 def test_what_is_no_network_is_refused(net):
     with pytest.raises(TypeError, match=f"bayesianize: expected an nn.Module, but got {type(net).__name__}"):

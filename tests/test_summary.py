@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 import pyro_sparsevd as svd
@@ -189,9 +190,52 @@ def test_the_sweep_of_a_regression_gives_the_mean_squared_error(device):
     assert point.nll == pytest.approx(-dist.Normal(prediction, 0.5).log_prob(y).mean().item(), rel=1e-5)
 
 
+def _scaled_rows(x, y=None, subsample=None):
+    """One log-uniform scale for each datum, in a plate that may be subsampled."""
+    with pyro.plate("rows", 12, subsample=subsample, device=x.device) as rows:
+        scale = pyro.sample("scale", svd.LogUniform())
+        return pyro.sample("y", dist.Normal(scale * x[rows], 1.0), obs=None if y is None else y[rows])
+
+
+def test_a_subsampled_plate_takes_its_part_of_latents_and_masks(device):
+    x, y = torch.randn(12, device=device), torch.randn(12, device=device)
+    guide = svd.AutoSparseNormal(
+        _scaled_rows,
+        init_loc_fn=lambda site: torch.arange(1.0, 13, device=device),
+        create_plates=lambda x, y=None, subsample=None: pyro.plate("rows", 12, subsample=subsample, device=device),
+    )
+    guide(x, y)
+    with torch.no_grad():
+        guide.log_variances.scale.uniform_(-3, 6)
+    summary = svd.sparsify(guide, 1.0)
+    kept = summary.masks["scale"]
+    assert 0 < kept.sum() < 12
+    part = torch.tensor([7, 2, 11], device=device)
+    (point,) = svd.threshold_sweep(_scaled_rows, guide, [(x, y, part)], [1.0])
+    residuals = (guide.median()["scale"] * kept * x - y)[part]
+    assert point.error == pytest.approx((residuals**2).mean().item(), rel=1e-5)
+    assert torch.equal(guide.sparsified(summary)(x, y, part)["scale"] != 0, kept[part])
+
+
+def test_the_sweep_leaves_masked_data_out(device):
+    x, y = torch.randn(12, device=device), torch.randn(12, device=device)
+    seen = torch.arange(12, device=device) % 3 > 0
+
+    def model(x, y):
+        w = pyro.sample("w", svd.LogUniform())
+        with pyro.plate("rows", 12), poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    guide = svd.AutoSparseNormal(model, init_loc_fn=lambda site: torch.tensor(0.7, device=device))
+    guide(x, y)
+    (point,) = svd.threshold_sweep(model, guide, [(x, y)], [math.inf])
+    assert point.error == pytest.approx(((0.7 * x - y)[seen] ** 2).mean().item(), rel=1e-5)
+    assert point.nll == pytest.approx(-dist.Normal(0.7 * x, 1.0).log_prob(y)[seen].mean().item(), rel=1e-5)
+
+
 def test_the_sweep_wants_data_with_targets(fitted, device):
     model, guide = fitted
-    with pytest.raises(ValueError, match="data: expected at least one batch"):
+    with pytest.raises(ValueError, match="data: expected at least one datum"):
         svd.threshold_sweep(model, guide, [], [3.0])
     with pytest.raises(ValueError, match="model: expected an observed site"):
         svd.threshold_sweep(model, guide, [(torch.randn(2, 6, device=device),)], [3.0])
