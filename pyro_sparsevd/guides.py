@@ -168,7 +168,8 @@ class AutoSparseNormal(GaussianParameters):
             summary: A :class:`~.summary.SparsitySummary` of this guide.
 
         Returns:
-            A guide that samples with the masks of the summary held, for ``Predictive`` and the like.
+            A guide that samples with the masks of the summary held, for ``Predictive`` and the like, and for more
+            training, with an optimiser of its own.
 
         Raises:
             ValueError: If the summary is of another model.

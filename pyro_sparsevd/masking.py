@@ -2,7 +2,6 @@
 
 __all__ = ["SparsifiedGuide", "check_masks"]
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,8 @@ from .distributions import SparseNormal, unwrap_independent
 class SparsifiedGuide(nn.Module):
     """A guide whose dropped weights are zero: what is left after :func:`~.summary.sparsify`.
 
-    It is a copy, so training may go on with the original.
+    It is a copy with parameters of its own: training may go on with the original, or with this one and a new
+    optimiser, where the dropped weights stay at zero, cost no divergence, and no step changes them.
 
     Args:
         guide: An :class:`~.guides.AutoSparseNormal`.
@@ -41,6 +41,8 @@ class SparsifiedGuide(nn.Module):
         self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
         for name, number in self._mask_numbers.items():
             self.register_buffer(number, masks[name])
+            with torch.no_grad():
+                self.guide._plain_parameters_of(name)[0].mul_(masks[name])  # so that a new summary drops them, too
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples all latents, those that were dropped as 0.
@@ -97,5 +99,28 @@ class _MaskMessenger(Messenger):
         fn = msg["fn"]
         mask = pyro.subsample(mask, event_dim=len(fn.event_shape))
         q: Any = unwrap_independent(fn)
-        q = SparseNormal(q.loc * mask, torch.where(mask, q.log_variance, -math.inf), validate_args=False)
-        msg["fn"] = q.to_event(len(fn.event_shape))
+        msg["fn"] = _KeptNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))
+
+
+class _KeptNormal(SparseNormal):
+    """The posterior of weights of which some are held at zero.
+
+    To a divergence and to a sampled output, these are weights of mean 0 and of the smallest variance of which single
+    precision knows the inverse; what is drawn of them is zero.
+    """
+
+    def __init__(self, loc: Tensor, log_variance: Tensor, kept: Tensor) -> None:
+        super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
+        self.kept = kept
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return super().rsample(torch.Size(sample_shape)) * self.kept
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_KeptNormal":
+        new = super().expand(batch_shape, self._get_checked_instance(_KeptNormal, _instance))
+        new.kept = self.kept.expand(batch_shape)
+        return new

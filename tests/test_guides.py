@@ -20,6 +20,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import biject_to, transform_to
 
+import pyro_sparsevd as svd
 from pyro_sparsevd import (
     AutoSparseNormal,
     ImproperPriorWarning,
@@ -1239,6 +1240,38 @@ class TestSparsified:
         before = _seeded(sparse, *_data(device))
         _train(guide._model[0], guide, _data(device))
         assert _same(_seeded(sparse, *_data(device)), before)
+
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    @pytest.mark.parametrize("kl", ["approximate", "exact", "monte_carlo"])
+    def test_training_goes_on_with_the_dropped_weights_out(self, kl, local_reparam, device, improper):
+        guide, masks = self._guide(device), _masks(device)
+        model = guide._model[0]
+        sparse = guide.sparsified(SimpleNamespace(masks=masks))
+        before = {name: q.loc.detach().clone() for name, q in sparse.guide.posteriors.items()}
+        loss = svd.SparseVD_ELBO(kl=kl, local_reparam=local_reparam)(model, sparse)
+        optimizer = torch.optim.Adam(loss.parameters(), 0.01)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(*_data(device)).backward()
+            optimizer.step()
+        for name, mask in masks.items():
+            q = sparse.guide.posteriors[name]
+            assert not q.loc[~mask].any()
+            assert (q.loc != before[name])[mask].all()
+        summary = svd.sparsify(sparse, 1e6)
+        assert all(torch.equal(summary.masks[name], mask) for name, mask in masks.items())
+        pruned = svd.prune(model.network, sparse, summary)
+        assert all(torch.equal(pruned.get_parameter(name) != 0, mask) for name, mask in masks.items())
+
+    def test_the_divergence_is_that_of_the_kept_weights(self, device):
+        guide, masks = self._guide(device), _masks(device)
+        elbo = svd.SparseVD_ELBO(kl="exact")
+        elbo(guide._model[0], guide.sparsified(SimpleNamespace(masks=masks)))(*_data(device))
+        expected = sum(
+            svd.divergence.kl_log_uniform(q.loc, q.log_variance, "exact")[masks.get(name, ...)].sum()
+            for name, q in guide.posteriors.items()
+        )
+        torch.testing.assert_close(elbo.terms["kl"], expected.detach())
 
     def test_it_moves_with_its_masks(self, device):
         sparse = self._guide(device).sparsified(SimpleNamespace(masks=_masks(device)))
