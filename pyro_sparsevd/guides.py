@@ -21,7 +21,7 @@ from .distributions import LogUniform, SparseNormal, unwrap_independent
 from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, unchanged_buffers
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
-from .store_names import has_own_name, parameters_are_seen, take_own_name
+from .store_names import claim_name, mark_as_taken, parameters_are_seen
 
 
 class AutoSparseNormal(GaussianParameters):
@@ -34,8 +34,9 @@ class AutoSparseNormal(GaussianParameters):
 
     The parameters ``locs`` and ``log_variances`` exist at once for the sites that are attributes of the model, as
     those of :func:`~.priors.bayesianize`, and for others after the first call; ``load_state_dict`` makes them from
-    the state, without data. They are never shared with another guide through Pyro's parameter store: a second guide
-    is numbered there. Weight decay must not touch ``log_variances``.
+    the state, without data; ``pyro.get_param_store().load`` before the first call, or before a step of SVI, works as
+    for Pyro's guides. They are never shared with another guide through Pyro's parameter store: a second guide is
+    numbered there. Weight decay must not touch ``log_variances``.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -178,11 +179,16 @@ class AutoSparseNormal(GaussianParameters):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Samples all latents, see :meth:`forward`."""
-        if self._uses_store():
-            own = {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites}
-            if not has_own_name(self, own):
-                take_own_name(self)
-        return super().__call__(*args, **kwargs)
+        if not self._uses_store():
+            return super().__call__(*args, **kwargs)
+        claim_name(self, {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites})
+        if self.prototype_trace is None:
+            with self._pyro_context:
+                for name in self._sites:  # which makes what the store was loaded with the guide's
+                    self._parameters_of(name)
+        result = super().__call__(*args, **kwargs)
+        mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own would take the model from the live guide too.

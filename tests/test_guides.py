@@ -665,6 +665,48 @@ class TestTwoGuides:
         assert len(set.union(*names)) == 3
 
 
+@pytest.mark.parametrize("make", CASES)
+@pytest.mark.parametrize("called", [False, True])
+def test_a_store_that_was_loaded_is_the_guides(make, called, device, tmp_path):
+    case = make(device)
+    guide = AutoSparseNormal(case.model)
+    _train(case.model, guide, case.data)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    new = AutoSparseNormal(case.model)
+    pyro.clear_param_store()
+    if called:
+        new(*case.data)
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    if called:
+        pyro.poutine.trace(new).get_trace(*case.data)  # sees parameters, as SVI does
+    else:
+        new(*case.data)
+    assert _same(_state(new), _state(guide))
+    _train(case.model, new, case.data, steps=1)
+    assert not _same(_state(new), _state(guide))
+    assert {name.split(".")[0] for name in _store() if name.startswith("Auto")} == {"AutoSparseNormal"}
+
+
+def test_what_a_guide_left_in_the_store_is_not_taken_for_loaded(device):
+    model = _supervised(device)
+    _train(model, AutoSparseNormal(model), _data(device))
+    new = AutoSparseNormal(model)
+    before = _state(new)
+    new(*_data(device))
+    assert _same(_state(new), before)
+
+
+def test_a_store_that_was_loaded_with_another_shape_is_an_error(device, tmp_path):
+    model, other = _supervised(device), _supervised(device, width=5)
+    _train(model, AutoSparseNormal(model), _data(device), steps=1)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    message = r"AutoSparseNormal.locs.0.weight: expected a parameter of shape \(5, 4\), but .* of \(3, 4\)"
+    with pytest.raises(ValueError, match=message):
+        AutoSparseNormal(other)(*_data(device))
+
+
 def test_guides_that_share_the_name_of_one_site_train_apart_after_the_store_was_cleared():
     def model(name):
         pyro.sample(name, dist.Normal(1.0, 1.0))
