@@ -6,6 +6,7 @@ Data walks down this list of modules, and a module imports only from those above
     divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
     workspace        memory that is used again: torch only
     distributions    LogUniform, SparseNormal
+    plain            plain networks: checks, and evaluation mode for a while
     sites            what a parameter of a network is after it was given a prior
     selection        which parameters to give one
     priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
@@ -24,8 +25,23 @@ Data walks down this list of modules, and a module imports only from those above
     summary          sparsify: which weights matter
     sweep            threshold_sweep: error and compression against the threshold
     pruning          prune: a plain sparse network; masks_held: to train it on
+    units            features and channels of the tensors within a network: torch only
+    unit_flow        how units pass through one operation: torch only
+    operations       which node of a traced network is which operation: torch only
+    dead_units       which units make no difference
+    layer_sizes      units, parameters and multiply-adds of each layer, before and after
+    shrinking        shrink: a sparse network without its dead units
+    sparse_layers    to_sparse: linear layers that multiply only the weights that are left
     nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    range_coder      integers of known probabilities as few bits
+    coding           models of where the weights of a sparse matrix are, and how large
+    container        the file of a sparse network
+    quantization     weights as multiples of a step as wide as the posterior
+    tensor_codes     tensors of every dtype as bytes, and back
+    storage          save_sparse, load_sparse: a network as one small file
+    export           export_onnx: a network for runtimes without torch
     training         a loop that goes on where it was killed
+    metrics          how good and how sure the predictions of a classifier are
     recipes          from data to a sparse classifier, as it was measured to work
     weight_plots     pictures of weights from plain data
     plots            pictures from plain data; imported on demand
@@ -42,6 +58,7 @@ from .distributions import ImproperPriorWarning as ImproperPriorWarning
 from .distributions import LogUniform as LogUniform
 from .distributions import SparseNormal as SparseNormal
 from .elbo import SparseVD_ELBO as SparseVD_ELBO
+from .export import export_onnx as export_onnx
 from .guides import AutoSparseNormal as AutoSparseNormal
 from .latents import init_to_weights as init_to_weights
 from .local_reparam import local_reparam as local_reparam
@@ -49,7 +66,15 @@ from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
+from .quantization import quantization_steps as quantization_steps
 from .schedules import LinearWarmup as LinearWarmup
+from .shrinking import shrink as shrink
+from .shrinking import shrink_with_report as shrink_with_report
+from .sparse_layers import to_sparse as to_sparse
+from .storage import StorageError as StorageError
+from .storage import load_sparse as load_sparse
+from .storage import register_architecture as register_architecture
+from .storage import save_sparse as save_sparse
 from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
 from .sweep import threshold_sweep as threshold_sweep

@@ -1,6 +1,6 @@
 """The log-uniform prior and the Gaussian posterior of Sparse Variational Dropout, as Pyro distributions.
 
-:class:`LogUniform` is the prior p(w) ∝ 1/|w|, :class:`SparseNormal` the posterior N(θ, σ²) in the parameters that
+:class:`LogUniform` is the prior ``p(w) ∝ 1/|w|``, :class:`SparseNormal` the posterior N(θ, σ²) in the parameters that
 are optimised, θ and log σ². Their divergence is registered with torch, so ``torch.distributions.kl_divergence`` and
 every Pyro ELBO that uses it know it, also inside ``to_event``.
 """
@@ -140,7 +140,7 @@ class LogUniform(dist.TorchDistribution):
         return torch.where((self.low <= magnitude) & (magnitude <= self.high), log_density, -math.inf)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Draws samples; without bounds, from the truncation to 1e-8 ≤ |w| ≤ 1, with a warning."""
+        """Draws samples; without bounds, from the truncation to ``1e-8 ≤ |w| ≤ 1``, with a warning."""
         if not (self.is_proper or self._warned.done):
             self._warned.done = True
             warnings.warn(

@@ -123,7 +123,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             **kwargs: Given to both.
 
         Returns:
-            The loss. Its terms, detached, are in :attr:`terms`.
+            The loss. Its terms, detached, are in ``terms``.
         """
         try:
             if self.check_finite and not is_finite((args, kwargs)):
@@ -180,6 +180,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             try:
                 sites = self._sites_once(model, guide, args, kwargs)
             except RepeatedUseError as repeated:
+                if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
+                    raise
                 self._drawn_sites.add(repeated.site)
                 for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)

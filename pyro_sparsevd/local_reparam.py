@@ -1,9 +1,9 @@
 r"""The local reparameterisation trick, as an effect handler.
 
-Under :func:`local_reparam`, a factorised Gaussian sample site yields a :class:`LazyWeight`: a tensor of the right
-shape, dtype and device that holds a mean and a log variance, and no numbers. ``F.linear`` and the convolutions, where
-they meet one, sample their output instead of the weight. Anything else draws the weight, once, and computes with that
-draw. The handler is used in the three ways of Pyro's own::
+Under :func:`local_reparam`, a factorised Gaussian sample site yields a :class:`~.lazy_weight.LazyWeight`: a tensor of
+the right shape, dtype and device that holds a mean and a log variance, and no numbers. ``F.linear`` and the
+convolutions, where they meet one, sample their output instead of the weight. Anything else draws the weight, once, and
+computes with that draw. The handler is used in the three ways of Pyro's own::
 
     guide = local_reparam(guide)                     # a function of a function
     with local_reparam(): ...                        # a context

@@ -154,7 +154,7 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
     r"""Reads off the posterior which weights to keep: those with log α ≤ threshold.
 
     The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
-    :func:`threshold_sweep`.
+    :func:`~.sweep.threshold_sweep`.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)

@@ -4,7 +4,6 @@ __all__ = ["SweepPoint", "threshold_sweep"]
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -12,9 +11,10 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from .guides import sparse_normal_parts
+from .plain import evaluation_mode
 from .summary import sparsify
 
 
@@ -68,24 +68,12 @@ def threshold_sweep(
     parts = sparse_normal_parts(guide)
     medians = {name: value for part in parts for name, value in part.median().items()}
     points = []
-    with _in_evaluation_mode(model):
+    with evaluation_mode(model):
         for threshold in thresholds:
             summary = sparsify(guide, threshold)
             error, nll = _evaluate(model, {name: summary.masked(name, m) for name, m in medians.items()}, batches)
             points.append(SweepPoint(float(threshold), error, nll, summary.sparsity, summary.compression))
     return points
-
-
-@contextmanager
-def _in_evaluation_mode(model: Any) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]) -> tuple[float, float]:

@@ -1,6 +1,14 @@
 """A training loop for losses that are torch modules, which goes on where it was killed."""
 
-__all__ = ["CrossEntropy", "batches", "constant_then_linear", "error", "fit", "negative_log_likelihood"]
+__all__ = [
+    "CrossEntropy",
+    "batches",
+    "constant_then_linear",
+    "error",
+    "fit",
+    "logits",
+    "negative_log_likelihood",
+]
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .datasets import Split
+from .plain import evaluation_mode
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,6 +70,26 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(self.network(x), y)
 
 
+@torch.no_grad()
+def logits(network: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
+    """Returns what a classifier says of data, in evaluation mode.
+
+    Args:
+        network: A network that returns class logits; it is left in the mode it was in.
+        split: The data.
+        batch_size: How many data to predict at a time.
+
+    Returns:
+        The logits, of shape ``(N, classes)``.
+
+    Example:
+        >>> logits(nn.Linear(4, 3), Split(torch.rand(5, 4), torch.arange(5)), batch_size=2).shape
+        torch.Size([5, 3])
+    """
+    with evaluation_mode(network):
+        return torch.cat([network(images) for images in split.images.split(batch_size)])
+
+
 def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
     """Returns the fraction of data that a classifier gets wrong, in evaluation mode.
 
@@ -77,7 +106,7 @@ def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
         >>> 0 <= error(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) <= 1
         True
     """
-    return float((_logits(network, split, batch_size).argmax(-1) != split.labels).float().mean())
+    return float((logits(network, split, batch_size).argmax(-1) != split.labels).float().mean())
 
 
 def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
@@ -96,7 +125,7 @@ def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 
         >>> negative_log_likelihood(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) > 0
         True
     """
-    return float(F.cross_entropy(_logits(network, split, batch_size), split.labels))
+    return float(F.cross_entropy(logits(network, split, batch_size), split.labels))
 
 
 def constant_then_linear(
@@ -190,16 +219,6 @@ def fit(
             if checkpoint is not None:
                 _save(Path(checkpoint), parts, history)
     return history
-
-
-@torch.no_grad()
-def _logits(network: nn.Module, split: Split, batch_size: int) -> Tensor:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    logits = torch.cat([network(images) for images in split.images.split(batch_size)])
-    for module, mode in modes:
-        module.training = mode
-    return logits
 
 
 def _save(path: Path, parts: dict[str, Any], history: list[dict[str, float]]) -> None:

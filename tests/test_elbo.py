@@ -24,7 +24,8 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor, nn
 
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
-from pyro_sparsevd.lazy_weight import LazyWeight
+from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError
+from pyro_sparsevd.local_reparam import local_reparam
 from pyro_sparsevd.records import log_prob
 
 F64 = torch.float64
@@ -565,6 +566,16 @@ def test_where_every_weight_is_drawn_loss_and_gradients_are_those_of_drawn_weigh
         expected = _seeded(_loss, drawn, model, guide, *_data(device), seed=seed)
         _assert_close(loss, expected)
         _assert_close(_gradients(loss, guide), _gradients(expected, guide))
+
+
+def test_a_weight_used_twice_that_another_handler_made_lazy_is_an_error_that_says_what_to_do(device):
+    net = _Twice().to(device)
+    model = Supervised(bayesianize(net), lambda f: dist.Normal(f[:, 0], 1.0), 20)
+    guide = local_reparam(AutoSparseNormal(model))
+    x, y = torch.randn(5, 4, device=device), torch.randn(5, device=device)
+    for elbo in (SparseVD_ELBO(local_reparam=False), SparseVD_ELBO()):
+        with pytest.raises(RepeatedUseError, match=r"twice\.weight: used more than once .* exclude the site"):
+            elbo.differentiable_loss(model, guide, x, y)
 
 
 def test_gradients_of_a_weight_used_twice_beside_a_local_one_have_the_mean_of_drawn_weights(device):

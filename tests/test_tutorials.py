@@ -44,6 +44,7 @@ SCRIPTS = {
     "kl_cost.py": ["--epochs", 1, "--seeds", 1, "--batch-size", 500],
     "parameterizations.py": ["--epochs", 1, "--repeats", 3, "--batch-size", 500],
     "vgg.py": ["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500],
+    "compress.py": ["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1],
     "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
 }
 

@@ -2,17 +2,15 @@
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable
 
 from common import Data, checkpoint, classifier, finite, positive, write
 from matplotlib.figure import Figure
-from pyro.infer import Predictive
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
-from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.metrics import sampled_log_probs, uncertainty
 from pyro_sparsevd.recipes import choose_threshold, fine_tune, train_dense, train_sparse
 from pyro_sparsevd.training import error
 
@@ -34,16 +32,6 @@ def add_options(options: argparse.ArgumentParser, *, lr: float) -> None:
         help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has a negative "
         "log likelihood of held-out training digits at most 2 %% above the best)",
     )
-
-
-def sampled_error(model: svd.Supervised, guide: svd.AutoSparseNormal, split: Split, num_samples: int = 20) -> float:
-    """Returns the error of the mean predicted probabilities of posterior samples."""
-    predictive = Predictive(model, guide=guide, num_samples=num_samples, return_sites=["_RETURN"])
-    with warnings.catch_warnings():
-        # Predictive samples the prior once, only to learn shapes.
-        warnings.simplefilter("ignore", svd.ImproperPriorWarning)
-        probabilities = predictive(split.images)["_RETURN"].softmax(-1).mean(0)
-    return (probabilities.argmax(-1) != split.labels).float().mean().item()
 
 
 def prune_and_tune(
@@ -87,16 +75,15 @@ def draw(
     return figure
 
 
-def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data) -> None:
-    """Trains a dense and a sparse network, prunes and fine-tunes, reports the errors, and draws."""
-    start = time.perf_counter()
+def train(
+    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data
+) -> tuple[nn.Module, svd.Supervised, svd.AutoSparseNormal, list[dict[str, float]]]:
+    """Returns a dense network, and the model, the guide and the history of a sparse one."""
     options = {"batch_size": args.batch_size}
     dense_epochs = args.dense_epochs or max(1, args.epochs // 4)
     args.fine_tune = args.epochs // 9 if args.fine_tune is None else args.fine_tune
-
     dense = new_network()
     train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense"))
-
     model, guide = classifier(dense if args.pretrained else new_network(), len(data.train))
     history = train_sparse(
         model,
@@ -109,12 +96,19 @@ def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Da
         checkpoint=checkpoint(args, "sparse"),
         **options,
     )
+    return dense, model, guide, history
+
+
+def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data) -> None:
+    """Trains a dense and a sparse network, prunes and fine-tunes, reports the errors, and draws."""
+    start = time.perf_counter()
+    dense, model, guide, history = train(args, new_network, data)
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
     mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
     errors = {
         "dense network": error(dense, data.test),
         "posterior mean": error(mean, data.test),
-        "20 posterior samples": sampled_error(model, guide, data.test),
+        "20 posterior samples": uncertainty(sampled_log_probs(model, guide, data.test), data.test.labels).error,
         "pruned network": error(pruned, data.test),
         "fine-tuned network": error(tuned, data.test),
     }

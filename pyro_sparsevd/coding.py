@@ -1,0 +1,258 @@
+"""Models of where the weights of a sparse matrix are and how large: arrays of integers as few bits.
+
+The models adapt to what was coded before, so that little but the numbers themselves is stored. A function that takes a
+coder is its own inverse: with an :class:`~.range_coder.Encoder` it codes the array that it is given, with a
+:class:`~.range_coder.Decoder`, which is given ``None`` instead, it returns that array. Probabilities are computed from
+integers, with no operation but those that IEEE 754 rounds exactly: they are the same on every machine.
+"""
+
+__all__ = ["code_array", "code_numbers", "code_positions"]
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .range_coder import WHOLE, Coder, code_choices, code_symbols, code_uniform
+
+
+def code_array(
+    coder: Coder,
+    values: np.ndarray | None,
+    shape: tuple[int, int],
+    mantissa: int = 0,
+    width: int = 1,
+    expected: np.ndarray | None = None,
+) -> np.ndarray:
+    """Codes a matrix: the positions of what is not zero, if there are enough zeros to be worth it, and the numbers.
+
+    Args:
+        coder: The coder.
+        values: int64 of shape ``shape``, or None to decode.
+        shape: Rows and columns.
+        mantissa: As for :func:`code_numbers`.
+        width: As for :func:`code_positions`.
+        expected: As for :func:`code_positions`.
+
+    Returns:
+        The matrix.
+
+    Raises:
+        StorageError: If no encoder wrote this.
+
+    Example:
+        >>> from pyro_sparsevd import range_coder
+        >>> weight = np.array([[0, 0, 0, 5], [0, 0, 0, 0], [0, -3, 0, 4]])
+        >>> encoder = range_coder.Encoder()
+        >>> coded = code_array(encoder, weight, (3, 4))
+        >>> bool((code_array(range_coder.Decoder(encoder.to_bytes()), None, (3, 4)) == weight).all())
+        True
+    """
+    size = shape[0] * shape[1]
+    has_zeros = None if values is None else np.array([8 * np.count_nonzero(values) < 7 * size])
+    if not code_uniform(coder, has_zeros, np.array([2]))[0]:
+        return code_numbers(coder, None if values is None else values.ravel(), size, mantissa).reshape(shape)
+    positions = code_positions(coder, None if values is None else values != 0, shape, width, expected)
+    result = np.zeros(shape, np.int64)
+    count = int(np.count_nonzero(positions))
+    result[positions] = code_numbers(coder, None if values is None else values[positions], count, mantissa)
+    return result
+
+
+def code_positions(
+    coder: Coder,
+    positions: np.ndarray | None,
+    shape: tuple[int, int],
+    width: int = 1,
+    expected: np.ndarray | None = None,
+) -> np.ndarray:
+    r"""Codes which elements of a matrix are not zero.
+
+    Weights vanish by the unit, and what is left of a unit's weights is side by side. A class for the number of
+    elements in each row, two classes to an octave, is coded first. The odds of the positions in a row with :math:`n`
+    elements are proportional to a weight of each column, and scaled to :math:`n` expected elements. The weight is
+
+    .. math:: v_j = e_j (10 c_j + 3 c_{j-1} + 3 c_{j+1} + 2)
+
+    with the numbers :math:`c` of elements above, and :math:`e_j` 32 for a column that is ``expected``, else 1.
+    Each row is an image: its pixels of even row and column are coded first, then those between, whose odds are
+    multiplied by how much more often than expected an element was found where as many neighbours were.
+
+    Args:
+        coder: The coder.
+        positions: bool of shape ``shape``, or None to decode.
+        shape: Rows and columns.
+        width: The width of the image that a row is, such as of a convolution's kernel; 1 if it is none.
+        expected: bool, one for each column: whether the column is likely to be used, such as that the layer before
+            has this unit. It may be wrong.
+
+    Returns:
+        The positions.
+
+    Raises:
+        StorageError: If no encoder wrote this.
+
+    Example:
+        >>> from pyro_sparsevd import range_coder
+        >>> positions = np.eye(3, 200) > 0
+        >>> encoder = range_coder.Encoder()
+        >>> coded = code_positions(encoder, positions, (3, 200))
+        >>> bool((code_positions(range_coder.Decoder(encoder.to_bytes()), None, (3, 200)) == positions).all())
+        True
+    """
+    rows, columns = shape
+    per_row = None if positions is None else positions.sum(1)
+    classes = code_symbols(coder, None if per_row is None else _bit_length(per_row * per_row), rows, 65)
+    if columns == 1:
+        return classes[:, None] != 0
+    used_rows = np.flatnonzero(classes)
+    density = np.sqrt(np.sqrt(2.0 ** (2 * classes - 1)))
+    confidence = np.ones(columns, np.int64) if expected is None else np.where(expected, 32, 1)
+    result = np.zeros(shape, bool)
+    above = np.zeros(columns, np.int64)
+    phases = _phases(columns, width)
+    for part in _row_blocks(len(used_rows), columns):
+        index = used_rows[part]
+        weights = 10 * above + 2
+        weights[1:] += 3 * above[:-1]
+        weights[:-1] += 3 * above[1:]
+        odds = _odds(weights * confidence, density[index, None])
+        block = np.zeros((len(index), columns + 2 * width), bool)  # with a margin on either side
+        for phase in phases:
+            given = None if positions is None else positions[np.ix_(index, phase.columns)]
+            block[:, width + phase.columns] = phase.code(coder, given, odds, block)
+        result[index] = block[:, width : width + columns]
+        above += result[index].sum(0)
+    return result
+
+
+def code_numbers(coder: Coder, values: np.ndarray | None, count: int, mantissa: int = 0) -> np.ndarray:
+    """Codes integers or, as integers, floating-point numbers.
+
+    An integer is a class (itself where it is small; else its length and its three bits after the first), the other
+    bits, and a sign. A floating-point number is an exponent, a mantissa and a sign. The frequencies of classes and
+    signs are learnt, the other bits are taken to be random; zeros that all mantissas end with cost nothing.
+
+    Args:
+        coder: The coder.
+        values: int64 of shape ``(count,)``, or None to decode. A floating-point number is its bits without the
+            sign, negated for a negative one.
+        count: How many.
+        mantissa: The number of bits of the mantissa of a floating-point number; 0 for integers.
+
+    Returns:
+        The integers.
+
+    Raises:
+        StorageError: If no encoder wrote this.
+
+    Example:
+        >>> from pyro_sparsevd import range_coder
+        >>> encoder = range_coder.Encoder()
+        >>> coded = code_numbers(encoder, np.arange(-500, 500), 1000)
+        >>> len(encoder.to_bytes())
+        1600
+    """
+    magnitudes = None if values is None else np.abs(values).view(np.uint64)
+    result = _floats(coder, magnitudes, count, mantissa) if mantissa else _integers(coder, magnitudes, count)
+    signed = np.flatnonzero(result)
+    negative = code_symbols(coder, None if values is None else values[signed] < 0, len(signed), 2)
+    decoded = result.view(np.int64)
+    decoded[signed[negative != 0]] *= -1
+    return decoded
+
+
+_LEADING = 3  # the bits after the first in the class of an integer
+_FIRST = 1 << _LEADING
+_CHUNK = 20  # the model for random bits takes fewer than 24
+_POWERS = np.uint64(1) << np.arange(64, dtype=np.uint64)
+
+
+def _integers(coder: Coder, magnitudes: np.ndarray | None, count: int) -> np.ndarray:
+    classes = None
+    if magnitudes is not None:
+        shift = np.maximum(_bit_length(magnitudes) - _LEADING - 1, 0).astype(np.uint64)
+        classes = (magnitudes >> shift) + (shift << np.uint64(_LEADING))
+    found = code_symbols(coder, classes, count, 496).astype(np.int64)
+    widths = np.maximum((found >> _LEADING) - 1, 0)
+    leading = np.where(found < 2 * _FIRST, found, found % _FIRST + _FIRST).astype(np.uint64)
+    return leading << widths.astype(np.uint64) | _random_bits(coder, magnitudes, widths)
+
+
+def _floats(coder: Coder, magnitudes: np.ndarray | None, count: int, mantissa: int) -> np.ndarray:
+    width = np.uint64(mantissa)
+    exponents = None if magnitudes is None else magnitudes >> width
+    found = code_symbols(coder, exponents, count, 2048).astype(np.uint64) << width
+    ending = None
+    if magnitudes is not None:
+        used = int(np.bitwise_or.reduce(magnitudes, initial=0)) | 1 << mantissa
+        ending = np.array([(used & -used).bit_length() - 1])
+    zeros = int(code_uniform(coder, ending, np.array([mantissa + 1]))[0]) if count else 0
+    rest = None if magnitudes is None else magnitudes >> np.uint64(zeros)
+    return found | _random_bits(coder, rest, np.full(count, mantissa - zeros)) << np.uint64(zeros)
+
+
+def _random_bits(coder: Coder, values: np.ndarray | None, widths: np.ndarray) -> np.ndarray:
+    """Codes the lowest bits of each value, as many as its width."""
+    result = np.zeros(len(widths), np.uint64)
+    for start in range(0, int(widths.max(initial=0)), _CHUNK):
+        index = np.flatnonzero(widths > start)
+        sizes = 1 << np.minimum(widths[index] - start, _CHUNK)
+        shift = np.uint64(start)
+        given = None if values is None else (values[index] >> shift) & (sizes - 1).astype(np.uint64)
+        result[index] |= code_uniform(coder, given, sizes).astype(np.uint64) << shift
+    return result
+
+
+class _Phase:
+    """Columns that are coded together, with what is known of the columns beside."""
+
+    def __init__(self, columns: np.ndarray, shifts: tuple[int, ...], width: int) -> None:
+        self.columns = columns
+        self._beside = [width + columns + shift for shift in shifts]
+        # Both start as after four elements, all as expected.
+        self._found: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
+        self._expected: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
+
+    def code(self, coder: Coder, given: np.ndarray | None, odds: np.ndarray, block: np.ndarray) -> np.ndarray:
+        odds = odds[:, self.columns]
+        if not self._beside:
+            return code_choices(coder, given, _chances(odds))
+        neighbours = np.stack([block[:, beside] for beside in self._beside]).sum(0)
+        coded = code_choices(coder, given, _chances(odds * (self._found / self._expected)[neighbours]))
+        self._found += WHOLE * np.bincount(neighbours[coded], minlength=len(self._found))
+        self._expected += np.bincount(neighbours.ravel(), _chances(odds).ravel(), len(self._found))
+        return coded
+
+
+def _phases(columns: int, width: int) -> list[_Phase]:
+    index = np.arange(columns)
+    row, column = index // width % 2, index % width % 2
+    shifts = {(0, 0): (), (0, 1): (-1, 1), (1, 0): (-width, width), (1, 1): (-1, 1, -width, width)}
+    phases = [_Phase(index[(row == r) & (column == c)], beside, width) for (r, c), beside in shifts.items()]
+    return [phase for phase in phases if len(phase.columns)]
+
+
+def _odds(weights: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """Returns odds in proportion to the weights of the columns, with probabilities that sum up to the densities."""
+    odds = weights * (density / weights.sum())
+    for _ in range(3):
+        odds *= density * WHOLE / np.maximum(np.floor(WHOLE * (odds / (1 + odds))).sum(1, keepdims=True), 1)
+    return odds
+
+
+def _chances(odds: np.ndarray) -> np.ndarray:
+    """Returns the probabilities as integer multiples of 1 / WHOLE, whose sums are exact."""
+    return np.minimum(np.maximum(np.floor(WHOLE * (odds / (1 + odds))), 1), WHOLE - 1)
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yields slices of rows likewise, of a bounded number of elements."""
+    start = 0
+    while start < rows:
+        stop = min(rows, start + max(1, min(start // 4, 2**16 // columns)))
+        yield slice(start, stop)
+        start = stop
+
+
+def _bit_length(values: np.ndarray) -> np.ndarray:
+    return np.searchsorted(_POWERS, values.astype(np.uint64), side="right")

@@ -1,0 +1,174 @@
+"""Which units of a network make no difference: forwards for those that are constant, backwards for those unread."""
+
+__all__ = ["LayerUnits", "Liveness", "liveness"]
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from .operations import Recorder, WeightUses, operation_of, reads_batch_size, sources
+from .unit_flow import Layer, Operation, WeightedSum
+from .units import Ties, Units
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUnits:
+    """What is left of a linear layer or a convolution.
+
+    Args:
+        inputs: Which units come in.
+        reads: Which of them the layer needs.
+        constants: The number that a unit has which can stand in the bias as well; NaN for the others.
+        outputs: Which units go out.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).eval()
+        >>> net[1].weight.data[:, 1] = 0
+        >>> liveness(net, torch.rand(5, 2)).layers["1"].reads
+        tensor([ True, False,  True])
+    """
+
+    inputs: Tensor
+    reads: Tensor
+    constants: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Liveness:
+    """What :func:`liveness` found.
+
+    Args:
+        layers: The layers to cut down, by name.
+        norms: Which channels of batch normalisations are left, by name.
+        notes: What could not be followed, and why: its inputs and outputs stay whole.
+
+    Example:
+        >>> liveness(nn.Sequential(nn.Linear(2, 2), nn.Softmax(1)).eval(), torch.rand(5, 2)).notes
+        ('1 (Softmax): units cannot be followed through it; left whole',)
+    """
+
+    layers: dict[str, LayerUnits]
+    norms: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+@torch.no_grad()
+def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
+    """Finds the units that a network can do without, as it is in evaluation mode.
+
+    A unit can go if it is constant wherever it is read with a weight that is not zero, and that constant can stand in
+    a bias; or if it is not read. Units that meet in a sum, such as a residual one, go together or not at all. Of each
+    tensor at least one unit stays.
+
+    Args:
+        net: A network in evaluation mode, which stays as it is.
+        example_input: An input that it accepts, with a batch first.
+
+    Returns:
+        What is left.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
+        >>> net[0].weight.data[0] = 0
+        >>> net[2].weight.data[:, 1] = 0
+        >>> liveness(net, torch.rand(5, 2)).layers["0"].outputs
+        tensor([False, False,  True])
+    """
+    try:
+        graph = fx.symbolic_trace(net)
+        recorder = Recorder(graph)
+        actual, expected = recorder.run(example_input.clone()), net(example_input.clone())
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    except Exception as error:  # tracing runs the network's own code on what are no tensors: it may raise anything
+        reason = str(error).strip().partition("\n")[0]
+        return Liveness({}, {}, (f"the network: torch.fx cannot follow it ({reason}); all of it is left whole",))
+    if recorder.stale:
+        names = ", ".join(recorder.stale)
+        return Liveness({}, {}, (f"{names}: reads a tensor changed in place; all of the network is left whole",))
+    return _Walk(graph, recorder.shapes, example_input.device).liveness()
+
+
+class _Step(NamedTuple):
+    node: fx.Node
+    operation: Operation | None
+    inputs: list[Units]
+    output: Units | None
+
+
+class _Walk:
+    """Follows the units of a network, operation by operation, forwards and back."""
+
+    def __init__(self, graph: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], device: torch.device) -> None:
+        self._graph = graph
+        self._shapes = shapes
+        self._device = device
+        self._uses = WeightUses(graph)
+        self._ties = Ties()
+        self._units: dict[fx.Node, Units] = {}
+        self._notes: list[str] = []
+        self._steps = [self._forward(node) for node in graph.graph.nodes if not reads_batch_size(node)]
+        for _, operation, inputs, output in reversed(self._steps):
+            if operation is not None and output is not None:
+                operation.backward(inputs, output)
+            else:
+                for units in inputs:
+                    units.need(torch.ones_like(units.needed))
+
+    def liveness(self) -> Liveness:
+        """Returns what was found."""
+        kept = self._kept()
+        layers: dict[str, LayerUnits] = {}
+        norms: dict[str, Tensor] = {}
+        for node, operation, inputs, output in self._steps:
+            if node.op != "call_module" or operation is None or output is None or output.dim is None:
+                continue
+            name, outputs = str(node.target), kept[self._ties.roots(output.ids)]
+            if isinstance(operation, WeightedSum):
+                (units,) = inputs
+                layers[name] = LayerUnits(
+                    inputs=kept[self._ties.roots(units.ids_along(operation.dim(units)))],
+                    reads=operation.reads(units, output.needed),
+                    constants=operation.constants(units),
+                    outputs=outputs,
+                )
+            elif isinstance(self._graph.get_submodule(name), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                norms[name] = outputs
+        return Liveness(layers, norms, tuple(self._notes))
+
+    def _kept(self) -> Tensor:
+        followed = [units for units in self._units.values() if units.dim is not None]
+        roots = [self._ties.roots(units.ids) for units in followed]
+        kept = torch.zeros(1 + max((int(r.max()) for r in roots), default=0), dtype=torch.bool)
+        kept[0] = True
+        for r, units in zip(roots, followed, strict=True):
+            kept[r[units.needed]] = True
+        for r in roots:
+            if not kept[r].any():
+                kept[r[0]] = True
+        return kept
+
+    def _forward(self, node: fx.Node) -> _Step:
+        inputs = [self._units[i] for i in sources(node) if i in self._units]
+        shape = self._shapes.get(node)
+        module = self._graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        reason = "" if module is None else self._uses.reason_against(module)
+        operation = None if reason else operation_of(node, module, self._shapes)
+        output = None
+        if operation is not None and shape is not None and len(inputs) == len(sources(node)):
+            output = operation.forward(inputs, shape, self._ties)
+        if output is None:
+            operation = None
+            self._leave_whole(node, module, inputs, reason or "units cannot be followed through it")
+            output = None if shape is None else Units.whole(shape, self._device)
+        if output is not None:
+            self._units[node] = output
+        return _Step(node, operation, inputs, output)
+
+    def _leave_whole(self, node: fx.Node, module: nn.Module | None, inputs: list[Units], reason: str) -> None:
+        followed = [units for units in inputs if units.dim is not None]
+        if node.op != "output" and (followed or isinstance(module, Layer)):
+            name = node.name if module is None else f"{node.target} ({type(module).__name__})"
+            self._notes.append(f"{name}: {reason}; left whole")

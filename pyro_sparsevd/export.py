@@ -1,0 +1,113 @@
+"""A plain network as an ONNX file, for runtimes without torch."""
+
+__all__ = ["export_onnx"]
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plain import check_finite, check_plain, evaluation_mode
+
+
+@torch.no_grad()
+def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None:
+    """Writes a network, as it is in evaluation mode, to an ONNX file.
+
+    The graph has one input, ``input``, and one output, ``output``, whose first dimension, ``batch``, may be of any
+    size. The weights are in the file. It is complete or absent at any moment, and there is no other file.
+
+    References:
+        | Open Neural Network Exchange, https://onnx.ai
+
+    Args:
+        net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
+        path: The file, which is replaced if it is there, in a folder that is there.
+        example_input: A batch of one or more inputs; only its type and its shape after the first dimension count.
+
+    Raises:
+        FileNotFoundError: If the folder is not there.
+        ImportError: If onnxscript is not installed.
+        RuntimeError: If torch cannot trace the network, such as one with branches on the values of its inputs.
+        TypeError: If ``net`` is not a plain module, or ``example_input`` or the output of the network not a tensor.
+        ValueError: If a weight is not finite or not dense, or the network fails on ``example_input``, twice as long.
+
+    Example:
+        >>> with TemporaryDirectory() as folder:
+        ...     export_onnx(nn.Linear(4, 3), Path(folder) / "net.onnx", torch.zeros(1, 4))
+        ...     print(os.listdir(folder))
+        ['net.onnx']
+    """
+    check_plain(net)
+    _check_dense(net)
+    check_finite(net)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: expected a file in a folder that is there, but {path.parent} is not")
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'export_onnx: expected onnxscript; pip install "pyro-sparsevd[export]" installs it'
+        ) from error
+    with evaluation_mode(net), TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        batch = _checked_batch(net, example_input)
+        with _silence():
+            torch.onnx.export(
+                net,
+                (batch,),
+                new,
+                dynamo=True,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+        os.replace(new, path)
+
+
+def _check_dense(net: nn.Module) -> None:
+    for name, value in chain(net.named_parameters(), net.named_buffers()):
+        if value.layout != torch.strided:
+            raise ValueError(f"{name}: expected dense weights, but got {value.layout}; export the dense network")
+
+
+def _checked_batch(net: nn.Module, example_input: Any) -> Tensor:
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input: expected a tensor, but got {type(example_input).__name__}")
+    if example_input.dim() == 0 or len(example_input) == 0:
+        raise ValueError(f"example_input: expected one or more inputs, but got shape {tuple(example_input.shape)}")
+    batch = torch.cat([example_input, example_input])  # so that another batch size is seen to work, and none is 1
+    shape = tuple(batch.shape)
+    try:
+        output = net(batch)
+    except Exception as error:
+        raise ValueError(f"example_input: the network fails on {batch.dtype} of shape {shape}: {error}") from error
+    if not isinstance(output, Tensor):
+        raise TypeError(f"net: expected a network that returns one tensor, but got {type(output).__name__}")
+    if output.shape[:1] != batch.shape[:1]:
+        raise ValueError(f"net: expected an output for each of {len(batch)} inputs, but got {tuple(output.shape)}")
+    return batch
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what the exporter says about itself from the user."""
+    logger, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,232 @@
+"""Which node of a traced network is which operation for its units: torch only."""
+
+__all__ = ["Recorder", "WeightUses", "operation_of", "reads_batch_size", "sources"]
+
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .unit_flow import Channelwise, Concatenation, Flattening, Layer, Operation, WeightedSum
+
+
+class Recorder(fx.Interpreter):
+    """Runs a traced network and keeps the shapes of its tensors.
+
+    Args:
+        graph: The traced network.
+
+    Example:
+        >>> recorder = Recorder(fx.symbolic_trace(nn.Sequential(nn.Flatten())))
+        >>> output = recorder.run(torch.zeros(5, 2, 2))
+        >>> list(recorder.shapes.values())
+        [(5, 2, 2), (5, 4), (5, 4)]
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.stale: list[str] = []
+        self._versions: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node; its name goes to ``stale`` if it reads a tensor that was changed in place before."""
+        if any(self.env[i]._version != self._versions[i] for i in n.all_input_nodes if i in self._versions):
+            self.stale.append(n.name)
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+            self._versions[n] = result._version
+        return result
+
+
+class WeightUses:
+    """Which modules of a traced network have something to do with more than one place in it.
+
+    Args:
+        graph: The traced network.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> graph = fx.symbolic_trace(nn.Sequential(layer, layer))
+        >>> WeightUses(graph).reason_against(layer)
+        'called more than once'
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        called = [graph.get_submodule(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+        self._calls = Counter(map(id, called))
+        self._owners = Counter(id(p) for module in graph.modules() for p in module._parameters.values())
+        self._owners.update(id(operator.attrgetter(n.target)(graph)) for n in graph.graph.nodes if n.op == "get_attr")
+
+    def reason_against(self, module: nn.Module) -> str:
+        """Returns why a module must stay as it is; nothing if there is no reason."""
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "has hooks"
+        if module.state_dict() and self._calls[id(module)] > 1:
+            return "called more than once"
+        if any(self._owners[id(p)] > 1 for p in module.parameters()):
+            return "shares its weights"
+        return ""
+
+
+def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Node, Sequence[int]]) -> Operation | None:
+    """Returns what a node does to units.
+
+    Args:
+        node: The node.
+        module: The module that it calls, if it calls one.
+        shapes: The shapes of the tensors.
+
+    Returns:
+        The operation; ``None`` if it is none that units are followed through.
+
+    Example:
+        >>> graph = fx.symbolic_trace(nn.Sequential(nn.Flatten())).graph
+        >>> type(operation_of(list(graph.nodes)[1], nn.Flatten(), {})).__name__
+        'Flattening'
+    """
+    # A subclass may do anything.
+    what: Any = node.target if module is None else type(module)
+    if isinstance(module, Layer) and what in _LAYERS:
+        return WeightedSum(module)
+    if what in _CONCATENATIONS:
+        return Concatenation(_argument(node, 1, "dim", 0)) if node.args else None
+    if what in _FLATTENINGS or (what in _RESHAPINGS and _last_size(node) == -1):
+        return Flattening()
+    inputs = sources(node)
+    if not inputs or not all(i in shapes for i in inputs):
+        return None
+    ndim = len(shapes[inputs[0]])
+    if what in _ELEMENTWISE or _is_number_division(node) or _is_idle_dropout(node):
+        return Channelwise(_Run(node, module), None)
+    if what in _POOLINGS:
+        return Channelwise(_Run(node, module), _POOLINGS[what])
+    if what in _NORMS and ndim in _NORMS[what] and getattr(module, "running_mean", None) is not None:
+        return Channelwise(_Run(node, module), ndim)
+    if what in _MEANS and _is_spatial(_argument(node, 1, "dim", None), ndim):
+        return Channelwise(_Run(node, module), ndim)
+    return None
+
+
+def sources(node: fx.Node) -> list[fx.Node]:
+    """Returns the nodes whose units a node gets, in order.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Its inputs; of a concatenation with repetitions, of a change of shape without the sizes.
+
+    Example:
+        >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU())).graph
+        >>> sources(list(graph.nodes)[1])
+        [input_1]
+    """
+    if node.target in _CONCATENATIONS and node.args and isinstance(node.args[0], list | tuple):
+        return [i for i in node.args[0] if isinstance(i, fx.Node)]
+    return node.all_input_nodes[:1] if node.target in _RESHAPINGS else node.all_input_nodes
+
+
+def reads_batch_size(node: fx.Node) -> bool:
+    """Returns whether a node has to do with the number of data in a batch alone.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Whether it is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``, or a part of one.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def forward(self, x):
+        ...         return x.view(x.shape[0], -1)
+        >>> [node.name for node in fx.symbolic_trace(Net()).graph.nodes if reads_batch_size(node)]
+        ['getattr_1', 'getitem']
+    """
+    if node.target is operator.getitem:
+        return bool(node.args[1] == 0) and isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
+    if _is_size(node):
+        return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+    return node.op == "call_method" and node.target == "size" and _argument(node, 1, "dim", None) == 0
+
+
+class _Run:
+    """Does what a node does, with other inputs."""
+
+    def __init__(self, node: fx.Node, module: nn.Module | None) -> None:
+        self._node = node
+        self._module = module
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        given = dict(zip(self._node.all_input_nodes, inputs, strict=True))
+        args, kwargs = fx.node.map_arg((self._node.args, self._node.kwargs), given.__getitem__)
+        if self._module is not None:
+            return self._module(*args, **kwargs)
+        if self._node.op == "call_method":
+            return getattr(args[0], str(self._node.target))(*args[1:], **kwargs)
+        function: Any = self._node.target
+        return function(*args, **kwargs)
+
+
+_NORMS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ELEMENTWISE = {
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+    *(operator.add, operator.sub, operator.mul, operator.neg, operator.iadd),
+    *(torch.add, torch.sub, torch.mul, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.sigmoid, F.tanh),
+    *(F.logsigmoid, F.softplus, F.softsign, F.tanhshrink, F.softshrink, F.hardshrink, F.threshold),
+    *(F.hardtanh, F.hardsigmoid, F.hardswish),
+    *("relu", "relu_", "sigmoid", "tanh", "add", "add_", "sub", "mul", "neg", "clone", "contiguous"),
+}
+_POOLINGS = {
+    getattr(owner, name.format(d)): d + 2
+    for owner, names in (
+        (nn, ("MaxPool{}d", "AvgPool{}d", "AdaptiveMaxPool{}d", "AdaptiveAvgPool{}d")),
+        (F, ("max_pool{}d", "avg_pool{}d", "adaptive_max_pool{}d", "adaptive_avg_pool{}d")),
+    )
+    for name in names
+    for d in (1, 2, 3)
+}
+_MEANS = {torch.mean, "mean"}
+_CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+_FLATTENINGS = {nn.Flatten, torch.flatten, "flatten"}
+_RESHAPINGS = {torch.reshape, "view", "reshape"}
+
+
+def _is_number_division(node: fx.Node) -> bool:
+    # What nothing needs may become zero, and must not divide.
+    divides = node.target in (operator.truediv, torch.div, "div")
+    return divides and len(node.args) == 2 and isinstance(node.args[1], int | float) and not node.kwargs
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    return node.target is F.dropout and _argument(node, 2, "training", True) is False
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _last_size(node: fx.Node) -> Any:
+    last = node.args[-1] if len(node.args) > 1 else None
+    return last[-1] if isinstance(last, list | tuple) and last else last
+
+
+def _is_spatial(dims: Any, ndim: int) -> bool:
+    dims = [dims] if isinstance(dims, int) else dims
+    return isinstance(dims, list | tuple) and all(isinstance(d, int) and d % ndim > 1 for d in dims) and len(dims) > 0
+
+
+def _is_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return node.target is getattr and bool(node.args[1] == "shape")

@@ -1,0 +1,78 @@
+"""Plain networks: checks, and evaluation mode for a while."""
+
+__all__ = ["check_finite", "check_plain", "evaluation_mode"]
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Puts every module of a model into evaluation mode, and back into the mode that it was in.
+
+    Args:
+        model: A module, or any function, which has no mode.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout())
+        >>> with evaluation_mode(net):
+        ...     net.training, net[0].training
+        (False, False)
+        >>> net[0].training
+        True
+    """
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_plain(net: Any) -> None:
+    """Refuses what is not a network, or has Bayesian parts.
+
+    Args:
+        net: Any object.
+
+    Raises:
+        TypeError: If it is not a plain network.
+
+    Example:
+        >>> check_plain(svd.bayesianize(nn.Linear(2, 3)))
+        Traceback (most recent call last):
+            ...
+        TypeError: net: expected a plain network, but it is Bayesian; prune it first
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: expected an nn.Module, but got {type(net).__name__}")
+    for name, module in net.named_modules():
+        if isinstance(module, PyroModule):
+            raise TypeError(f"net: expected a plain network, but {name or 'it'} is Bayesian; prune it first")
+
+
+def check_finite(net: nn.Module) -> None:
+    """Refuses parameters and buffers that are not finite.
+
+    Args:
+        net: The network.
+
+    Raises:
+        ValueError: If one is not, which the message names.
+
+    Example:
+        >>> check_finite(nn.Linear(2, 3))
+    """
+    for name, values in chain(net.named_parameters(), net.named_buffers()):
+        if not values.isfinite().all():
+            count = int((~values.isfinite()).sum())
+            raise ValueError(
+                f"{name}: expected finite numbers, but {count} of {values.numel()} are infinite or NaN; train it again"
+            )

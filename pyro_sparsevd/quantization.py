@@ -1,0 +1,212 @@
+"""Weights as multiples of a step that is as wide as the posterior."""
+
+__all__ = ["check_steps", "from_multiples", "quantization_steps", "quantized", "to_multiples"]
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from pyro.infer.autoguide.guides import AutoGuide
+from torch import Tensor, nn
+
+from .distributions import SparseNormal
+from .guides import sparse_normal_parts
+
+
+def quantization_steps(
+    guide: AutoGuide, net: nn.Module, nll: Callable[[nn.Module], float], tolerance: float
+) -> dict[str, float]:
+    r"""Returns the widest steps, in proportion to the posterior's σ, that held-out data do not mind.
+
+    A weight that is known only to ±σ needs no more bits than that. The step of a tensor is
+
+    .. math:: \Delta = c \sqrt{\textstyle\frac 1K \sum_k \sigma_k^2}
+
+    over its :math:`K` weights that are not zero; its rounding error is :math:`\Delta / \sqrt{12}`. The factor
+    :math:`c`, common to all, is the largest of 4, 4/2^¼, 4/2^½, …, 4/2^10 for which ``nll(quantised)`` is at most
+    ``nll(net) + tolerance``. A parameter that has no posterior, such as a bias, has twice the smallest step
+    of the weights of its module that have one: it adds one error to a unit to which each of its weights adds another.
+    Without such weights, as in normalisation layers, it has no step, and is stored as it is.
+
+    References:
+        | Bayesian Compression for Deep Learning (Louizos, Ullrich, Welling, 2017)
+        | https://arxiv.org/abs/1705.08665
+
+    Args:
+        guide: The guide that the network was pruned from.
+        net: The network, as :func:`~.pruning.prune` returns it; it may have been fine-tuned since.
+        nll: The negative log likelihood of held-out data, of a network; it is called some fifteen times.
+        tolerance: How much larger it may get.
+
+    Returns:
+        A step for each parameter to quantise, for :func:`~.storage.save_sparse`.
+
+    Raises:
+        TypeError: If the guide has no factorised Gaussian part.
+        ValueError: If ``tolerance`` is not positive and finite, the guide is of another network, a weight or ``nll``
+            is not finite, or no factor keeps to the tolerance.
+
+    Example:
+        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
+        >>> guide = svd.AutoSparseNormal(bnn, init_log_variance=-8.0)
+        >>> small = svd.prune(bnn, guide, svd.sparsify(guide))
+        >>> x, y = torch.randn(100, 4), torch.randint(3, (100,))
+        >>> steps = quantization_steps(guide, small, lambda net: nn.functional.cross_entropy(net(x), y).item(), 0.01)
+        >>> sorted(steps)
+        ['bias', 'weight']
+    """
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a positive and finite number of nats, but got {tolerance}")
+    scales = _scales(guide, net)
+    if not math.isfinite(limit := nll(net) + tolerance):
+        raise ValueError(f"nll: expected a finite number for the network, but got {limit - tolerance}")
+    for factor in (4 * 2 ** (-power / 4) for power in range(41)):
+        steps = {name: factor * scale for name, scale in scales.items()}
+        if nll(quantized(net, steps)) <= limit:
+            return steps
+    raise ValueError(
+        f"tolerance: expected steps that raise the negative log likelihood by at most {tolerance}, but even those of "
+        f"{factor:g} σ raise it more; does nll return the same for the same network, or raise the tolerance"
+    )
+
+
+@torch.no_grad()
+def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
+    """Returns the network with its parameters rounded to multiples of their steps: what a quantised file will hold.
+
+    Args:
+        net: A plain network; it is not changed.
+        steps: The step of each parameter to round, by its name.
+
+    Returns:
+        The rounded network.
+
+    Raises:
+        ValueError: If a name is not that of a floating-point parameter, a step not positive and finite, or a
+            parameter not finite or more than 2^24 steps from zero.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> net.weight.data = torch.tensor([[0.3, -1.1]])
+        >>> quantized(net, {"weight": 0.25}).weight.data
+        tensor([[ 0.2500, -1.0000]])
+    """
+    check_steps(net, steps)
+    net = copy.deepcopy(net)
+    for name, step in steps.items():
+        parameter = net.get_parameter(name)
+        parameter.copy_(from_multiples(to_multiples(name, parameter, step), step, parameter.dtype))
+    return net
+
+
+def check_steps(net: nn.Module, steps: Mapping[str, float]) -> None:
+    """Refuses steps for what is not a parameter of a network.
+
+    Args:
+        net: The network.
+        steps: The steps by the names of the parameters.
+
+    Raises:
+        ValueError: If a name is not that of a parameter; of one that modules share, the first name counts.
+
+    Example:
+        >>> check_steps(nn.Linear(2, 1), {"weight": 0.25})
+    """
+    known = dict(net.named_parameters())
+    for name in steps:
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"steps: expected parameters of the network, of {names}, but got {name!r}")
+
+
+def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
+    """Returns the nearest multiples of a step.
+
+    Args:
+        name: The name of the tensor, for errors.
+        values: The tensor.
+        step: The step; it is rounded to float32, as in a file.
+
+    Returns:
+        The multiples, int64.
+
+    Raises:
+        ValueError: As for :func:`quantized`.
+
+    Example:
+        >>> to_multiples("weight", torch.tensor([0.3, -1.1]), 0.25)
+        tensor([ 1, -4])
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor to quantise, but got {values.dtype}")
+    step = _as_float32(step)
+    if not 0 < step < math.inf:
+        raise ValueError(f"{name}: expected a positive and finite step, but got {step}")
+    multiples = (values.detach().double() / step).round()
+    if not (multiples.abs() < 2**24).all():
+        largest = float(values.detach().abs().max())
+        raise ValueError(
+            f"{name}: expected values below {2**24 * step:g}, 2^24 times the step, but got {largest:g}; use a larger "
+            "step, or leave this tensor out of the steps"
+        )
+    return multiples.long()
+
+
+def from_multiples(multiples: Tensor, step: float, dtype: torch.dtype) -> Tensor:
+    """Returns multiples of a step.
+
+    Args:
+        multiples: The multiples.
+        step: The step; it is rounded to float32, as in a file.
+        dtype: The dtype of the result.
+
+    Returns:
+        The products, rounded once.
+
+    Example:
+        >>> from_multiples(torch.tensor([1, -4]), 0.25, torch.float32)
+        tensor([ 0.2500, -1.0000])
+    """
+    return (multiples.double() * _as_float32(step)).to(dtype)
+
+
+def _as_float32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32).item()
+
+
+@torch.no_grad()
+def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
+    """Returns what the steps of the parameters are proportional to."""
+    posteriors: dict[str, SparseNormal] = {}
+    for part in sparse_normal_parts(guide):
+        posteriors.update(part.posteriors)
+    parameters = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
+    scales = {name: _width(name, parameters[name], q) for name, q in posteriors.items() if name in parameters}
+    if not scales:
+        known = ", ".join(posteriors) or "none"
+        raise ValueError(f"guide: expected the sites of the network, of {', '.join(parameters)}, but it has {known}")
+    scales = {name: scale for name, scale in scales.items() if scale > 0}
+    for name in parameters.keys() - posteriors.keys():
+        module = name.rpartition(".")[0]
+        beside = [scales[other] for other in posteriors if other in scales and other.rpartition(".")[0] == module]
+        if beside:
+            scales[name] = max(2 * min(beside), _floor(parameters[name]))
+    return {name: scales[name] for name in parameters if name in scales}
+
+
+def _width(name: str, weight: Tensor, posterior: SparseNormal) -> float:
+    """Returns the root mean square σ of the weights that are not zero."""
+    variance = posterior.log_variance.exp()
+    if variance.shape != weight.shape:
+        raise ValueError(
+            f"{name}: expected a weight of the posterior's shape {tuple(variance.shape)}, but got "
+            f"{tuple(weight.shape)}; find the steps before the network is shrunk, they are good for both"
+        )
+    kept = variance[weight.to(variance.device) != 0]
+    return max(float(kept.double().mean().sqrt()), _floor(weight)) if kept.numel() else 0.0
+
+
+def _floor(weight: Tensor) -> float:
+    """Returns what keeps every weight within 2^24 of the narrowest steps."""
+    return float(weight.abs().max()) / 2**15 if weight.numel() else 0.0

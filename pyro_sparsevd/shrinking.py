@@ -1,0 +1,223 @@
+"""A sparse network without the units that make no difference: smaller, dense, and of the same classes."""
+
+__all__ = ["SelectFeatures", "shrink", "shrink_with_report"]
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .dead_units import LayerUnits, Liveness, liveness
+from .layer_sizes import ShrinkReport, layer_sizes
+from .plain import check_finite
+from .unit_flow import Layer, by_group, folded
+
+
+def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
+    """Returns a smaller network with the outputs of a sparse one.
+
+    Hidden features and channels go if all their incoming weights are zero, so that they are constant, or if all their
+    outgoing weights are; and so on, until there are none. A constant is taken through activations, pooling and batch
+    normalisation, exactly, to the bias of the layer that reads it, which gets a bias if it had none. Outputs of the
+    network stay, and so do its inputs: those that a layer does not read are left out by :class:`SelectFeatures` where
+    this costs less than it saves.
+
+    These are followed: ``nn.Linear``, convolutions (of groups, whole ones go), batch normalisation, pooling,
+    elementwise activations and arithmetic, dropout, concatenation, means over positions, and flattening by
+    ``nn.Flatten``, ``torch.flatten``, or ``view`` and ``reshape`` with ``-1`` last. A constant that zero padding
+    makes inconstant at the border stays. Whatever else a network has, such as layer normalisation, attention or
+    weights used twice, stays whole, with all units that go into it and come out of it; so does all of a network that
+    ``torch.fx`` cannot trace. At least one unit of every layer stays.
+
+    Args:
+        net: A plain network, as :func:`~.pruning.prune` returns it. It is read as it is in evaluation mode.
+        example_input: An input that it accepts, with a batch first, on the device and of the dtype of the network.
+
+    Returns:
+        A network of the same classes, in the mode, on the device and of the dtype of ``net``, with outputs that are
+        the same up to rounding in evaluation mode. Names of parameters are the same but for a layer that reads a
+        selection.
+
+    Raises:
+        TypeError: If ``net`` is not a module, or ``example_input`` not a tensor.
+        ValueError: If a parameter or buffer is not finite, or the network does not accept the example input.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> net[0].weight.data[0] = 0
+        >>> net[2].weight.data[:, 1] = 0
+        >>> shrink(net, torch.rand(5, 2))
+        Sequential(
+          (0): Linear(in_features=2, out_features=1, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=1, out_features=1, bias=True)
+        )
+    """
+    return _shrink(net, example_input)[0]
+
+
+def shrink_with_report(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, ShrinkReport]:
+    """Returns what :func:`shrink` does, and what was removed and left whole.
+
+    Args:
+        net: A plain network; see :func:`shrink`.
+        example_input: An input that it accepts.
+
+    Returns:
+        The smaller network and the report, which is a table when printed.
+
+    Raises:
+        TypeError: See :func:`shrink`.
+        ValueError: See :func:`shrink`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> net[0].weight.data[0] = 0
+        >>> print(shrink_with_report(net, torch.rand(5, 2))[1])
+        layer     units  parameters  multiply-adds
+        0        3 -> 2      9 -> 6         6 -> 4
+        2        1 -> 1      4 -> 3         3 -> 2
+        network             13 -> 9         9 -> 6
+    """
+    smaller, notes = _shrink(net, example_input)
+    before, after = layer_sizes(net, example_input), layer_sizes(smaller, example_input)
+    report = ShrinkReport(
+        names=tuple(before),
+        before=tuple(before.values()),
+        after=tuple(after.values()),
+        parameters_before=sum(p.numel() for p in net.parameters()),
+        parameters_after=sum(p.numel() for p in smaller.parameters()),
+        notes=notes,
+    )
+    return smaller, report
+
+
+class SelectFeatures(nn.Module):
+    """A layer on some of the features or channels of its input.
+
+    Args:
+        index: The positions of the features that the layer gets, int64.
+        layer: A linear layer or a convolution.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> weight = nn.init.ones_(layer.weight)
+        >>> SelectFeatures(torch.tensor([0, 2]), layer)(torch.tensor([[1.0, 2.0, 3.0]])).item()
+        4.0
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, layer: Layer) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.layer = layer
+        self.dim = -1 if isinstance(layer, nn.Linear) else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what the layer makes of its features."""
+        output: Tensor = self.layer(x.index_select(self.dim, self.index))
+        return output
+
+
+# What it costs to copy a feature and to call one more module, in multiply-adds, as measured with torch's CPU kernels.
+_COPY_COST, _CALL_COST = 8, 4_000
+
+
+def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: expected a torch module, but got {type(net).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input: expected a tensor, but got {type(example_input).__name__}")
+    check_finite(net)
+    reference = copy.deepcopy(net).eval()
+    try:
+        with torch.no_grad():
+            reference(example_input.clone())
+    except Exception as error:  # a network's forward may raise anything
+        raise ValueError(
+            f"example_input: expected an input that the network accepts, but got one of shape "
+            f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}: {error}"
+        ) from error
+    found = liveness(reference, example_input)
+    smaller = copy.deepcopy(net)
+    _cut(smaller, found)
+    if not found.layers or _agree(reference, smaller, example_input):
+        return smaller, found.notes
+    note = "the network: its own code depends on the sizes of layers; all of it is left whole"
+    return copy.deepcopy(net), (*found.notes, note)
+
+
+@torch.no_grad()
+def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
+    # Rounding is far below this bound, an error of structure far above it.
+    tolerance = math.sqrt(torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
+    expected = reference(x.clone())
+    try:
+        torch.testing.assert_close(
+            copy.deepcopy(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+    except Exception:  # as above; also where an output is of a type that cannot be compared
+        return False
+    return True
+
+
+@torch.no_grad()
+def _cut(net: nn.Module, found: Liveness) -> None:
+    for name, channels in found.norms.items():
+        norm = net.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        _cut_norm(norm, channels)
+    for name, units in found.layers.items():
+        layer = net.get_submodule(name)
+        assert isinstance(layer, Layer)
+        inputs = _inputs_to_take(layer, units)
+        _cut_layer(layer, units, inputs)
+        if not torch.equal(inputs, units.inputs):
+            parent, _, attribute = name.rpartition(".")
+            index = inputs[units.inputs].nonzero().flatten().to(layer.weight.device)
+            selection = SelectFeatures(index, layer).train(layer.training)
+            setattr(net.get_submodule(parent), attribute, selection)
+
+
+def _inputs_to_take(layer: Layer, units: LayerUnits) -> Tensor:
+    reads = units.reads & units.inputs
+    if not reads.any():
+        reads = units.inputs & (units.inputs.cumsum(0) == 1)
+    weights, stride = by_group(layer), 1 if isinstance(layer, nn.Linear) else math.prod(layer.stride)
+    saved = int((units.inputs & ~reads).sum()) * int(units.outputs.sum()) * weights.shape[-1] / stride
+    pays = len(weights) == 1 and saved > _COPY_COST * int(reads.sum()) + _CALL_COST
+    return reads if pays else units.inputs
+
+
+def _cut_layer(layer: Layer, units: LayerUnits, inputs: Tensor) -> None:
+    """Leaves the columns of some inputs, with zeros for those that are not read, and the rows of the outputs."""
+    weight, kernel = by_group(layer), layer.weight.shape[2:]
+    groups = len(weight)
+    weight = torch.where(units.reads.to(weight.device).view(groups, 1, -1, 1), weight, 0)
+    bias: Tensor = folded(layer, units.constants).to(weight.dtype)
+    if groups == 1:
+        weight = weight[:, units.outputs][:, :, inputs]
+    else:
+        weight = weight[inputs.view(groups, -1)[:, 0]]
+        layer.groups = len(weight)
+    if layer.bias is not None or bias.any():
+        trained = layer.weight if layer.bias is None else layer.bias
+        layer.bias = nn.Parameter(bias[units.outputs], requires_grad=trained.requires_grad)
+    columns = weight.shape[2]
+    layer.weight = nn.Parameter(weight.reshape(-1, columns, *kernel), requires_grad=layer.weight.requires_grad)
+    outputs = len(layer.weight)
+    if isinstance(layer, nn.Linear):
+        layer.in_features, layer.out_features = columns, outputs
+    else:
+        layer.in_channels, layer.out_channels = columns * layer.groups, outputs
+
+
+def _cut_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, channels: Tensor) -> None:
+    for name, parameter in norm.named_parameters():
+        setattr(norm, name, nn.Parameter(parameter[channels], requires_grad=parameter.requires_grad))
+    for name, statistic in norm.named_buffers():
+        if statistic.dim():
+            setattr(norm, name, statistic[channels])
+    norm.num_features = int(channels.sum())

@@ -1,0 +1,221 @@
+"""A sparse network as one small file, and back: no pickle, no code."""
+
+__all__ = ["StorageError", "load_sparse", "register_architecture", "save_sparse"]
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .container import DTYPES, Entry, read_payload, read_table, write_file
+from .nets import lenet_5_caffe, lenet_300_100, vgg_like
+from .quantization import check_steps
+from .range_coder import StorageError
+from .tensor_codes import decode_tensors, encode_tensors
+
+
+@torch.no_grad()
+def save_sparse(
+    net: nn.Module,
+    path: str | Path,
+    *,
+    values: torch.dtype | Mapping[str, float] | None = None,
+    architecture: str | None = None,
+) -> None:
+    """Writes the state of a sparse network to a small file, whole or not at all.
+
+    Stored are all tensors of ``net.state_dict()``, buffers too; one that two modules share is stored once. What is
+    not zero is stored with its position, as :mod:`~.coding` does it. By default nothing but the sign of a zero is lost.
+
+    Args:
+        net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
+        path: The file. It holds its old content or all of the new at any moment.
+        values: How the parameters are stored: as they are; rounded to a floating-point dtype, where theirs is wider;
+            or rounded to multiples of steps, a number for each name, as from
+            :func:`~.quantization.quantization_steps`. Parameters without a step and all buffers stay as they are.
+        architecture: The name that :func:`register_architecture` was given for the function that makes such a
+            network, or "lenet-300-100", "lenet-5-caffe" or "vgg-like", which are known. Then the file can be loaded
+            without a network.
+
+    Raises:
+        ImportError: If constriction is not installed.
+        TypeError: If ``net`` is not a module, ``values`` not of these kinds, or the state has more than tensors.
+        ValueError: If a parameter is not finite or cannot be stored like this, or the network is not of the
+            architecture. The message names the tensor.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Linear(100, 10)
+        >>> net.weight.data[net.weight.abs() < 0.09] = 0
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(net, f"{folder}/net.svd")
+        ...     loaded = load_sparse(f"{folder}/net.svd", nn.Linear(100, 10))
+        >>> torch.equal(loaded.weight, net.weight)
+        True
+    """
+    state = _state(net)
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        _require_finite(name, parameter, ValueError)
+    entries = _entries(net, state, values)
+    if architecture is not None:
+        _check_match(entries, _state(_build(architecture)))
+    write_file(path, architecture or "", entries, encode_tensors(state, entries))
+
+
+@torch.no_grad()
+def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
+    """Reads the state of a sparse network.
+
+    The file is checked to its end before anything of the network is changed.
+
+    Args:
+        path: A file of :func:`save_sparse`.
+        net: The network whose state it is to be, in place, on its device and in its dtypes; or None to make one by
+            the registered function whose name is in the file. That uses no random numbers of torch's generator.
+
+    Returns:
+        The network.
+
+    Raises:
+        ImportError: If constriction is not installed.
+        TypeError: If ``net`` is neither a module nor None.
+        FileNotFoundError: If there is no such file.
+        StorageError: If the file is damaged, of an unknown format or architecture, or of another network. The message
+            names the file and, where there is one, the tensor.
+
+    Example:
+        >>> import tempfile
+        >>> net = lenet_300_100()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(net, f"{folder}/net.svd", architecture="lenet-300-100")
+        ...     loaded = load_sparse(f"{folder}/net.svd")
+        >>> torch.equal(loaded[1].weight, net[1].weight)
+        True
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path}: expected a file, but it is a folder or a device")
+    try:
+        with path.open("rb") as file:
+            architecture, entries = read_table(file)
+            net = _build(architecture) if net is None else net
+            state = _state(net)
+            _check_match(entries, state)
+            sizes = (entry.size * entry.stored.itemsize for entry in entries if not entry.is_tied)
+            tensors = decode_tensors(read_payload(file, _SLACK + 4 * sum(sizes)), entries)
+        values = {name: tensor.to(state[name]) for name, tensor in tensors.items()}
+        for name, _ in net.named_parameters(remove_duplicate=False):
+            if name in values:
+                _require_finite(name, values[name], StorageError)
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from error
+    net.load_state_dict(values)
+    return net
+
+
+def register_architecture(name: str, factory: Callable[[], nn.Module]) -> None:
+    """Makes files that name an architecture loadable without a network, in this process.
+
+    Args:
+        name: The name.
+        factory: A function that returns a new network, of any weights.
+
+    Raises:
+        ValueError: If the name is empty or not printable, or stands for another function.
+
+    Example:
+        >>> register_architecture("two-three", two_three := lambda: nn.Linear(2, 3))
+        >>> register_architecture("two-three", lambda: nn.Linear(3, 2))
+        Traceback (most recent call last):
+        ...
+        ValueError: two-three: expected a new name, but it is that of another function; choose a different one
+    """
+    if not (name and name.isprintable()):
+        raise ValueError(f"name: expected a printable name, but got {name!r}")
+    if _ARCHITECTURES.setdefault(name, factory) is not factory:
+        raise ValueError(f"{name}: expected a new name, but it is that of another function; choose a different one")
+
+
+_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "lenet-300-100": lenet_300_100,
+    "lenet-5-caffe": lenet_5_caffe,
+    "vgg-like": vgg_like,
+}
+_SLACK = 2**16  # bytes: what tiny tensors may take more than four times their size
+_ADVICE = "load into a network like the one that was saved"
+
+
+def _build(architecture: str) -> nn.Module:
+    if architecture not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise StorageError(
+            f"expected a known architecture, of {known}, but got {architecture!r}; pass a network, or call "
+            "register_architecture before"
+        )
+    with torch.random.fork_rng(devices=[]):
+        return _ARCHITECTURES[architecture]()
+
+
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: expected a network, but got {type(net).__name__}")
+    state = net.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, but the network's state has a {type(tensor).__name__}")
+        if is_lazy(tensor):
+            raise TypeError(f"{name}: expected a tensor of a known shape; call the network once on an example before")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected a dense tensor of data, not complex, but got {tensor.dtype}, {tensor.layout} on "
+                f"{tensor.device}; use the network before its weights were converted"
+            )
+    return state
+
+
+def _entries(net: nn.Module, state: dict[str, Tensor], values: torch.dtype | Mapping[str, float] | None) -> list[Entry]:
+    if isinstance(values, Mapping):
+        check_steps(net, values)
+    elif not (values is None or (isinstance(values, torch.dtype) and values.is_floating_point)):
+        raise TypeError(f"values: expected a floating-point dtype, steps or None, but got {values!r}")
+    parameters = dict(net.named_parameters())
+    entries: list[Entry] = []
+    first: dict[tuple, int] = {}
+    for name, tensor in state.items():
+        key = (
+            (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if tensor.numel()
+            else (name,)
+        )
+        index = first.setdefault(key, len(entries))
+        dtype, stored, step = tensor.dtype, tensor.dtype, 0.0
+        if name in parameters and isinstance(values, Mapping) and name in values:
+            stored, step = torch.int32, float(values[name])
+        elif name in parameters and isinstance(values, torch.dtype) and values.itemsize < dtype.itemsize:
+            stored = values
+        entries.append(Entry(name, dtype, tuple(tensor.shape), stored, step, index if index < len(entries) else -1))
+    return entries
+
+
+def _check_match(entries: list[Entry], state: dict[str, Tensor]) -> None:
+    for name in sorted(state.keys() - {entry.name for entry in entries}):
+        raise StorageError(f"{name}: expected this tensor of the network, but it is not in the file; {_ADVICE}")
+    for entry in entries:
+        if entry.name not in state:
+            raise StorageError(f"{entry.name}: expected a tensor that the network has, but it has none; {_ADVICE}")
+        tensor = state[entry.name]
+        if entry.shape != tuple(tensor.shape):
+            raise StorageError(
+                f"{entry.name}: expected the network's shape {tuple(tensor.shape)}, but got {entry.shape}; {_ADVICE}"
+            )
+        if entry.dtype.is_floating_point != tensor.is_floating_point():
+            raise StorageError(f"{entry.name}: expected the network's {tensor.dtype}, but got {entry.dtype}; {_ADVICE}")
+
+
+def _require_finite(name: str, tensor: Tensor, error: type[ValueError]) -> None:
+    if not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise error(f"{name}: expected finite weights, but {count} of {tensor.numel()} are not; train it again")

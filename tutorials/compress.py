@@ -1,0 +1,210 @@
+"""A network that was trained, compressed: to a small file, a smaller network and ONNX, with what each step changes.
+
+Trains a dense LeNet, which stands for any network at hand, goes on from its weights with Sparse Variational Dropout,
+prunes and fine-tunes. What is left is stored in several ways and read back, shrunk, exported, and run by onnxruntime;
+three tables say what that does to the bytes, the time and the uncertainty. Data out of the distribution are patches
+of the photographs that scikit-learn ships. Without --data-dir it uses the bundled digits.
+"""
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import torch
+from classification import add_options, prune_and_tune, train
+from common import Data, finite, load, parser, write
+from lenet import NETS
+from matplotlib.figure import Figure
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+import pyro_sparsevd as svd
+from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
+from pyro_sparsevd.quantization import quantization_steps
+from pyro_sparsevd.recipes import fine_tune
+from pyro_sparsevd.training import error, negative_log_likelihood
+
+ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}
+BATCH_SIZES = 1, 32, 1000
+Runner: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the options."""
+    options = parser(str(__doc__), epochs=54, out="compress.png")
+    options.add_argument("--net", choices=NETS, default="lenet-300-100")
+    options.add_argument(
+        "--tolerance", type=finite, default=0.001, help="what quantisation may add to the held-out NLL, in nats"
+    )
+    options.add_argument("--rounds", type=int, default=9, help="of the timings, in turns (%(default)s)")
+    add_options(options, lr=3e-3)
+    args = options.parse_args()
+    args.pretrained = True
+    return args
+
+
+def photographs(count: int = 2_000) -> Tensor:
+    """Returns grey patches of 28x28 of the two photographs that scikit-learn ships."""
+    generator = np.random.default_rng(0)
+    patches = []
+    for photograph in load_sample_images().images:
+        grey = photograph.mean(-1) / 255
+        for _ in range(count // 2):
+            y, x = generator.integers(0, np.array(grey.shape) - 28)
+            patches.append(grey[y : y + 28, x : x + 28])
+    return torch.from_numpy(np.stack(patches)).float()[:, None]
+
+
+def files(
+    folder: Path, dense: nn.Module, tuned: nn.Module, tiny: nn.Module, steps: dict[str, float], args: argparse.Namespace
+) -> dict[str, tuple[int, Callable[[], nn.Module] | None]]:
+    """Writes each kind of file; returns its size in bytes, and how to get the network back from it."""
+    buffer = io.BytesIO()
+    torch.save(dense.state_dict(), buffer)
+    found: dict[str, tuple[int, Callable[[], nn.Module] | None]] = {"dense, torch.save": (buffer.tell(), lambda: dense)}
+    kinds = {"float32": None, "float16": torch.float16, "steps of the posterior's width": steps}
+    for kind, values in kinds.items():
+        path = folder / f"{len(found)}.svd"
+        svd.save_sparse(tuned, path, values=values, architecture=ARCHITECTURES[args.net])
+        found[f"sparse, {kind}"] = path.stat().st_size, lambda path=path: svd.load_sparse(path)  # type: ignore[misc]
+    for name, net in (("dense", dense), ("shrunk", tiny)):
+        path = folder / f"{name}.onnx"
+        svd.export_onnx(net, path, torch.zeros(1, 1, 28, 28))
+        found[f"{name}, ONNX"] = path.stat().st_size, None
+    return found
+
+
+def onnx_runner(path: Path) -> Runner:
+    """Returns a function that runs an ONNX file with as many threads as torch has."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+
+
+@torch.inference_mode()
+def times(runners: dict[str, Runner], x: Tensor, rounds: int) -> dict[str, dict[int, float]]:
+    """Returns the milliseconds that each takes for a batch of each size: medians of rounds in turns."""
+    found: dict[str, dict[int, float]] = {name: {} for name in runners}
+    for size in BATCH_SIZES:
+        batch = x.repeat(-(-size // len(x)), 1, 1, 1)[:size]
+        timers = {
+            name: Timer("run(x)", globals={"run": run, "x": batch}, num_threads=torch.get_num_threads())
+            for name, run in runners.items()
+        }
+        number = max(3, 300 // size)
+        taken = [{name: timer.timeit(number).mean for name, timer in timers.items()} for _ in range(rounds)]
+        for name in runners:
+            found[name][size] = 1e3 * statistics.median(turn[name] for turn in taken)
+    return found
+
+
+def uncertainties(
+    dense: nn.Module, tuned: nn.Module, model: Any, guide: Any, summary: Any, data: Data
+) -> dict[str, Uncertainty]:
+    """Returns how good and how sure the predictions are, before and after."""
+    other = photographs()
+    ood = Split(other, torch.zeros(len(other), dtype=torch.long))
+    mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
+    masked = svd.prune(model.network, guide, summary)
+    networks = {"dense": dense, "posterior mean": mean, "masked mean": masked, "masked mean, fine-tuned": tuned}
+    found = {
+        name: uncertainty(network_log_probs(net, data.test), data.test.labels, network_log_probs(net, ood))
+        for name, net in networks.items()
+    }
+    for name, posterior in (("20 samples", guide), ("20 sparsified samples", guide.sparsified(summary))):
+        log_probs = sampled_log_probs(model, posterior, data.test)
+        found[name] = uncertainty(log_probs, data.test.labels, sampled_log_probs(model, posterior, ood))
+    return found
+
+
+def draw(sizes: dict[str, int], taken: dict[str, dict[int, float]]) -> Figure:
+    """Draws the bytes of the files and the time of a thousand images."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.barh(list(sizes), [size / 1e3 for size in sizes.values()], color="#0072B2")
+    left.set(xscale="log", xlabel="file, kB", title="bytes")
+    right.barh(list(taken), [found[1000] for found in taken.values()], color="#D55E00")
+    right.set(xlabel="1,000 images, ms", title="time")
+    for axes in (left, right):
+        axes.invert_yaxis()
+        for bars in axes.containers:
+            axes.bar_label(bars, fmt="%.3g", padding=2)
+        axes.margins(x=0.15)
+    return figure
+
+
+def main() -> None:
+    """Runs the tutorial."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = load(args)
+    dense, model, guide, _ = train(args, lambda: NETS[args.net]().to(args.device), data)
+    summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
+    # The steps are chosen on validation images that this network was not tuned on.
+    held = fine_tune(pruned, data.train, epochs=args.fine_tune, batch_size=args.batch_size)
+    steps = quantization_steps(guide, held, lambda net: negative_log_likelihood(net, data.validation), args.tolerance)
+    dense, tuned = dense.cpu().eval(), tuned.cpu().eval()
+    x = data.test.images[:1000].cpu()
+    tiny, report = svd.shrink_with_report(tuned, x[:2])
+    print(f"\n{summary}\n\n{report}")
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        kept = files(folder, dense, tuned, tiny, steps, args)
+        runners: dict[str, Runner] = {
+            "dense": dense,
+            "masked": tuned,
+            "CSR": svd.to_sparse(tuned),
+            "shrunk": tiny,
+        }
+        runners |= {f"{kind}, onnxruntime": onnx_runner(folder / f"{kind}.onnx") for kind in ("dense", "shrunk")}
+        taken = times(runners, x, args.rounds)
+        start = time.perf_counter()
+        reload = kept["sparse, steps of the posterior's width"][1]
+        assert reload is not None
+        reload()
+        loading = time.perf_counter() - start
+        test = Split(data.test.images.cpu(), data.test.labels.cpu())
+        errors = {kind: error(again(), test) for kind, (_, again) in kept.items() if again is not None}
+        parity = (runners["shrunk, onnxruntime"](x) - tuned(x)).abs().max().item()
+
+    sizes = {kind: size for kind, (size, _) in kept.items()}
+    whole = sizes["dense, torch.save"]
+    print(f"\n{'file':40s}{'bytes':>10s}{'smaller':>9s}{'test error':>12s}")
+    for kind, size in sizes.items():
+        found = f"{100 * errors[kind]:.2f} %" if kind in errors else ""
+        print(f"{kind:40s}{size:>10,}{whole / size:>8.1f}x{found:>12s}")
+    print(f"load_sparse: {1e3 * loading:.0f} ms; largest difference of an output by onnxruntime: {parity:.1e}")
+    print(f"\n{'ms for a batch of':24s}" + "".join(f"{size:>10,}" for size in BATCH_SIZES))
+    for kind, of in taken.items():
+        print(f"{kind:24s}" + "".join(f"{of[size]:10.3f}" for size in BATCH_SIZES))
+    measured = uncertainties(dense.to(args.device), tuned.to(args.device), model, guide, summary, data)
+    titles = ("error", "NLL", "Brier", "ECE", "entropy", "mutual i.", "OOD AUROC")
+    print(f"\n{'':24s}" + "".join(f"{title:>10s}" for title in titles))
+    for kind, numbers in measured.items():
+        print(f"{kind:24s}" + "".join(f"{value:10.4f}" for value in vars(numbers).values()))
+    results = {
+        "threshold": threshold,
+        "bytes": sizes,
+        "errors": errors,
+        "loading_seconds": loading,
+        "milliseconds": taken,
+        "shrunk": report.to_dict(),
+        "uncertainty": {kind: vars(numbers) for kind, numbers in measured.items()},
+        **summary.to_dict(),
+    }
+    write(args, draw(sizes, taken), results)
+
+
+if __name__ == "__main__":
+    main()
