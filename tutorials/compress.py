@@ -132,14 +132,14 @@ def draw(sizes: dict[str, int], taken: dict[str, dict[int, float]]) -> Figure:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.barh(list(sizes), [size / 1e3 for size in sizes.values()], color="#0072B2")
-    left.set(xscale="log", xlabel="file, kB", title="bytes")
+    left.set(xscale="log", xlim=(1, 10_000), xlabel="file, kB", title="bytes")
     right.barh(list(taken), [found[1000] for found in taken.values()], color="#D55E00")
     right.set(xlabel="1,000 images, ms", title="time")
     for axes in (left, right):
         axes.invert_yaxis()
         for bars in axes.containers:
-            axes.bar_label(bars, fmt="%.3g", padding=2)
-        axes.margins(x=0.15)
+            axes.bar_label(bars, fmt="{:,.4g}", padding=2)
+    right.margins(x=0.2)
     return figure
 
 
