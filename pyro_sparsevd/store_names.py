@@ -52,8 +52,8 @@ def claim_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
     others = {key: value for key, value in below.items() if value in _OF_GUIDES}
     if mine:
         others = {key: value for key, value in others.items() if key in mine and value is not mine[key]}
-        for key in mine.keys() & below.keys() - others.keys():
-            if below[key].shape != mine[key].shape:
+        for key in mine:  # in the order of the sites
+            if key in below and key not in others and below[key].shape != mine[key].shape:
                 raise ValueError(
                     f"{key}: expected a parameter of shape {tuple(mine[key].shape)}, but Pyro's parameter store was "
                     f"loaded with one of {tuple(below[key].shape)}; clear the store, or load that of this model"
