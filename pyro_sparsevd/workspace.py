@@ -5,7 +5,7 @@ has a caching allocator; this is one for the CPU, for tensors whose life ends wi
 releases after it.
 """
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "is_channels_last"]
 
 import math
 import sys
@@ -61,7 +61,7 @@ class Workspace:
         return torch.from_numpy(self._free_array(size, like.dtype).reshape(shape))
 
     def empty_like(self, like: Tensor) -> Tensor:
-        """Returns an uninitialised contiguous tensor of the shape, dtype and device of another.
+        """Returns an uninitialised tensor of the shape, dtype and device of another, channels-last where that is.
 
         Args:
             like: The other tensor.
@@ -69,7 +69,20 @@ class Workspace:
         Returns:
             The tensor.
         """
-        return self.empty(like.shape, like)
+        return self.empty_channels_last(like.shape, like) if is_channels_last(like) else self.empty(like.shape, like)
+
+    def empty_channels_last(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Returns an uninitialised tensor whose channels lie beside each other.
+
+        Args:
+            shape: Its shape: images, channels, height and width.
+            like: A tensor of its dtype and device.
+
+        Returns:
+            The tensor.
+        """
+        images, channels, height, width = shape
+        return self.empty((images, height, width, channels), like).permute(0, 3, 1, 2)
 
     def _free_array(self, size: int, dtype: torch.dtype) -> np.ndarray:
         arrays = self._arrays.setdefault((size, dtype), [])
@@ -79,6 +92,23 @@ class Workspace:
                 return array
         arrays.append(np.empty(size, _NUMPY_TYPES[dtype]))
         return arrays[-1]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Tells whether a batch of images is channels-last in memory, and not contiguous at the same time.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> images = torch.ones(2, 3, 8, 8)
+        >>> is_channels_last(images), is_channels_last(images.to(memory_format=torch.channels_last))
+        (False, True)
+    """
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 _NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
