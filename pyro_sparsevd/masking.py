@@ -17,7 +17,8 @@ class SparsifiedGuide(nn.Module):
     """A guide whose dropped weights are zero: what is left after :func:`~.summary.sparsify`.
 
     It is a copy with parameters of its own: training may go on with the original, or with this one and a new
-    optimiser, where the dropped weights stay at zero, cost no divergence, and no step changes them.
+    optimiser, which has no momentum of the dropped weights; there these stay at zero, cost no divergence, and no step
+    changes them.
 
     Args:
         guide: An :class:`~.guides.AutoSparseNormal`.

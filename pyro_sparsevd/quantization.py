@@ -24,10 +24,11 @@ def quantization_steps(
     .. math:: \Delta = c \sqrt{\textstyle\frac 1K \sum_k \sigma_k^2}
 
     over its :math:`K` weights that are not zero; its rounding error is :math:`\Delta / \sqrt{12}`. The factor
-    :math:`c`, common to all, is the largest of 4, 4/2^¼, 4/2^½, …, 4/2^10 for which ``nll(quantised)`` is at most
-    ``nll(net) + tolerance``. A parameter that has no posterior, such as a bias, has twice the smallest step
-    of the weights of its module that have one: it adds one error to a unit to which each of its weights adds another.
-    Without such weights, as in normalisation layers, it has no step, and is stored as it is.
+    :math:`c`, common to all, is the largest of 4, 4/2^¼, 4/2^½, …, 4/2^10 for which, and for the next of them,
+    ``nll(quantised)`` is at most ``nll(net) + tolerance``: the roundings of one alone may be lucky. A parameter that
+    has no posterior, such as a bias, has twice the smallest step of the weights of its module that have one: it adds
+    one error to a unit to which each of its weights adds another. Without such weights, as in normalisation layers, it
+    has no step, and is stored as it is.
 
     References:
         | Bayesian Compression for Deep Learning (Louizos, Ullrich, Welling, 2017)
@@ -61,13 +62,17 @@ def quantization_steps(
     scales = _scales(guide, net)
     if not math.isfinite(limit := nll(net) + tolerance):
         raise ValueError(f"nll: expected a finite number for the network, but got {limit - tolerance}")
-    for factor in (4 * 2 ** (-power / 4) for power in range(41)):
+    factors = [4 * 2 ** (-power / 4) for power in range(42)]
+    wider: dict[str, float] = {}
+    for factor in factors:
         steps = {name: factor * scale for name, scale in scales.items()}
-        if nll(quantized(net, steps)) <= limit:
-            return steps
+        is_within = nll(quantized(net, steps)) <= limit
+        if is_within and wider:
+            return wider
+        wider = steps if is_within else {}
     raise ValueError(
         f"tolerance: expected steps that raise the negative log likelihood by at most {tolerance}, but even those of "
-        f"{factor:g} σ raise it more; does nll return the same for the same network, or raise the tolerance"
+        f"{factors[-2]:g} σ raise it more; does nll return the same for the same network, or raise the tolerance"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device to run the tests on")
+    parser.addoption("--data-dir", help="the folder of full MNIST, for tests/benchmarks/bench_compress.py")
 
 
 @pytest.fixture

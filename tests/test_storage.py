@@ -8,6 +8,8 @@ import math
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import zlib
@@ -372,6 +374,45 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(path, monkeypatch):
     assert len(seen) == 4
     for net, expected in zip(seen, (old, old, old, new), strict=True):
         _assert_same(net, expected)
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from torch import nn
+from pyro_sparsevd.storage import load_sparse, save_sparse
+
+torch.set_num_threads(1)
+path, nets = sys.argv[1], [nn.Linear(100, 100), nn.Linear(100, 100)]
+start = time.perf_counter()
+save_sparse(nets[0], path)
+save_sparse(nets[0], path)
+taken = time.perf_counter() - start
+random.seed(0)
+left_behind = seen = 0
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for net in reversed(nets):
+                save_sparse(net, path)
+    time.sleep(random.uniform(0, 3 * taken))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    weight = load_sparse(path, nn.Linear(100, 100)).weight
+    assert any(torch.equal(weight, net.weight) for net in nets)
+    seen |= 1 << torch.equal(weight, nets[1].weight)
+    left_behind = max(left_behind, len(os.listdir(os.path.dirname(path))) - 1)
+print(seen, left_behind)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_fifty_killed_saves_leave_the_old_file_or_the_new(path):
+    run = [sys.executable, "-W", "ignore", "-c", KILLED, str(path)]
+    seen, left_behind = map(int, subprocess.check_output(run, text=True).split())
+    assert seen == 3  # both networks were found
+    assert left_behind > 0  # so some were killed while they wrote
 
 
 def test_a_link_stays_a_link(path, tmp_path):
