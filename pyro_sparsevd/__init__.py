@@ -6,8 +6,10 @@ Data walks down this list of modules, and a module imports only from those above
     divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
     workspace        memory that is used again: torch only
     distributions    LogUniform, SparseNormal
+    weight_priors    other priors of weights, and what a Gaussian costs under them
     plain            plain networks: checks, and evaluation mode for a while
     sites            what a parameter of a network is after it was given a prior
+    hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
     selection        which parameters to give one
     priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
     local_functions  linear operations that sample their output: torch only
@@ -60,6 +62,8 @@ from .distributions import SparseNormal as SparseNormal
 from .elbo import SparseVD_ELBO as SparseVD_ELBO
 from .export import export_onnx as export_onnx
 from .guides import AutoSparseNormal as AutoSparseNormal
+from .hierarchical import group_normal_jeffreys as group_normal_jeffreys
+from .hierarchical import horseshoe as horseshoe
 from .latents import init_to_weights as init_to_weights
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
@@ -78,3 +82,6 @@ from .storage import save_sparse as save_sparse
 from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
 from .sweep import threshold_sweep as threshold_sweep
+from .weight_priors import EmpiricalNormal as EmpiricalNormal
+from .weight_priors import fan_in_normal as fan_in_normal
+from .weight_priors import scale_mixture as scale_mixture

@@ -241,7 +241,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 if kl is not None:
                     return scale_and_mask(kl, q["scale"], q["mask"]).sum()
             logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
-        return log_prob(q) - log_prob(p)
+        try:
+            return log_prob(q) - log_prob(p)
+        except NotImplementedError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:

@@ -17,8 +17,8 @@ from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
-from .distributions import LogUniform, SparseNormal, unwrap_independent
-from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, unchanged_buffers
+from .distributions import SparseNormal
+from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
@@ -56,7 +56,7 @@ class AutoSparseNormal(GaussianParameters):
             when first called, if the model has a discrete latent.
 
     Example:
-        >>> model = lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1))
+        >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
         >>> guide = AutoSparseNormal(model)
         >>> guide()["w"].shape
         torch.Size([3])
@@ -92,16 +92,25 @@ class AutoSparseNormal(GaussianParameters):
         return {name: SparseNormal(*self._parameters_of(name), validate_args=False) for name in self._site_names()}
 
     @property
+    def site_log_alphas(self) -> dict[str, Tensor]:
+        """The log α of each element of each site, or of its group where the prior has groups."""
+        posteriors = self.posteriors
+        return {name: site.log_alpha(posteriors[name]) for name, site in self._sites.items()}
+
+    @property
     def num_parameters(self) -> int:
         """The number of elements of all latents and, if the model is a module, of all its parameters."""
         return sum(q.loc.numel() for q in self.posteriors.values()) + self._num_model_parameters
 
     @property
     def sparse_sites(self) -> tuple[str, ...]:
-        """The names of the sites with a log-uniform prior."""
-        if not self._sites:
-            raise RuntimeError("The priors of this guide's model are not known yet; call the guide once.")
-        return tuple(name for name, site in self._sites.items() if site.is_sparse)
+        """The names of the sites whose prior makes them sparse, such as the log-uniform one."""
+        return tuple(name for name, site in self._known_sites().items() if site.is_sparse)
+
+    @property
+    def real_sites(self) -> tuple[str, ...]:
+        """The names of the sites of real numbers, any of which may be dropped."""
+        return tuple(name for name, site in self._known_sites().items() if site.is_real)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples all latents.
@@ -252,8 +261,12 @@ class AutoSparseNormal(GaussianParameters):
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
         self._set_parameters(name, loc, event_dim)
         plates = tuple(frame.name for frame in frames if frame.vectorized)
-        is_sparse = isinstance(unwrap_independent(prior), LogUniform)
-        self._sites[name] = Latent(transform, event_dim, plates, is_sparse)
+        self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior))
+
+    def _known_sites(self) -> dict[str, Latent]:
+        if not self._sites:
+            raise RuntimeError("The priors of this guide's model are not known yet; call the guide once.")
+        return self._sites
 
     def _require_sites(self, *args: Any, **kwargs: Any) -> None:
         if self.prototype_trace is None and (args or kwargs or not self._sites):

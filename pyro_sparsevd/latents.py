@@ -1,6 +1,14 @@
 """What a guide learns about the latents of a model, and where it starts."""
 
-__all__ = ["Latent", "attribute_sites", "init_to_weights", "keep_latents", "simplified", "unchanged_buffers"]
+__all__ = [
+    "Latent",
+    "attribute_sites",
+    "init_to_weights",
+    "keep_latents",
+    "simplified",
+    "sparsity_of",
+    "unchanged_buffers",
+]
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,18 +23,20 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
+from .hierarchical import ShrunkWeightPrior
 from .sites import SitePrior, WeightPrior, map_tensors
+from .weight_priors import EmpiricalNormal
 
 
 def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
     """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
 
-    Another site with a log-uniform prior starts at small random values, uniform with the standard deviation of
-    torch's linear layers; any other as ``fallback`` says.
+    Another site with a log-uniform or an empirical prior starts at small random values, uniform with the standard
+    deviation of torch's linear layers; any other as ``fallback`` says.
 
     Args:
         site: A Pyro trace site; without it, the function itself is returned.
-        fallback: The initialisation of sites without a log-uniform prior.
+        fallback: The initialisation of all other sites.
 
     Returns:
         The initial value.
@@ -43,11 +53,12 @@ def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) 
     if isinstance(fn, WeightPrior):
         return fn.value
     prior = unwrap_independent(fn)
-    if not isinstance(prior, LogUniform):
+    if not isinstance(prior, LogUniform | EmpiricalNormal):
         return fallback(site)
     shape = fn.shape()
     bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
-    return prior.low.new_empty(shape).uniform_(-bound, bound)
+    like = prior.low if isinstance(prior, LogUniform) else prior.mean
+    return like.new_empty(shape).uniform_(-bound, bound)
 
 
 class Latent(NamedTuple):
@@ -57,18 +68,35 @@ class Latent(NamedTuple):
         transform: From unconstrained space to the latent's support.
         event_dim: The number of dimensions of an event, in unconstrained space.
         plates: The names of the plates it is in.
-        is_sparse: Whether it has a log-uniform prior.
+        is_sparse: Whether its prior makes weights sparse.
+        group_dims: Those of its dimensions along which groups differ that matter or not as a whole; none if empty.
     """
 
     transform: Transform
     event_dim: int
     plates: tuple[str, ...]
     is_sparse: bool
+    group_dims: tuple[int, ...]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether its support is all real numbers, so that it may be 0."""
+        return _is_identity(self.transform)
+
+    def log_alpha(self, q: SparseNormal) -> Tensor:
+        """Returns log α of each weight, or of its group: log Σσ² - log Σθ² over the group."""
+        if not self.group_dims:
+            return q.log_alpha
+        pooled = [dim for dim in range(q.loc.dim()) if dim not in self.group_dims]
+        if not pooled:
+            return q.log_alpha
+        of_group = q.log_variance.logsumexp(pooled, keepdim=True) - q.loc.square().sum(pooled, keepdim=True).log()
+        return of_group.expand_as(q.loc)
 
     def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
         """Returns the distribution at the site, given the parameters in unconstrained space."""
         base = SparseNormal(loc, log_variance, validate_args=False).to_event(self.event_dim)
-        if _is_identity(self.transform):
+        if self.is_real:
             return base
         # The cache makes the density at a sample exact, and finite where the inverse is not.
         return dist.TransformedDistribution(base, [self.transform.with_cache()])
@@ -81,6 +109,27 @@ def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
             found = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(found, Distribution):
                 yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
+
+
+def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
+    """Tells whether a prior makes weights sparse, and along which dimensions groups of them differ, if it has any.
+
+    Args:
+        prior: The prior of a site.
+
+    Returns:
+        Both.
+
+    Example:
+        >>> sparsity_of(LogUniform()), sparsity_of(dist.Normal(0.0, 1.0))
+        ((True, ()), (False, ()))
+    """
+    base = unwrap_independent(prior)
+    if isinstance(prior, ShrunkWeightPrior):
+        return True, prior.group_dims or ()
+    if isinstance(base, EmpiricalNormal):
+        return base.group_dims != (), base.group_dims or ()
+    return isinstance(base, LogUniform), ()
 
 
 def simplified(transform: Transform) -> Transform:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .distributions import LogUniform
+from .hierarchical import HierarchicalPrior
 from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior
 
-Prior: TypeAlias = Distribution | Mapping[str, Distribution] | Callable[[str, nn.Parameter], Distribution]
+WeightPriors: TypeAlias = Distribution | HierarchicalPrior
+Prior: TypeAlias = WeightPriors | Mapping[str, WeightPriors] | Callable[[str, nn.Parameter], WeightPriors]
 
 
 def bayesianize(
@@ -43,9 +45,10 @@ def bayesianize(
 
     Args:
         net: Any network. It is not changed.
-        prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a mapping from
-            globs on the parameters' names to distributions (the first that matches counts), or a function of
-            ``(name, parameter)``. The default is the improper :class:`~.distributions.LogUniform`.
+        prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a prior with scales
+            such as :func:`~.hierarchical.horseshoe`, a mapping from globs on the parameters' names to these (the
+            first that matches counts), or a function of ``(name, parameter)``; see :mod:`~.weight_priors`. The
+            default is the improper :class:`~.distributions.LogUniform`.
         include: What to choose instead of the default: globs on the parameters' names, module types, predicates of
             ``(name, parameter)``, or several of these. A glob or a type takes parameters of fewer than two
             dimensions only where it would take nothing else.
@@ -195,36 +198,39 @@ class _OwnParameters(Messenger):
         msg["args"] = (msg["name"], parameter)
 
 
-def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
+def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPriors:
     """Returns the prior of a parameter, expanded to its shape."""
     found = _prior_of(name, parameter, prior)
+    if isinstance(found, HierarchicalPrior):
+        found.check_shape(name, parameter.shape)
+        return found
     event_dim = len(found.event_shape)
-    wrong = ValueError(
+    wrong = (
         f"{name}: expected a prior that broadcasts to shape {tuple(parameter.shape)}, but got batch shape "
         f"{tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
     )
     try:
         fitted = found.expand(parameter.shape[: parameter.dim() - event_dim])
     except (RuntimeError, ValueError) as error:
-        raise wrong from error
+        raise ValueError(f"{wrong}: {error}") from error
     if fitted.batch_shape + fitted.event_shape != parameter.shape:
-        raise wrong
+        raise ValueError(wrong)
     return fitted
 
 
-def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> Distribution:
+def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPriors:
     if isinstance(prior, Mapping):
         matching = [p for glob, p in prior.items() if fnmatchcase(name, glob)]
         if not matching:
             raise ValueError(f"{name}: expected a prior, but none of {list(prior)} matches; add one or exclude it")
         found = matching[0]
-    elif isinstance(prior, Distribution):
+    elif isinstance(prior, WeightPriors):
         found = prior
     elif callable(prior):
         found = prior(name, parameter)
     else:
         found = prior
-    if not isinstance(found, Distribution):
+    if not isinstance(found, WeightPriors):
         raise TypeError(f"{name}: expected a distribution as its prior, but got {found!r}")
     return found
 
@@ -245,7 +251,7 @@ def _aliases(net: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _make_site(bnn: PyroModule, alias: str, name: str, prior: Distribution) -> None:
+def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors) -> None:
     # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
     path, _, attribute = alias.rpartition(".")
     module: Any = bnn.get_submodule(path)
@@ -255,7 +261,10 @@ def _make_site(bnn: PyroModule, alias: str, name: str, prior: Distribution) -> N
         while hasattr(module, buffer):
             buffer += "_"
         module.register_buffer(buffer, value.detach(), persistent=False)
-        module._pyro_samples[attribute] = SitePrior(buffer, prior)
+        if isinstance(prior, HierarchicalPrior):
+            module._pyro_samples[attribute] = prior.make_site(module, attribute, buffer)
+        else:
+            module._pyro_samples[attribute] = SitePrior(buffer, prior)
     else:
         path, _, owner_attribute = name.rpartition(".")
         module._pyro_samples[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from .guides import sparse_normal_parts
+from .hierarchical import ScaleSite
 from .masking import check_masks
 from .sites import SharedSite, SitePrior
 from .summary import SparsitySummary
@@ -101,6 +102,10 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
     for attribute, prior in module._pyro_samples.items():
+        if isinstance(prior, ScaleSite):
+            del module._buffers[prior.buffer]
+            module._non_persistent_buffers_set.discard(prior.buffer)
+            continue
         owner, name = (prior.owner, prior.attribute) if isinstance(prior, SharedSite) else (module, attribute)
         site = f"{owner._pyro_name}.{name}" if owner._pyro_name else name
         if site not in weights:

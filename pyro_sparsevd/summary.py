@@ -6,13 +6,14 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor
 
-from .guides import sparse_normal_parts
+from .guides import AutoSparseNormal, sparse_normal_parts
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SparsitySummary:
     """What :func:`sparsify` found: masks, and a table when printed.
 
     Args:
-        sites: The sites with a log-uniform prior.
+        sites: The sites whose weights may be dropped.
         masks: The weights to keep, by the name of the site.
         num_parameters: The number of all latents and parameters of the model, biases and the like included.
 
@@ -74,22 +75,22 @@ class SparsitySummary:
 
     @property
     def kept(self) -> int:
-        """The number of weights kept, of the sites with a log-uniform prior."""
+        """The number of weights kept."""
         return sum(site.kept for site in self.sites)
 
     @property
     def total(self) -> int:
-        """The number of weights of the sites with a log-uniform prior."""
+        """The number of weights."""
         return sum(site.total for site in self.sites)
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights with a log-uniform prior that is dropped."""
+        """The fraction of the weights that is dropped."""
         return _sparsity(self.kept, self.total)
 
     @property
     def compression(self) -> float:
-        """The number of weights with a log-uniform prior over the number kept."""
+        """The number of weights over the number kept."""
         return _compression(self.kept, self.total)
 
     @property
@@ -154,7 +155,9 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
     r"""Reads off the posterior which weights to keep: those with log α ≤ threshold.
 
     The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
-    :func:`~.sweep.threshold_sweep`.
+    :func:`~.sweep.threshold_sweep`. The signal-to-noise ratio \|θ\|/σ, by which weights with other priors are commonly
+    dropped, is α to the power of -½: one below 1 is log α > 0. Where the prior has groups, as that of
+    :func:`~.hierarchical.group_normal_jeffreys`, a group is kept or dropped as a whole, by log Σσ² - log Σθ².
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -162,15 +165,17 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
 
     Args:
         guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
-        threshold: The largest log α of a weight that is kept: one for all sites with a log-uniform prior, or a
-            mapping from sites to thresholds, which keeps the sites that it leaves out whole.
+        threshold: The largest log α of a weight that is kept: one for all sites whose prior makes them sparse, as
+            the log-uniform one does and the normal one does not; or a mapping from the names of sites, with any
+            prior, or globs on them to thresholds (the first that matches counts), which keeps the sites that it
+            leaves out whole.
 
     Returns:
         The summary.
 
     Raises:
         TypeError: If the guide has no factorised Gaussian part.
-        ValueError: If a threshold is NaN, or a site of the mapping has no log-uniform prior.
+        ValueError: If a threshold is NaN, or no site of real numbers is of a name in the mapping.
 
     Example:
         >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
@@ -180,22 +185,35 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
         tensor([False, False,  True])
     """
     parts = sparse_normal_parts(guide)
-    names = [name for part in parts for name in part.sparse_sites]
-    thresholds = dict(threshold) if isinstance(threshold, Mapping) else dict.fromkeys(names, threshold)
-    for name, value in thresholds.items():
-        if name not in names:
-            known = ", ".join(names) or "none"
-            raise ValueError(f"threshold: expected sites with a log-uniform prior, of {known}, but got {name!r}")
-        if math.isnan(value):
-            raise ValueError(f"threshold: expected a number for {name}, but got NaN")
+    thresholds = _thresholds(parts, threshold)
     sites, masks = [], {}
     for part in parts:
-        for name, q in part.posteriors.items():
-            if name in names:
-                limit = float(thresholds.get(name, math.inf))
-                masks[name] = ~(q.log_alpha > limit)
-                sites.append(SiteSparsity(name, tuple(q.batch_shape), int(masks[name].sum()), limit))
+        for name, log_alpha in part.site_log_alphas.items():
+            if name in thresholds:
+                masks[name] = ~(log_alpha > thresholds[name])
+                kept = int(masks[name].sum())
+                sites.append(SiteSparsity(name, tuple(log_alpha.shape), kept, thresholds[name]))
     return SparsitySummary(tuple(sites), masks, sum(part.num_parameters for part in parts))
+
+
+def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, float]) -> dict[str, float]:
+    """Returns a threshold for each site to sparsify: those of a sparsifying prior, and those that are named."""
+    sparse = [name for part in parts for name in part.sparse_sites]
+    real = [name for part in parts for name in part.real_sites]
+    found = _by_glob(threshold, real) if isinstance(threshold, Mapping) else dict.fromkeys(sparse, threshold)
+    for name, value in found.items():
+        if math.isnan(value):
+            raise ValueError(f"threshold: expected a number for {name}, but got NaN")
+    return {name: float(found.get(name, math.inf)) for name in real if name in found or name in sparse}
+
+
+def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
+    for glob in thresholds:
+        if not any(fnmatchcase(name, glob) for name in names):
+            known = ", ".join(names) or "none"
+            raise ValueError(f"threshold: expected sites of real numbers, of {known}, but got {glob!r}")
+    first = {name: next((glob for glob in thresholds if fnmatchcase(name, glob)), None) for name in names}
+    return {name: thresholds[glob] for name, glob in first.items() if glob is not None}
 
 
 _HEADER = ("site", "shape", "kept", "of weights", "dropped %", "compression", "log alpha <=")

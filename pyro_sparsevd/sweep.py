@@ -3,7 +3,7 @@
 __all__ = ["SweepPoint", "threshold_sweep"]
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,7 +22,7 @@ class SweepPoint(NamedTuple):
     """A threshold and what it costs.
 
     Args:
-        threshold: The log α above which weights are dropped.
+        threshold: The log α above which weights are dropped, as it was given.
         error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
             squared error; NaN for a prediction without mode or mean.
         nll: The mean negative log likelihood of a datum, in nats.
@@ -30,7 +30,7 @@ class SweepPoint(NamedTuple):
         compression: The number of weights over the number kept.
     """
 
-    threshold: float
+    threshold: float | Mapping[str, float]
     error: float
     nll: float
     sparsity: float
@@ -39,7 +39,10 @@ class SweepPoint(NamedTuple):
 
 @torch.no_grad()
 def threshold_sweep(
-    model: Callable, guide: AutoGuide, data: Iterable[Sequence[Any]], thresholds: Iterable[float]
+    model: Callable,
+    guide: AutoGuide,
+    data: Iterable[Sequence[Any]],
+    thresholds: Iterable[float | Mapping[str, float]],
 ) -> list[SweepPoint]:
     """Evaluates the sparse network of the posterior means at each of several thresholds.
 
@@ -49,7 +52,8 @@ def threshold_sweep(
         guide: Its guide.
         data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Take data that were not
             trained on.
-        thresholds: The log α above which weights are dropped, each.
+        thresholds: The log α above which weights are dropped, each as for :func:`~.summary.sparsify`: one for all
+            sites of a sparsifying prior, or by site.
 
     Returns:
         A point for each threshold, in their order.
@@ -72,7 +76,7 @@ def threshold_sweep(
         for threshold in thresholds:
             summary = sparsify(guide, threshold)
             error, nll = _evaluate(model, {name: summary.masked(name, m) for name, m in medians.items()}, batches)
-            points.append(SweepPoint(float(threshold), error, nll, summary.sparsity, summary.compression))
+            points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression))
     return points
 
 

@@ -1,0 +1,295 @@
+r"""Priors whose scales are latents themselves, beside the weights: the horseshoe, and scales of whole units.
+
+.. math:: w \mid z \sim \mathcal N(0, \textstyle\prod_j z_j^2), \quad z_j \sim p_j
+
+Each scale is a site of its own, named after the weight, whose posterior is log-normal under
+:class:`~.guides.AutoSparseNormal`. Given the sampled scales the divergence of the weights is that of two Gaussians.
+"""
+
+__all__ = [
+    "HierarchicalPrior",
+    "HierarchicalSite",
+    "Scale",
+    "ScaleSite",
+    "ShrunkWeightPrior",
+    "group_normal_jeffreys",
+    "horseshoe",
+]
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from .distributions import LogUniform
+from .sites import SitePrior, WeightPrior
+
+
+class Scale(NamedTuple):
+    """A scale of a weight that is a latent.
+
+    Args:
+        prior: Its prior, of positive support, without batch shape.
+        dims: Those dimensions of the weight along which it differs: ``()`` for one scale, None for each weight's own.
+    """
+
+    prior: Distribution
+    dims: tuple[int, ...] | None
+
+
+class HierarchicalPrior:
+    """What :func:`~.priors.bayesianize` takes as a prior with scales: see :func:`horseshoe`.
+
+    Args:
+        scales: The scales by the ends of their names: that of ``fc.weight`` and ``"scale"`` is ``fc.weight_scale``.
+        group_dims: Those dimensions of the weight along which groups differ that are kept or dropped as a whole; None
+            where each weight is on its own.
+
+    Raises:
+        ValueError: If there is no scale, or a scale's prior is not positive or has a shape.
+
+    Example:
+        >>> prior = HierarchicalPrior({"scale": Scale(dist.HalfNormal(1.0), (0,))}, group_dims=(0,))
+        >>> pyro.poutine.trace(svd.bayesianize(nn.Linear(4, 3), prior)).get_trace(torch.zeros(1, 4)).stochastic_nodes
+        ['weight_scale', 'weight']
+    """
+
+    def __init__(self, scales: Mapping[str, Scale], group_dims: tuple[int, ...] | None = None) -> None:
+        if not scales:
+            raise ValueError("scales: expected at least one")
+        for name, (prior, _) in scales.items():
+            support: Any = prior.support
+            if not bool(support.check(torch.tensor(1e9))) or bool(support.check(torch.tensor(-1.0))):
+                raise ValueError(f"{name}: expected a prior of the positive numbers, but got {prior}")
+            if prior.shape():  # type: ignore[attr-defined] # as of every Pyro distribution
+                raise ValueError(f"{name}: expected a prior without a shape, but got {prior}")
+        self.scales = dict(scales)
+        self.group_dims = group_dims
+
+    def check_shape(self, name: str, shape: torch.Size) -> None:
+        """Refuses a weight without the dimensions that scales or groups differ along.
+
+        Args:
+            name: The weight's name.
+            shape: Its shape.
+
+        Raises:
+            ValueError: If a dimension is missing.
+        """
+        for dims in (self.group_dims, *(scale.dims for scale in self.scales.values())):
+            if dims and max(dims) >= len(shape):
+                raise ValueError(
+                    f"{name}: expected a weight with the dimensions {dims}, but its shape is {tuple(shape)}"
+                )
+
+    def make_site(self, module: PyroModule, attribute: str, buffer: str) -> "HierarchicalSite":
+        """Gives a module the sites of the scales of one of its weights.
+
+        A scale of single weights starts at 1, any other at the root mean square of the weights that it is of.
+
+        Args:
+            module: The module.
+            attribute: The weight's name in it.
+            buffer: The name of the buffer with the weight's value.
+
+        Returns:
+            The site of the weight.
+        """
+        value = module._buffers[buffer]
+        assert value is not None
+        names = []
+        for end, scale in self.scales.items():
+            name = f"{attribute}_{end}"
+            while hasattr(module, name):
+                name += "_"
+            initial = _initial_scale(value, scale.dims)
+            module.register_buffer(f"{name}_initial", initial, persistent=False)
+            prior: Any = scale.prior
+            module._pyro_samples[name] = ScaleSite(f"{name}_initial", prior.expand(initial.shape))
+            names.append(name)
+        return HierarchicalSite(buffer, names, self.group_dims)
+
+
+class ShrunkWeightPrior(WeightPrior):
+    """The prior of a weight given its scales.
+
+    Args:
+        base_dist: The prior of the single weights, of the parameter's shape.
+        reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
+        value: The value that the parameter had.
+        group_dims: As for :class:`HierarchicalPrior`.
+
+    Example:
+        >>> prior = ShrunkWeightPrior(dist.Normal(0.0, 1.0).expand([3, 4]), 2, torch.zeros(3, 4), (0,))
+        >>> prior.group_dims
+        (0,)
+    """
+
+    def __init__(
+        self,
+        base_dist: Distribution,
+        reinterpreted_batch_ndims: int,
+        value: Tensor,
+        group_dims: tuple[int, ...] | None,
+    ) -> None:
+        super().__init__(base_dist, reinterpreted_batch_ndims, value)
+        self.group_dims = group_dims
+
+
+class ScaleSite(SitePrior):
+    """The site of a scale: not a parameter of the network that the weight is one of."""
+
+
+class HierarchicalSite(SitePrior):
+    """The site of a weight whose scales are other sites of its module.
+
+    Args:
+        buffer: As for :class:`~.sites.SitePrior`.
+        scales: The names of the scales in the module.
+        group_dims: As for :class:`HierarchicalPrior`.
+
+    Example:
+        >>> site = svd.bayesianize(nn.Linear(4, 3), horseshoe())._pyro_samples["weight"]
+        >>> site.scales
+        ['weight_local_scale', 'weight_global_scale']
+    """
+
+    def __init__(self, buffer: str, scales: list[str], group_dims: tuple[int, ...] | None) -> None:
+        super().__init__(buffer, dist.Normal(0.0, 1.0))
+        self.scales = scales
+        self.group_dims = group_dims
+
+    def of(self, module: nn.Module) -> WeightPrior:
+        """Returns the prior given the scales: within a call of the network their samples, else where they start.
+
+        Args:
+            module: The module whose attribute it is.
+
+        Returns:
+            The prior.
+        """
+        value = module._buffers[self.buffer]
+        assert value is not None
+        scale = torch.ones_like(value)
+        for name in self.scales:
+            scale = scale * getattr(module, name)
+        prior = dist.Normal(torch.zeros_like(value), scale, validate_args=False)
+        return ShrunkWeightPrior(prior, value.dim(), value, self.group_dims)
+
+
+class Jeffreys(dist.TorchDistribution):
+    r"""The improper prior of a scale, :math:`p(z) \propto 1 / z`.
+
+    To tools that run a model only to learn its shapes it is the magnitude of a :class:`~.distributions.LogUniform`.
+
+    Args:
+        validate_args: As for any distribution.
+
+    Example:
+        >>> Jeffreys().log_prob(torch.tensor(0.5)).exp()
+        tensor(2.)
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.positive
+    has_rsample = True
+
+    def __init__(self, validate_args: bool | None = None) -> None:
+        self._signed = LogUniform()
+        super().__init__(validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Jeffreys":
+        """Returns this distribution with its batch shape expanded."""
+        new = self._get_checked_instance(Jeffreys, _instance)
+        new._signed = self._signed.expand(batch_shape)
+        super(Jeffreys, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the log density of each value in nats, up to a constant."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
+        """Draws from the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
+        return self._signed.rsample(sample_shape).abs()
+
+
+def horseshoe(global_scale: float = 1.0) -> HierarchicalPrior:
+    r"""Returns the horseshoe prior: each weight has a scale of its own, and all of a tensor share one.
+
+    .. math:: w_i \sim \mathcal N(0, \lambda_i^2 \tau^2), \quad \lambda_i \sim C^+(0, 1), \quad \tau \sim C^+(0, \tau_0)
+
+    The sites are ``weight``, ``weight_local_scale`` and ``weight_global_scale``. A factorised posterior of weights and
+    scales shrinks less than the exact one.
+
+    References:
+        | The horseshoe estimator for sparse signals (Carvalho, Polson, Scott, 2010)
+        | Model Selection in Bayesian Neural Networks via Horseshoe Priors (Ghosh, Doshi-Velez, 2017)
+        | https://arxiv.org/abs/1705.10388
+
+    Args:
+        global_scale: τ₀.
+
+    Returns:
+        The prior, for :func:`~.priors.bayesianize`.
+
+    Raises:
+        ValueError: If ``global_scale`` is not positive.
+
+    Example:
+        >>> list(svd.AutoSparseNormal(svd.bayesianize(nn.Linear(4, 3), horseshoe())).posteriors)
+        ['weight_local_scale', 'weight_global_scale', 'weight']
+    """
+    if not global_scale > 0:
+        raise ValueError(f"global_scale: expected a positive number, but got {global_scale}")
+    local, shared = dist.HalfCauchy(1.0), dist.HalfCauchy(float(global_scale))
+    return HierarchicalPrior({"local_scale": Scale(local, None), "global_scale": Scale(shared, ())})
+
+
+def group_normal_jeffreys(group_dims: tuple[int, ...] = (0,)) -> HierarchicalPrior:
+    r"""Returns a prior that drops whole units, filters or inputs: each group of weights has one scale of its own.
+
+    .. math:: w_{gk} \sim \mathcal N(0, z_g^2), \quad p(z_g) \propto 1 / z_g
+
+    The sites are ``weight`` and ``weight_group_scale``. :func:`~.summary.sparsify` keeps or drops a group as a whole,
+    by the log α of its pooled moments. The prior is that of Bayesian Compression; the posterior is not: there the
+    scales are part of that of the weights, here weights and scales are independent.
+
+    References:
+        | Bayesian Compression for Deep Learning (Louizos, Ullrich, Welling, 2017)
+        | https://arxiv.org/abs/1705.08665
+
+    Args:
+        group_dims: Those dimensions of the weight along which groups differ: ``(0,)`` for the units of a linear layer
+            and the filters of a convolution, ``(1,)`` for their inputs.
+
+    Returns:
+        The prior, for :func:`~.priors.bayesianize`.
+
+    Raises:
+        ValueError: If there is no dimension, or not of distinct ones counted from 0.
+
+    Example:
+        >>> bnn = svd.bayesianize(nn.Linear(4, 3), group_normal_jeffreys())
+        >>> svd.AutoSparseNormal(bnn).posteriors["weight_group_scale"].batch_shape
+        torch.Size([3, 1])
+    """
+    if not group_dims or min(group_dims) < 0 or len(set(group_dims)) < len(group_dims):
+        raise ValueError(f"group_dims: expected distinct dimensions, counted from 0, but got {group_dims}")
+    return HierarchicalPrior({"group_scale": Scale(Jeffreys(), tuple(group_dims))}, tuple(group_dims))
+
+
+def _initial_scale(value: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    if dims is None:
+        return torch.ones_like(value)
+    pooled = [dim for dim in range(value.dim()) if dim not in dims]
+    mean_square = value.square().mean(pooled, keepdim=True) if pooled else value.square()
+    return mean_square.sqrt().clamp_min(1e-3)
