@@ -107,7 +107,8 @@ class GaussianParameters(AutoGuide):
 
     def _parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns mean and log variance."""
-        loc, spread = (getattr(module, attribute) for module, attribute in self._leaves(name))
+        # Not getattr, which would find the methods of nn.Module first: a site may be called "half" or "type".
+        loc, spread = (module.__getattr__(attribute) for module, attribute in self._leaves(name))
         return loc, self._log_variance(loc, spread)
 
     def _plain_parameters_of(self, name: str) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,8 @@ class Supervised(PyroModule):
 
     The observations are the site ``y`` in the plate ``data``, which scales the log likelihood of a mini-batch of M
     by N/M. The sites of the network keep their own names. The parameters of two models live side by side in Pyro's
-    parameter store, whatever their names: the second to come is numbered.
+    parameter store, whatever their names: the second to come is numbered. A store that was saved does not bring the
+    network's own parameters, such as biases, back into another model: save ``state_dict()`` of model and guide.
 
     Args:
         network: A Bayesian network, as :func:`bayesianize` returns it.

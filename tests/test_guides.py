@@ -215,6 +215,17 @@ def test_log_uniform_sites_of_a_function_start_small_and_uniform():
     assert error.abs() < 5 * bound**2 * (4 / 45 / loc.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("name", ["half", "float", "type", "train", "T_destination"])
+def test_a_site_may_have_the_name_of_an_attribute_of_a_module(name):
+    model = lambda: pyro.sample(name, dist.Normal(torch.zeros(3), 1.0).to_event(1))  # noqa: E731
+    guide = AutoSparseNormal(model)
+    assert guide()[name].shape == (3,)
+    assert poutine.trace(guide).get_trace().nodes[name]["value"].shape == (3,)
+    new = AutoSparseNormal(model)
+    new.load_state_dict(guide.state_dict())
+    assert torch.equal(new.median()[name], guide.median()[name])
+
+
 def test_the_fallback_of_init_to_weights_starts_the_other_sites(device):
     case = _function_case(device)
     other = torch.tensor(0.3, dtype=F64, device=device)
