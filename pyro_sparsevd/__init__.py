@@ -71,6 +71,7 @@ from .priors import bayesianize as bayesianize
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .quantization import quantization_steps as quantization_steps
+from .records import checkpoint_contexts as checkpoint_contexts
 from .schedules import LinearWarmup as LinearWarmup
 from .shrinking import shrink as shrink
 from .shrinking import shrink_with_report as shrink_with_report

@@ -52,7 +52,8 @@ class LogUniform(dist.TorchDistribution):
     .. math:: p(w) = \frac{1}{2 |w| \log(\mathrm{high} / \mathrm{low})}, \quad \mathrm{low} \le |w| \le \mathrm{high}.
 
     The registered divergence of a Gaussian from it is the exact one, in nats; from a bounded prior it ignores the
-    posterior mass outside the bounds.
+    posterior mass outside the bounds. The improper prior has torch's default dtype and device, which
+    ``with torch.device(...)`` around a model sets.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -114,7 +115,7 @@ class LogUniform(dist.TorchDistribution):
         """What the KL divergence from this prior adds, per weight, to :func:`~.divergence.kl_log_uniform`."""
         if not self.is_proper:
             return torch.zeros_like(self.low)
-        return (self.high / self.low).log().log() - _CONSTANT
+        return self._log_range.log() - _CONSTANT
 
     @property
     def mean(self) -> Tensor:
@@ -126,7 +127,7 @@ class LogUniform(dist.TorchDistribution):
     def variance(self) -> Tensor:
         """The variance of a proper prior."""
         self._require_proper("variance")
-        return (self.high**2 - self.low**2) / (2 * (self.high / self.low).log())
+        return (self.high**2 - self.low**2) / (2 * self._log_range)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each value in nats; without bounds, up to a constant."""
@@ -136,7 +137,7 @@ class LogUniform(dist.TorchDistribution):
         if not self.is_proper:
             return -magnitude.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
         # The clamp keeps the gradient of a value outside at 0.
-        log_density = -magnitude.clamp(self.low, self.high).log() - (2 * (self.high / self.low).log()).log()
+        log_density = -magnitude.clamp(self.low, self.high).log() - (2 * self._log_range).log()
         return torch.where((self.low <= magnitude) & (magnitude <= self.high), log_density, -math.inf)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
@@ -152,8 +153,12 @@ class LogUniform(dist.TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         uniform = torch.rand(shape, dtype=self.low.dtype, device=self.low.device) * 2 - 1
         low = self.low.clamp_min(torch.finfo(self.low.dtype).tiny)  # 1e-8 is 0 in half precision
-        magnitude = low * (self.high / low) ** uniform.abs()
+        magnitude = torch.lerp(low.log(), self.high.log(), uniform.abs()).exp()
         return magnitude.clamp(low, self.high).copysign(uniform)
+
+    @property
+    def _log_range(self) -> Tensor:
+        return self.high.log() - self.low.log()  # the quotient may overflow
 
     def _require_proper(self, what: str) -> None:
         if not self.is_proper:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
-from weakref import WeakSet
 
 import torch
 from pyro.distributions import Delta
@@ -18,6 +17,7 @@ from torch.distributions import Distribution, kl_divergence
 from .checks import blame, check_auxiliary, check_latent, is_finite
 from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
 from .divergence import Form
+from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
 from .local_reparam import local_reparam
 from .records import SampleSites, Sites, log_prob, scored
@@ -45,6 +45,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         loss = SparseVD_ELBO()(model, guide)
         optimizer = torch.optim.Adam(loss.parameters())
         loss(x, y).backward()
+
+    ``torch.compile`` of such a module, or of what contains it, leaves the loss as it is.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -92,15 +94,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
         self._drawn_sites: set[str] = set()
-        self._settled: WeakSet[torch.nn.Module] = WeakSet()
         self._workspace = Workspace()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither memory nor what was learnt of models of this process belongs into a copy.
-        return {name: value for name, value in vars(self).items() if name not in ("_settled", "_workspace")}
+        return {name: value for name, value in vars(self).items() if name != "_workspace"}  # a copy has its own memory
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _settled=WeakSet(), _workspace=Workspace())
+        self.__dict__.update(state, _workspace=Workspace())
 
     @property
     def kl_weight(self) -> float:
@@ -113,6 +113,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
+    # No compiler knows weights that are not drawn. This is torch.compiler.disable, which would import the compiler with
+    # this module.
+    @torch._disable_dynamo
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
@@ -128,10 +131,11 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         try:
             if self.check_finite and not is_finite((args, kwargs)):
                 raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
-            nll, kl = self._mean_terms(model, guide, args, kwargs)
-            loss = nll + self.kl_weight * kl
-            if self.check_finite and not math.isfinite(loss.detach()):
-                raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
+            with unchanged_buffers_on_error(model):
+                nll, kl = self._mean_terms(model, guide, args, kwargs)
+                loss = nll + self.kl_weight * kl
+                if self.check_finite and not math.isfinite(loss.detach()):
+                    raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
         except ValueError as error:
             blame(error, model, guide, args, kwargs)
             raise
@@ -171,24 +175,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return loss.item()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
-        # The first pass of a model finds out which weights are used more than once. It must not count twice in the
-        # statistics of a batch normalisation.
-        unsettled = model if isinstance(model, torch.nn.Module) and model not in self._settled else None
-        buffers = () if unsettled is None else tuple(unsettled.buffers())
-        saved = [buffer.clone() for buffer in buffers]
         while True:
             try:
-                sites = self._sites_once(model, guide, args, kwargs)
+                with unchanged_buffers_on_error(model):  # a pass that starts again must not count twice
+                    return self._sites_once(model, guide, args, kwargs)
             except RepeatedUseError as repeated:
                 if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
                     raise
                 self._drawn_sites.add(repeated.site)
-                for buffer, value in zip(buffers, saved, strict=True):
-                    buffer.copy_(value)
-            else:
-                if unsettled is not None:
-                    self._settled.add(unsettled)
-                return sites
 
     def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         if self.local_reparam:

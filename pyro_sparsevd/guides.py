@@ -153,7 +153,7 @@ class AutoSparseNormal(GaussianParameters):
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns posterior quantiles of each latent.
+        """Returns posterior quantiles of each latent, of the elements of its unconstrained space transformed.
 
         Args:
             quantiles: Probabilities between 0 and 1.

@@ -179,7 +179,9 @@ class HierarchicalSite(SitePrior):
         for name in self.scales:
             scale = scale * getattr(module, name)
         prior = dist.Normal(torch.zeros_like(value), scale, validate_args=False)
-        return ShrunkWeightPrior(prior, value.dim(), value, self.group_dims)
+        found = ShrunkWeightPrior(prior, value.dim(), value, self.group_dims)
+        found.site = self._name(module)
+        return found
 
 
 class Jeffreys(dist.TorchDistribution):

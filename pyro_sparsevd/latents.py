@@ -8,6 +8,7 @@ __all__ = [
     "simplified",
     "sparsity_of",
     "unchanged_buffers",
+    "unchanged_buffers_on_error",
 ]
 
 import math
@@ -159,11 +160,42 @@ def keep_latents(trace: Any) -> None:
 @contextmanager
 def unchanged_buffers(model: Any) -> Iterator[None]:
     """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation."""
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    kept = [buffer.clone() for buffer in buffers]
+    restore = _restorer(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+        restore()
+
+
+@contextmanager
+def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
+    """Undoes what a run of the model did to its buffers, where it ends in an error."""
+    restore = _restorer(model)
+    try:
+        yield
+    except Exception:
+        restore()
+        raise
+
+
+def _restorer(model: Any) -> Callable[[], None]:
+    buffers = _running_buffers(model)
+    kept = [buffer.clone() for buffer in buffers]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
+    return restore
+
+
+def _running_buffers(model: Any) -> list[Tensor]:
+    """Returns the buffers that a run of a model may change: all but the values that its weights had."""
+    found: list[Tensor] = []
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if module._buffers:
+            priors = module.__dict__.get("_pyro_samples", {}).values()
+            initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}
+            found += [value for name, value in module._buffers.items() if value is not None and name not in initial]
+    return found

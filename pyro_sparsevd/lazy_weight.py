@@ -3,6 +3,7 @@
 __all__ = ["LazyWeight", "RepeatedUseError", "kl_log_uniform_total"]
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import divergence
 from .distributions import log_variance_of
 from .kernels import KERNELS
 from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
+from .sites import in_backward_pass
 from .workspace import Workspace
 
 Form = divergence.Form
@@ -82,6 +84,10 @@ class LazyWeight(Tensor):
                 self._drawn = self.base_dist.rsample()
         return self._drawn
 
+    def repeated(self) -> "LazyWeight":
+        """Returns the weight as it was before its use, to be used in the same way again."""
+        return LazyWeight(self.base_dist, self.site, self._workspace)
+
     def value_for_density(self) -> Tensor:
         """Returns the draw if there is one, else an independent draw: the bound's terms are separate expectations."""
         return self.base_dist.rsample() if self._drawn is None else self._drawn
@@ -101,20 +107,27 @@ class LazyWeight(Tensor):
         Raises:
             RepeatedUseError: If the weight was used in this way before.
         """
-        if self._integral is not None:
+        is_first = self._integral is None
+        if not (is_first or in_backward_pass()):  # where a checkpoint computes the one use again
             raise RepeatedUseError(self.site)
         loc, log_variance, bias = self.base_dist.loc, log_variance_of(self.base_dist), _drawn(bias)
-        self._integral = integral = Integral(self._workspace)
-        if not torch.is_autocast_enabled(x.device.type):
-            output, self._carrier = function.apply(x, loc, log_variance, bias, integral, *geometry)
-            return output
-        with torch.autocast(x.device.type, enabled=False):  # small variances underflow in half precision
-            output, self._carrier = function.apply(x.to(loc.dtype), loc, log_variance, bias, integral, *geometry)
-        return output.to(torch.get_autocast_dtype(x.device.type))
+        integral = Integral(self._workspace)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # small variances underflow
+            x = x.to(loc.dtype) if autocast else x
+            output, carrier = function.apply(x, loc, log_variance, bias, integral, *geometry)
+        if is_first:
+            self._integral, self._carrier = integral, carrier
+        return output.to(torch.get_autocast_dtype(x.device.type)) if autocast else output
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.detach and in_backward_pass():
+            raise RuntimeError(
+                f"{args[0].site}: given to torch.utils.checkpoint with use_reentrant=True, which would lose its "
+                "gradient; use use_reentrant=False"
+            )
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

@@ -1,6 +1,6 @@
 """The sample sites of a run of a model or guide: a lean trace and replay, and the densities of its sites."""
 
-__all__ = ["SampleSites", "Sites", "log_prob", "scored"]
+__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "log_prob", "scored"]
 
 from typing import Any, TypeAlias
 
@@ -47,6 +47,28 @@ class SampleSites(Messenger):
         self.found[msg["name"]] = msg.copy()
 
 
+def checkpoint_contexts() -> tuple[Messenger, Messenger]:
+    """Returns what gives a layer in a checkpoint of activations, computed again, the weights that it had.
+
+    It is for ``torch.utils.checkpoint``, where a network has layers computed again in the backward pass::
+
+        checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
+
+    Returns:
+        The context of the forward pass and that of its repetition.
+
+    Example:
+        >>> forward, again = checkpoint_contexts()
+        >>> with forward:
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        >>> with again:
+        ...     w is pyro.sample("w", dist.Normal(0.0, 1.0))
+        True
+    """
+    forward = SampleSites()
+    return forward, _Repeated(forward.found)
+
+
 def scored(sites: Sites) -> Sites:
     """Returns the sites that have a density, which the choice of a subsample has not.
 
@@ -90,3 +112,14 @@ def log_prob(site: Any) -> Tensor:
     if is_improper:
         density = density + IMPROPER_LOG_NORMALIZER * fn.event_shape.numel()
     return scale_and_mask(density, site["scale"], site["mask"]).sum()
+
+
+class _Repeated(Messenger):
+    def __init__(self, sites: Sites) -> None:
+        super().__init__()
+        self.sites = sites
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.sites:
+            value = self.sites[msg["name"]]["value"]
+            msg["value"], msg["done"] = value.repeated() if isinstance(value, LazyWeight) else value, True

@@ -1,6 +1,6 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["SharedSite", "SitePrior", "WeightPrior", "map_tensors"]
+__all__ = ["SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors"]
 
 import copy
 from collections.abc import Callable
@@ -30,6 +30,17 @@ class WeightPrior(dist.Independent):
     def __init__(self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor) -> None:
         super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
         self.value = value
+        self.site = "weight"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws from the prior.
+
+        Raises:
+            RuntimeError: In a backward pass, where the weight of the forward pass is meant.
+        """
+        if in_backward_pass():
+            raise RuntimeError(_RECOMPUTED.format(self.site))
+        return super().__call__(*args, **kwargs)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
         """Returns the expanded prior, without the value."""
@@ -61,8 +72,16 @@ class SitePrior:
         self._last: WeightPrior | None = None
 
     def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
-        """Returns the prior within a call of the network, and outside of one the value."""
-        return self.of(module) if module._pyro_context.active else module._buffers[self.buffer]
+        """Returns the prior within a call of the network, and outside of one the value.
+
+        Raises:
+            RuntimeError: Outside of a call of the network in a backward pass, as in a checkpoint of activations.
+        """
+        if module._pyro_context.active:
+            return self.of(module)
+        if in_backward_pass():
+            raise RuntimeError(_RECOMPUTED.format(self._name(module)))
+        return module._buffers[self.buffer]
 
     def of(self, module: nn.Module) -> WeightPrior:
         """Returns the prior on the device and of the dtype that the module now has.
@@ -78,7 +97,13 @@ class SitePrior:
         if self._last is None or self._last.value is not value:
             prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
             self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
+            self._last.site = self._name(module)
         return self._last
+
+    def _name(self, module: nn.Module) -> str:
+        samples = module.__dict__["_pyro_samples"]
+        attribute = next(name for name, prior in samples.items() if prior is self)
+        return f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute
 
 
 class SharedSite:
@@ -101,6 +126,19 @@ class SharedSite:
     def __call__(self, module: nn.Module) -> Tensor:
         """Returns the owner's draw."""
         return getattr(self.owner, self.attribute)
+
+
+def in_backward_pass() -> bool:
+    """Tells whether autograd is computing gradients, and what runs is a checkpoint's forward pass once more.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> in_backward_pass()
+        False
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
@@ -127,3 +165,10 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int
             mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
         return memo[id(value)]
     return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value
+
+
+_RECOMPUTED = (
+    "{}: read in a backward pass, where its draw is not known, as by torch.utils.checkpoint of its layer; read the "
+    "weight outside of the checkpoint and give it, checkpoint(F.linear, x, layer.weight, layer.bias, "
+    "use_reentrant=False), or add context_fn=pyro_sparsevd.checkpoint_contexts"
+)

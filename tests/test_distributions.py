@@ -156,6 +156,18 @@ def test_samples_have_the_moments_of_the_density(device):
     assert_mean(samples**2, prior.variance, "variance")
 
 
+def test_bounds_whose_quotient_overflows_are_bounds_like_any(device):
+    prior = LogUniform(torch.tensor(1e-30, device=device), torch.tensor(1e30, device=device))
+    expected = LogUniform(torch.tensor(1e-30).double(), torch.tensor(1e30).double())
+    assert prior.log_prob(torch.tensor(1.0, device=device)).item() == pytest.approx(
+        expected.log_prob(torch.tensor(1.0).double()).item()
+    )
+    assert prior.log_normalizer.item() == pytest.approx(expected.log_normalizer.item())
+    magnitudes = prior.sample((1_000,)).abs().log10()
+    assert magnitudes.min() < -25
+    assert magnitudes.max() > 25
+
+
 def test_samples_of_a_batch_are_independent(device):
     samples = LogUniform(tensor([1e-3, 0.1], device), tensor(1.0, device)).expand([3, 2]).sample((DRAWS,))
     assert samples.shape == (DRAWS, 3, 2)

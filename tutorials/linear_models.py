@@ -2,7 +2,9 @@
 
 1,000 objects have 10 features that matter and 990 that are noise. A log-uniform prior on the coefficients and SVI
 tell which to keep; beside it stand the Lasso with its penalty cross-validated and, unless --horseshoe-samples is 0,
-a horseshoe prior under NUTS, where a feature counts as kept if the central 90 % of its samples exclude 0.
+a horseshoe prior under NUTS, where a feature counts as kept if the central 90 % of its samples exclude 0. --device and
+--resume concern the first; the others run on the CPU, from the start. An epoch is one step on all objects; there are no
+data to read and no batches.
 """
 
 import argparse
@@ -15,14 +17,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import finite, parser, write
+from common import checkpoint, finite, parser, write
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
 from torch import Tensor
-from tqdm import trange
 
 import pyro_sparsevd as svd
+from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.training import constant_then_linear, fit
 
 OBJECTS, RELEVANT, NOISE = 1_000, 10, 990
 
@@ -81,16 +84,28 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
     model = sparse_model(kind)
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     elbo = svd.SparseVD_ELBO(kl="exact")
-    guide(x, y)
-    optimizer = torch.optim.Adam(guide.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: min(1.0, 2 * (1 - e / args.epochs)))
+    loss = elbo(model, guide)
     warmup = svd.LinearWarmup(args.epochs / 20, args.epochs / 4)
-    for step in trange(args.epochs, desc=f"{kind}, sparse"):
-        elbo.kl_weight = warmup(step)
-        optimizer.zero_grad()
-        elbo.differentiable_loss(model, guide, x, y).backward()
-        optimizer.step()
-        schedule.step()
+
+    def before_epoch(epoch: int) -> None:
+        elbo.kl_weight = warmup(epoch)
+
+    with torch.device(args.device):  # where the model makes its priors
+        split = Split(x.to(args.device), y.to(args.device))
+        loss(split.images, split.labels)
+        optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
+        fit(
+            loss,
+            split,
+            epochs=args.epochs,
+            batch_size=len(x),
+            optimizer=optimizer,
+            scheduler=constant_then_linear(optimizer, args.epochs),
+            before_epoch=before_epoch,
+            checkpoint=checkpoint(args, kind),
+            description=f"{kind}, sparse",
+        )
+    guide.cpu()
     summary = svd.sparsify(guide, args.threshold)
     median = guide.median()
     coefficients = summary.masked("coefficients", median["coefficients"])[0]
@@ -151,9 +166,9 @@ def main() -> None:
         pyro.set_rng_seed(args.seed)
         x, y, true = make_data(kind, args.seed)
         train, test = (x[:OBJECTS], y[:OBJECTS]), (x[OBJECTS:], y[OBJECTS:])
-        for axis, (name, fit) in zip(row, methods.items(), strict=True):
+        for axis, (name, method) in zip(row, methods.items(), strict=True):
             start = time.perf_counter()
-            found = fit(kind, *train, args)
+            found = method(kind, *train, args)
             seconds = time.perf_counter() - start
             results[f"{kind}, {name}"] = {**evaluate(kind, found, *test), "seconds": seconds}
             axis.plot(true[:50], "o", color="black", fillstyle="none", label="truth")

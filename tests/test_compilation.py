@@ -1,0 +1,81 @@
+"""A loss under torch.compile: the numbers that it has without."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_sparsevd as svd
+
+
+@pytest.fixture
+def compiled():
+    """``torch.compile``, which switches the validation of distributions off in the whole process."""
+    validates = torch.distributions.Distribution._validate_args
+    yield torch.compile
+    torch.distributions.Distribution.set_default_validate_args(validates)
+    torch.compiler.reset()
+
+
+def _loss(device: torch.device, **options: Any) -> Any:
+    torch.manual_seed(1)
+    layers = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 1)
+    model = svd.Supervised(
+        svd.bayesianize(nn.Sequential(*layers).to(device)), lambda output: dist.Normal(output.squeeze(-1), 0.5), 20
+    )
+    return svd.SparseVD_ELBO(**options)(model, svd.AutoSparseNormal(model, init_log_variance=-4.0))
+
+
+def _data(device: torch.device) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
+    return x.to(device), x.sum(1).tanh().to(device)
+
+
+class _Doubled(nn.Module):
+    """What contains a loss, and computes with it."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * self.loss(x.tanh(), y) + 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("contain", "options"),
+    [(lambda loss: loss, {}), (_Doubled, {}), (_Doubled, {"local_reparam": False}), (_Doubled, {"num_particles": 2})],
+    ids=["loss", "in-a-module", "drawn", "particles"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning",  # of the compiler's own
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
+def test_loss_and_gradients_are_those_without(options, contain, backend, compiled, device):
+    plain, other = (contain(_loss(device, **options)) for _ in range(2))
+    functions = plain, compiled(other, backend=backend)
+    for seed, size in enumerate((8, 8, 5)):
+        results = []
+        for module, function in zip((plain, other), functions, strict=True):
+            torch.manual_seed(seed)
+            value = function(*(t[:size] for t in _data(device)))
+            results.append([value, *torch.autograd.grad(value, list(module.parameters()))])
+        torch.testing.assert_close(*results)
+
+
+def test_neither_import_nor_a_loss_without_it_touches_what_is_global():
+    code = """
+import sys, torch, pyro.distributions as dist, pyro_sparsevd as svd
+print("torch._dynamo" in sys.modules)
+model = svd.Supervised(svd.bayesianize(torch.nn.Linear(2, 1)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
+validates = torch.distributions.Distribution._validate_args
+svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))(torch.zeros(5, 2), torch.zeros(5)).backward()
+print(torch.distributions.Distribution._validate_args is validates)
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("False\nTrue\n", "")

@@ -1,0 +1,563 @@
+"""Losses, models and guides in torch's own tools: each does to them what it does to any module."""
+
+import copy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_sparsevd as svd
+from pyro_sparsevd.lazy_weight import LazyWeight, kl_log_uniform_total
+from pyro_sparsevd.nets import vgg_like
+from pyro_sparsevd.workspace import Workspace
+
+F64 = torch.float64
+NUM_DATA = 24
+WORLD = 2
+NO_NOISE = -60.0  # a log variance whose noise is lost in the rounding of float64
+NOISE = -4.0
+WIDTH = 128  # of weights large enough that their memory is used again from step to step
+
+
+def _normal(output: Tensor) -> dist.Normal:
+    return dist.Normal(output.squeeze(-1).float() if output.dtype == torch.bfloat16 else output.squeeze(-1), 0.5)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+
+
+def _convolutional() -> nn.Module:
+    layers = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 2, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 2), nn.Flatten()
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(20, 1))
+
+
+def _loss(
+    device: torch.device,
+    make: Callable[[], nn.Module] = _mlp,
+    log_variance: float = NOISE,
+    dtype: torch.dtype = F64,
+    **options: Any,
+) -> Any:
+    torch.manual_seed(1)
+    model = svd.Supervised(svd.bayesianize(make().to(device, dtype)), _normal, NUM_DATA)
+    guide = svd.AutoSparseNormal(model, init_log_variance=log_variance)
+    return svd.SparseVD_ELBO(**options)(model, guide)
+
+
+def _data(device: torch.device, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(NUM_DATA, 4, generator=generator, dtype=F64)
+    return x.to(device, dtype), x.sum(1).tanh().to(device, dtype)
+
+
+def _gradients(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    named = dict(loss.named_parameters())
+    return dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
+
+
+def _accumulated(loss: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in loss.named_parameters()}
+
+
+def _seeded(function: Callable, *args: Any, seed: int = 5) -> Any:
+    torch.manual_seed(seed)
+    return function(*args)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _assert_close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def _spreads(loss: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in loss.named_parameters() if ".log_variances." in name]
+
+
+def _others(loss: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in loss.named_parameters() if ".log_variances." not in name]
+
+
+# Files.
+
+
+def test_training_goes_on_exactly_from_a_file_without_code(device, tmp_path):
+    def train(loss: Any, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            _seeded(loss, *_data(device), seed=seed).backward()
+            optimizer.step()
+
+    whole, killed, resumed = (_loss(device) for _ in range(3))
+    optimizers = [torch.optim.Adam(loss.parameters(), 0.01) for loss in (whole, killed, resumed)]
+    train(whole, optimizers[0], range(6))
+    train(killed, optimizers[1], range(3))
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"loss": killed.state_dict(), "optimizer": optimizers[1].state_dict()}, path)
+    state = torch.load(path, weights_only=True, map_location=device)
+    resumed.load_state_dict(state["loss"])
+    optimizers[2].load_state_dict(state["optimizer"])
+    train(resumed, optimizers[2], range(3, 6))
+    _assert_close(_state(resumed), _state(whole), tolerance=0)
+
+
+# Optimisers.
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_decay_in_a_parameter_group_leaves_log_variances_alone(make, device):
+    losses = [_loss(device) for _ in range(2)]
+    decays = 0.5, 0.0
+    for loss, decay in zip(losses, decays, strict=True):
+        groups = [{"params": _others(loss), "weight_decay": decay}, {"params": _spreads(loss), "weight_decay": 0.0}]
+        optimizer = make(groups, lr=0.1)
+        _seeded(loss, *_data(device)).backward()
+        before = [[p.detach().clone() for p in of(loss)] for of in (_others, _spreads)]
+        optimizer.step()
+    decayed, plain = losses
+    for one, other in zip(_spreads(decayed), _spreads(plain), strict=True):
+        assert torch.equal(one, other)
+    for one, other, start in zip(_others(decayed), _others(plain), before[0], strict=True):
+        _assert_close(one, other - 0.1 * 0.5 * start)
+    assert len(_spreads(plain)) == len(before[1]) == 3
+
+
+def test_lbfgs_with_noise_that_is_fixed_lowers_the_loss_at_every_step(device):
+    loss = _loss(device, log_variance=-8.0)
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=5, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = _seeded(loss, *_data(device))
+        value.backward()
+        return value
+
+    values = [optimizer.step(closure).item() for _ in range(5)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_a_scheduler_sets_the_size_of_the_step(make, device):
+    loss = _loss(device)
+    optimizer = make(loss.parameters(), 0.02)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [1.0, 0.0, 0.0].__getitem__)
+    states = [_state(loss)]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(*_data(device)).backward()
+        optimizer.step()
+        scheduler.step()
+        states.append(_state(loss))
+    assert all(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    _assert_close(states[2], states[1], tolerance=0)
+
+
+def test_accumulated_micro_batches_are_the_joint_batch(device):
+    loss, joint = _loss(device, log_variance=NO_NOISE), _loss(device, log_variance=NO_NOISE)
+    x, y = _data(device)
+    joint(x, y).backward()
+    for part in range(4):
+        (loss(x[6 * part : 6 * (part + 1)], y[6 * part : 6 * (part + 1)]) / 4).backward()
+    _assert_close(_accumulated(loss), _accumulated(joint))
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one-by-one", "in-one-backward-pass"])
+@pytest.mark.parametrize("make", [_mlp, _convolutional])
+def test_accumulated_gradients_are_the_sum_of_single_ones(make, at_once, device):
+    loss, single = _loss(device, make), _loss(device, make)
+    x, y = _data(device)
+    parts = [(x[:8], y[:8]), (x[8:], y[8:]), (x[:8], y[:8])]
+    expected = [_gradients(single, _seeded(single, *part, seed=seed)) for seed, part in enumerate(parts)]
+    values = []
+    for seed, part in enumerate(parts):
+        values.append(_seeded(loss, *part, seed=seed))
+        if not at_once:
+            values.pop().backward()
+    if at_once:
+        sum(values).backward()
+    _assert_close(_accumulated(loss), {name: sum(g[name] for g in expected) for name in expected[0]})
+
+
+def test_clipped_gradients_are_the_scaled_ones_with_the_norm_that_was_asked_for(device):
+    loss, free = _loss(device), _loss(device)
+    x, y = _data(device)
+    _seeded(loss, x, y).backward()
+    gradients = _gradients(free, _seeded(free, x, y))
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    assert norm > 1
+    _assert_close(nn.utils.clip_grad_norm_(loss.parameters(), 1.0, error_if_nonfinite=True), norm)
+    _assert_close(_accumulated(loss), {name: g / norm for name, g in gradients.items()}, 1e-6)
+    _seeded(loss, x, y).backward()  # clipping in place has harmed nothing that is used again
+    _assert_close(_accumulated(loss), {name: g / norm + g for name, g in gradients.items()}, 1e-6)
+
+
+def test_averaged_weights_are_the_mean_of_the_states(device):
+    loss = _loss(device)
+    averaged = torch.optim.swa_utils.AveragedModel(loss)
+    optimizer = torch.optim.SGD(loss.parameters(), 0.01)
+    states = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(*_data(device)).backward()
+        optimizer.step()
+        averaged.update_parameters(loss)
+        states.append(_state(loss))
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    _assert_close(_state(averaged.module), mean)
+    expected = copy.deepcopy(loss)
+    expected.load_state_dict(mean)
+    _assert_close(_seeded(averaged, *_data(device)), _seeded(expected, *_data(device)))
+
+
+# Data.
+
+
+def test_a_data_loader_gives_the_loss_its_batches(device):
+    x, y = _data(device)
+    loss = _loss(device)
+    loader = DataLoader(
+        TensorDataset(x, y), 10, shuffle=True, num_workers=0, generator=torch.Generator().manual_seed(3)
+    )
+    order = torch.randperm(NUM_DATA, generator=_as_the_loader(3))
+    batches = list(loader)
+    assert [len(batch) for batch, _ in batches] == [10, 10, 4]
+    for indices, batch in zip(order.split(10), batches, strict=True):
+        _assert_close(_seeded(loss, *batch), _seeded(loss, x[indices], y[indices]), tolerance=0)
+
+
+def _as_the_loader(seed: int) -> torch.Generator:
+    generator = torch.Generator().manual_seed(seed)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the seed of workers, drawn first
+    return generator
+
+
+# Functions of modules.
+
+
+@pytest.mark.parametrize("make", [_mlp, _convolutional])
+def test_functional_call_evaluates_the_loss_at_the_parameters_given(make, device):
+    loss, elsewhere = _loss(device, make), _loss(device, make)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in elsewhere.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=F64).to(device))
+    given = {name: p.detach().clone().requires_grad_() for name, p in elsewhere.named_parameters()}
+    before = _state(loss)
+    value = _seeded(functional_call, loss, given, _data(device))
+    expected = _seeded(elsewhere, *_data(device))
+    _assert_close(value, expected, tolerance=0)
+    gradients = torch.autograd.grad(value, list(given.values()))
+    _assert_close(dict(zip(given, gradients, strict=True)), _gradients(elsewhere, expected))
+    _assert_close(_state(loss), before, tolerance=0)
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize("local_reparam", [True, False])
+@pytest.mark.parametrize("make", [_mlp, _convolutional])
+def test_autocast_gives_the_loss_and_gradients_of_single_precision(make, local_reparam, device):
+    values, gradients = [], []
+    for enabled in (True, False):
+        loss = _loss(device, make, -6.0, torch.float32, local_reparam=local_reparam)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            value = _seeded(loss, *_data(device, torch.float32))
+        assert value.dtype == torch.float32
+        values.append(value.item())
+        gradients.append(_gradients(loss, value))
+    assert values[0] == pytest.approx(values[1], rel=0.03)
+    for name, gradient in gradients[0].items():
+        expected = gradients[1][name]
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() < 0.1 * expected.norm(), name
+
+
+@pytest.mark.parametrize("make", [_mlp, _convolutional])
+def test_a_layer_under_autocast_samples_in_single_precision_and_is_rounded_once(make, device):
+    outputs = []
+    for enabled in (True, False):
+        loss = _loss(device, make, -14.0, torch.float32)
+        first = next(m for m in loss.model.network.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+        loss(*_data(device, torch.float32))  # the guide's set-up runs the layer, too
+        first.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            _seeded(loss, *_data(device, torch.float32))
+    assert torch.equal(outputs[0], outputs[1].bfloat16())
+
+
+def test_mixed_precision_trains_without_a_scaler(device):
+    loss = _loss(device, log_variance=-8.0, dtype=torch.float32, kl_weight=0.01)
+    x, y = _data(device, torch.float32)
+    optimizer = torch.optim.Adam(loss.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            value = loss(x, y)
+        value.backward()
+        optimizer.step()
+        losses.append(loss.elbo.terms["nll"].item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in loss.parameters())
+
+
+# Checkpoints of activations.
+
+
+class _Checkpointed(nn.Module):
+    """A network with what has no prior in a checkpoint, or not."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.second, self.use_reentrant = nn.Linear(4, 50), nn.Linear(50, 1), use_reentrant
+        self.between = nn.Sequential(nn.Tanh(), nn.Dropout(0.5), nn.LayerNorm(50))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.use_reentrant is None:
+            return self.second(self.between(x))
+        return self.second(checkpoint(self.between, x, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_of_layers_without_a_prior_changes_nothing(use_reentrant, device):
+    results = []
+    for option in (use_reentrant, None):
+        loss = _loss(device, lambda option=option: _Checkpointed(option))
+        value = _seeded(loss, *_data(device))
+        results.append((value, _gradients(loss, value)) if option is False else (value, _backward(loss, value)))
+    _assert_close(results[0], results[1])
+
+
+def _backward(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    value.backward()  # the older kind of checkpoint knows no torch.autograd.grad
+    return _accumulated(loss)
+
+
+class _GivenWeights(_Checkpointed):
+    """A network that reads its weights outside of the checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.first(x))
+        if self.use_reentrant is None:
+            return self.second(x)
+        weight, bias = self.second.weight, self.second.bias
+        return checkpoint(F.linear, x, weight, bias, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_may_be_given_weights_that_are_drawn(use_reentrant, device):
+    results = []
+    for option in (use_reentrant, None):
+        loss = _loss(device, lambda option=option: _GivenWeights(option), local_reparam=False)
+        value = _seeded(loss, *_data(device))
+        results.append((value, _backward(loss, value)))
+    _assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("make", [_mlp, _convolutional])
+def test_the_whole_loss_may_be_computed_again_in_the_backward_pass(make, device):
+    results = []
+    for again in (True, False):
+        loss = _loss(device, make)
+        loss(*_data(device))
+        torch.manual_seed(5)
+        value = checkpoint(loss, *_data(device), use_reentrant=False) if again else loss(*_data(device))
+        results.append((value, _gradients(loss, value)))
+    _assert_close(results[0], results[1])
+
+
+# Compilation.
+
+
+@pytest.fixture
+def compiled():
+    """``torch.compile``, which switches the validation of distributions off in the whole process."""
+    validates = torch.distributions.Distribution._validate_args
+    yield torch.compile
+    torch.distributions.Distribution.set_default_validate_args(validates)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_pruned_network_compiles_to_the_same_outputs(backend, compiled, device):
+    loss = _loss(device)
+    pruned = svd.prune(loss.model.network, loss.guide, svd.sparsify(loss.guide))
+    x, _ = _data(device)
+    _assert_close(compiled(copy.deepcopy(pruned), backend=backend)(x), pruned(x))
+
+
+# Two processes.
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each process has after a step, by log variance; the second is a fresh interpreter that runs this file."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    threads = torch.get_num_threads()
+    try:
+        _work(folder, rank=0)
+        _, errors = other.communicate(timeout=60)
+    finally:
+        other.kill()
+        torch.set_num_threads(threads)
+    assert other.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(two_processes):
+    loss = _loss(torch.device("cpu"), log_variance=NO_NOISE)
+    expected = _gradients(loss, loss(*_data(torch.device("cpu"))))
+    for found in two_processes:
+        _assert_close(found[NO_NOISE]["gradients"], expected)
+
+
+def test_two_processes_have_noise_of_their_own_and_the_mean_of_their_gradients(two_processes):
+    loss = _loss(torch.device("cpu"), log_variance=NOISE)
+    single = [_gradients(loss, _seeded(loss, *_part(rank), seed=rank)) for rank in range(WORLD)]
+    expected = {name: (gradient + single[1][name]) / WORLD for name, gradient in single[0].items()}
+    for found in two_processes:
+        _assert_close(found[NOISE]["gradients"], expected)
+
+
+@pytest.mark.parametrize("log_variance", [NO_NOISE, NOISE])
+def test_two_processes_stay_equal(log_variance, two_processes):
+    first, second = (found[log_variance]["state"] for found in two_processes)
+    _assert_close(first, second, tolerance=0)
+    start = _state(_loss(torch.device("cpu"), log_variance=log_variance))
+    assert all(not torch.equal(first[name], value) for name, value in start.items())
+
+
+def _part(rank: int) -> tuple[Tensor, Tensor]:
+    size = NUM_DATA // WORLD
+    x, y = _data(torch.device("cpu"))
+    return x[rank * size : (rank + 1) * size], y[rank * size : (rank + 1) * size]
+
+
+def _work(folder: Path, rank: int) -> None:
+    """What one process does: two steps of gradient descent with the gradients of both."""
+    torch.set_num_threads(1)
+    rendezvous, wait = f"file://{folder}/rendezvous", timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=rendezvous, timeout=wait, rank=rank, world_size=WORLD)
+    try:
+        found = {log_variance: _two_steps(rank, log_variance) for log_variance in (NO_NOISE, NOISE)}
+    finally:
+        distributed.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def _two_steps(rank: int, log_variance: float) -> dict[str, Any]:
+    loss = _loss(torch.device("cpu"), log_variance=log_variance)
+    parallel = nn.parallel.DistributedDataParallel(loss)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.001)
+    _seeded(parallel, *_part(rank), seed=rank).backward()
+    gradients = _accumulated(loss)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        parallel(*_part(rank)).backward()
+    return {"gradients": gradients, "state": _state(loss)}
+
+
+# Time: the least that a step took of a processor, so that what waits for others does not count.
+
+
+def test_eight_particles_cost_no_more_than_eight_times_one(device):
+    x, y = _data(device)
+    one, eight = (_step_of(_loss(device, num_particles=particles), x, y) for particles in (1, 8))
+    assert min(_ratio(eight, one, 5) for _ in range(3)) < 8
+
+
+def test_many_sites_cost_little_more_than_their_arithmetic(device):
+    sites = 200
+    loss = _loss(device, lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(sites - 1)), nn.Linear(4, 1)))
+    x, y = _data(device)
+    parameters = list(loss.parameters())
+    weights = [(q.loc, q.log_variance) for q in loss.guide.posteriors.values()]
+    biases = [layer.bias for layer in loss.model.network]
+    workspace = Workspace()
+
+    def arithmetic() -> None:
+        lazy = [LazyWeight(svd.SparseNormal(*weight, validate_args=False), "", workspace) for weight in weights]
+        output = x
+        for weight, bias in zip(lazy, biases, strict=True):
+            output = F.linear(output, weight, bias)
+        nll = -_normal(output).log_prob(y).sum()
+        (nll + kl_log_uniform_total(lazy, "approximate")).backward()
+
+    def by_hand() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        arithmetic()
+
+    step = _step_of(loss, x, y)
+    extra = min(_seconds(step, 5) - _seconds(by_hand, 5) for _ in range(2))
+    assert extra / sites < 0.15e-3
+
+
+@pytest.mark.slow
+def test_a_step_of_fifteen_million_weights_costs_little_more_than_two_dense_ones(device):
+    torch.manual_seed(1)
+    dense = vgg_like().to(device)
+    model = svd.Supervised(svd.bayesianize(dense), lambda logits: dist.Categorical(logits=logits), 50_000)
+    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
+    assert sum(p.numel() for p in dense.parameters() if p.dim() > 1) > 14e6
+    x, y = torch.randn(100, 3, 32, 32, device=device), torch.randint(10, (100,), device=device)
+    optimizers = [torch.optim.Adam(module.parameters(), 1e-4, fused=True) for module in (loss, dense)]
+
+    def sparse_step() -> None:
+        optimizers[0].zero_grad()
+        loss(x, y).backward()
+        optimizers[0].step()
+
+    def dense_step() -> None:
+        optimizers[1].zero_grad()
+        F.cross_entropy(dense(x), y).backward()
+        optimizers[1].step()
+
+    assert _ratio(sparse_step, dense_step, 2) < 2.6
+
+
+def _ratio(step: Callable[[], Any], other: Callable[[], Any], rounds: int) -> float:
+    return _seconds(step, rounds) / _seconds(other, rounds)
+
+
+def _seconds(step: Callable[[], Any], rounds: int) -> float:
+    step()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        step()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def _step_of(loss: Any, *args: Any) -> Callable[[], None]:
+    def step() -> None:
+        for parameter in loss.parameters():
+            parameter.grad = None
+        loss(*args).backward()
+
+    return step
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), rank=1)
