@@ -131,11 +131,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         try:
             if self.check_finite and not is_finite((args, kwargs)):
                 raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
-            with unchanged_buffers_on_error(model):
-                nll, kl = self._mean_terms(model, guide, args, kwargs)
-                loss = nll + self.kl_weight * kl
-                if self.check_finite and not math.isfinite(loss.detach()):
-                    raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
+            loss, nll, kl = self._evaluate(model, guide, args, kwargs)
         except ValueError as error:
             blame(error, model, guide, args, kwargs)
             raise
@@ -174,17 +170,22 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
+    def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss and its two terms; starts again where a weight turns out to be used more than once."""
         while True:
             try:
-                with unchanged_buffers_on_error(model):  # a pass that starts again must not count twice
-                    return self._sites_once(model, guide, args, kwargs)
+                with unchanged_buffers_on_error(model):
+                    nll, kl = self._mean_terms(model, guide, args, kwargs)
+                    loss = nll + self.kl_weight * kl
+                    if self.check_finite and not math.isfinite(loss.detach()):
+                        raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
+                    return loss, nll, kl
             except RepeatedUseError as repeated:
                 if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
                     raise
                 self._drawn_sites.add(repeated.site)
 
-    def _sites_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
+    def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         if self.local_reparam:
             guide = local_reparam(guide, exclude=self._drawn_sites, workspace=self._workspace)
         with SampleSites() as guide_sites:

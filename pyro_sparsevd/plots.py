@@ -12,6 +12,7 @@ __all__ = [
     "log_alpha_histogram",
     "mean_and_scale",
     "prior_and_posteriors",
+    "prior_comparison",
     "threshold_curves",
     "training_curves",
     "weight_images",
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .comparison import PriorComparison
 from .distributions import LogUniform, SparseNormal
 from .divergence import kl_log_uniform
 from .sweep import SweepPoint
@@ -249,6 +251,43 @@ def threshold_curves(
     axis.set(xlabel="threshold on log α", ylabel="error, %", title=title)
     other.set(ylabel="compression", yscale="log")
     _joint_legend(axis, other)
+    return figure
+
+
+def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: Any = None) -> Any:
+    """Draws error and, below, negative log likelihood on test data against compression: a mark per prior and seed.
+
+    A hollow mark at 1 is of a prior that missed the error level; where all weights may be dropped, there is no mark.
+
+    Args:
+        comparison: What :func:`~.compare.compare_priors` returns.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
+        >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
+        3
+    """
+    figure = figure_or_new(figure)
+    axes = figure.subplot_mosaic([["error", "names"], ["nll", "names"]], width_ratios=[2, 1])
+    percent = 100 if comparison.error_name == "error" else 1
+    looks: dict[str, dict[str, str]] = {}
+    for r in comparison.results:
+        color, mark = _cycled()[len(looks)][0], "os^DvP*X<>hp"[len(looks) % 12]
+        look = looks.setdefault(r.prior, {"color": color, "marker": mark, "linestyle": ""})
+        missed = math.isnan(r.compression)
+        for axis, y in (axes["error"], percent * (r.error if missed else r.sparse_error)), (axes["nll"], r.nll):
+            axis.plot(1 if missed else r.compression, y, fillstyle="none" if missed else "full", **look)
+    for prior, look in looks.items():
+        axes["names"].plot([], [], label=prior, **look)
+    axes["names"].set_axis_off()
+    axes["names"].legend(loc="center left", fontsize="small")
+    axes["error"].set(xscale="log", ylabel="error, %" if percent == 100 else "mean squared error", title=title)
+    axes["nll"].set(xscale="log", ylabel="NLL, nats", xlabel="compression at equal validation error")
     return figure
 
 

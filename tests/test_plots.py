@@ -1,5 +1,6 @@
 """Plots: they return the figure, draw into the one they are given, and show nothing."""
 
+import math
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyro_sparsevd import plots
+from pyro_sparsevd.comparison import PriorComparison, PriorResult
 from pyro_sparsevd.divergence import kl_log_uniform
 from pyro_sparsevd.sweep import SweepPoint
 
@@ -16,6 +18,11 @@ HISTORY = [
     {"error": 0.02, "compression": 50.0, "nll": 100.0, "kl": 90.0},
 ]
 POINTS = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
+RESULTS = (
+    PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.08, 0.06, math.nan, math.nan, math.nan, 2e-3),
+    PriorResult("log-uniform", 0, 0.06, 0.3, 0.01, 0.05, 0.06, 40.0, 1.5, 0.07, 2e-3),
+    PriorResult("log-uniform", 1, 0.06, 0.3, 0.01, 0.05, 0.06, math.inf, -math.inf, 0.07, 2e-3),
+)
 DRAW = {
     "weight_images": lambda **kw: plots.weight_images(torch.randn(5, 4, 3), **kw),
     "weight_images of zeros": lambda **kw: plots.weight_images(torch.zeros(1, 4, 3), **kw),
@@ -27,6 +34,8 @@ DRAW = {
     "mean_and_scale of zeros": lambda **kw: plots.mean_and_scale(torch.zeros(5), torch.zeros(5), threshold=3.0, **kw),
     "prior_and_posteriors": lambda **kw: plots.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),
     "divergences": lambda **kw: plots.divergences(samples={-2.0: 1.5, 2.0: 0.1}, **kw),
+    "prior_comparison": lambda **kw: plots.prior_comparison(PriorComparison(RESULTS, "error"), **kw),
+    "prior_comparison of squared errors": lambda **kw: plots.prior_comparison(PriorComparison(RESULTS, "mse"), **kw),
     "connections": lambda **kw: plots.connections([torch.eye(3), torch.tensor([[1.0, -1.0, 0.0]])], **kw),
 }
 
@@ -78,6 +87,17 @@ def test_dropped_weights_lie_above_the_lines_of_the_threshold():
     points, line = plots.mean_and_scale(loc, log_variance, threshold=3.0).axes[0].get_lines()
     limit = line.get_ydata()[2]
     assert [scale > limit for scale in points.get_ydata()] == [False, True]
+
+
+def test_a_prior_that_missed_the_level_is_a_hollow_mark_at_1_with_its_whole_error():
+    by_name = lambda axis, label: next(a for a in axis.axes if a.get_ylabel() == label)  # noqa: E731
+    figure = plots.prior_comparison(PriorComparison(RESULTS, "error"))
+    missed, reached, _ = by_name(figure, "error, %").get_lines()
+    assert [line.get_xdata()[0] for line in (missed, reached)] == [1, 40]
+    assert [line.get_ydata()[0] for line in (missed, reached)] == pytest.approx([5, 7])
+    assert [line.get_fillstyle() for line in (missed, reached)] == ["none", "full"]
+    assert missed.get_marker() != reached.get_marker()
+    assert [line.get_ydata()[0] for line in by_name(figure, "NLL, nats").get_lines()] == [0.2, 0.3, 0.3]
 
 
 def test_connections_are_the_weights_that_are_not_zero():
