@@ -74,13 +74,14 @@ def train_sparse(
     batch_size: int,
     lr: float = 3e-3,
     kl: KL = "exact",
+    warm_up: float = 0.5,
     threshold: float = 3.0,
     checkpoint: str | Path | None = None,
 ) -> list[dict[str, float]]:
     """Fits the posterior of a Bayesian classifier, with Adam.
 
-    The KL weight rises linearly from 0 to 1 between a fortieth and a half of the epochs; the learning rate is
-    constant for half of the epochs, then falls linearly to 0.
+    The KL weight is 0 for a fortieth of the epochs, then rises linearly to 1; the learning rate is constant for half
+    of the epochs, then falls linearly to 0.
 
     Args:
         model: The model; ``split`` must be the data set whose size it was given.
@@ -91,6 +92,7 @@ def train_sparse(
         batch_size: The number of data of a step.
         lr: The learning rate.
         kl: The form of the divergence.
+        warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
         threshold: The log α above which weights are dropped for the trial after each epoch.
         checkpoint: As for :func:`~.training.fit`.
 
@@ -109,7 +111,7 @@ def train_sparse(
     elbo = SparseVD_ELBO(kl=kl)
     loss = elbo(model, guide)
     optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
-    warmup = LinearWarmup(epochs / 40, epochs / 2)
+    warmup = LinearWarmup(epochs / 40, warm_up * epochs)
 
     def before_epoch(epoch: int) -> None:
         elbo.kl_weight = warmup(epoch)

@@ -176,7 +176,7 @@ def test_every_prior_trains_sparsifies_and_prunes(name, device):
 def test_the_mean_loss_is_that_of_trace_elbo(name, device):
     model, data = _model(PRIORS[name](), device), _data(device)
     guide = svd.AutoSparseNormal(model, init_log_variance=-3.0)
-    draws = 400
+    draws = 250
     with torch.no_grad():
         losses = [
             torch.tensor([elbo.loss(model, guide, *data) for _ in range(draws)], dtype=torch.float64)

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from common import Data, checkpoint, classifier, finite, positive, write
+from common import Data, checkpoint, classifier, finite, fraction, positive, write
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -20,6 +20,9 @@ THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 def add_options(options: argparse.ArgumentParser, *, lr: float) -> None:
     """Adds the options of the training and of the threshold to a parser."""
     options.add_argument("--lr", type=finite, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)")
+    options.add_argument(
+        "--warm-up", type=fraction, default=0.5, help="part of the epochs after which the KL weight is 1 (%(default)s)"
+    )
     options.add_argument("--dense-epochs", type=positive, help="epochs of the dense network (a quarter of --epochs)")
     options.add_argument("--fine-tune", type=int, help="epochs for the weights that are left (a ninth of --epochs)")
     options.add_argument("--pretrained", action="store_true", help="start from the dense network, not from chance")
@@ -93,6 +96,7 @@ def train(
         epochs=args.epochs,
         lr=args.lr,
         kl=args.kl,
+        warm_up=args.warm_up,
         checkpoint=checkpoint(args, "sparse"),
         **options,
     )

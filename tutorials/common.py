@@ -65,6 +65,13 @@ def finite(text: str) -> float:
     return number
 
 
+def fraction(text: str) -> float:
+    """Returns a part of the epochs that the KL weight can rise in, more than the fortieth in which it is 0."""
+    if not 1 / 40 < (number := finite(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0.025, and at most 1, but got {text}")
+    return number
+
+
 def new_file(text: str) -> Path:
     """Returns a path in a folder that is there."""
     if not (path := Path(text)).resolve().parent.is_dir():
