@@ -257,15 +257,13 @@ def threshold_curves(
 def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: Any = None) -> Any:
     """Draws error and, below, negative log likelihood on test data against compression: a mark per prior and seed.
 
-    A hollow mark at 1 is of a prior that missed the error level; where all weights may be dropped, there is no mark.
-
     Args:
         comparison: What :func:`~.compare.compare_priors` returns.
         title: What to write above.
         figure: Where to draw.
 
     Returns:
-        The figure.
+        The figure. A prior that missed the error level has a hollow mark at 1; one that needs no weights has none.
 
     Example:
         >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)

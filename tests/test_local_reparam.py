@@ -253,6 +253,21 @@ def test_output_and_gradients_equal_those_of_the_plain_formula_with_the_same_noi
     _assert_close(gradients, torch.autograd.grad(_projected(expected), inputs.trainable()))
 
 
+@pytest.mark.parametrize("frozen", [(), ("x",), ("loc", "bias")], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_single_precision_has_the_same_values_and_strides(operation, frozen, device):
+    # On a CPU, oneDNN and the order of channels that suits it come in here.
+    double = _inputs(operation, device, frozen)
+    single = Inputs(*(t if t is None else t.detach().float().requires_grad_(t.requires_grad) for t in double))
+    output, _ = _local(operation, single, seed=3)
+    expected = _plain(operation, single, seed=3)
+    _assert_close(output, expected, 1e-4)
+    plain = operation.call(single.x, single.loc, single.bias)
+    assert output.is_contiguous() == plain.is_contiguous()
+    gradients = torch.autograd.grad(_projected(output), single.trainable())
+    _assert_close(gradients, torch.autograd.grad(_projected(expected), single.trainable()), 1e-3)
+
+
 @pytest.mark.parametrize(
     "frozen",
     [

@@ -45,11 +45,15 @@ SCRIPTS = {
     "parameterizations.py": ["--epochs", 1, "--repeats", 3, "--batch-size", 500],
     "vgg.py": ["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500],
     "compress.py": ["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1],
+    "compare_priors.py": ["--epochs", 1, "--batch-size", 500],
     "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
 }
 
 
-@pytest.mark.parametrize(("name", "options"), SCRIPTS.items(), ids=SCRIPTS)
+OTHER_DATA = [("compare_priors.py", ["--epochs", 2, "--data", data]) for data in ("diabetes", "synthetic")]
+
+
+@pytest.mark.parametrize(("name", "options"), [*SCRIPTS.items(), *OTHER_DATA], ids=str)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_script_writes_numbers_and_a_figure(name, options, monkeypatch, tmp_path, request):
     out = tmp_path / "figure.png"
