@@ -45,6 +45,8 @@ Data walks down this list of modules, and a module imports only from those above
     training         a loop that goes on where it was killed
     metrics          how good and how sure the predictions of a classifier are
     recipes          from data to a sparse classifier, as it was measured to work
+    comparison       what a comparison of priors found, as numbers and as a table
+    compare          compare_priors: a network under several priors, measured on held-out data
     weight_plots     pictures of weights from plain data
     plots            pictures from plain data; imported on demand
 

@@ -266,7 +266,7 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
         The figure. A prior that missed the error level has a hollow mark at 1; one that needs no weights has none.
 
     Example:
-        >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
+        >>> result = svd.comparison.PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
         >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
         3
     """
