@@ -385,7 +385,7 @@ FAST = {"epochs": 1, "batch_size": 20, "seeds": [0]}
         ({"error_level": math.nan}, ValueError, "error_level: expected a finite number, at least 0, but got nan"),
         ({"init_log_variance": 100.0}, ValueError, "prior 'a': init_log_variance"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(changed, error, message, monkeypatch):
     monkeypatch.setattr("pyro_sparsevd.compare.fit", lambda *a, **k: pytest.fail("trained"))

@@ -29,7 +29,7 @@ PRIORS = {
     "jeffreys": lambda: svd.group_normal_jeffreys((1,)),
 }
 OF_NETWORKS = {"fan-in", "horseshoe", "jeffreys"}  # these need a network's parameter
-EMPIRICAL = {"layer", "relevance", "units"}
+EMPIRICAL = ["layer", "relevance", "units"]
 SPARSIFYING = {"log-uniform", "relevance", "units", "horseshoe", "jeffreys"}
 
 
