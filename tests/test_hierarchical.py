@@ -87,14 +87,14 @@ def test_inputs_without_influence_are_dropped_as_a_whole(prior, device):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 8, generator=generator)
     y = x[:, [1, 5]].sum(1) + 0.1 * torch.randn(300, generator=generator)
-    bnn = svd.bayesianize(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)).to(device), prior)
+    bnn = svd.bayesianize(nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 1)).to(device), prior)
     model = svd.Supervised(bnn, lambda out: dist.Normal(out.squeeze(-1), 0.1), num_data=300)
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     elbo = svd.SparseVD_ELBO()
     loss = elbo(model, guide)
     optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-    for step in range(800):
-        elbo.kl_weight = svd.LinearWarmup(0, 300)(step)
+    for step in range(1_200):
+        elbo.kl_weight = svd.LinearWarmup(0, 400)(step)
         optimizer.zero_grad()
         loss(x.to(device), y.to(device)).backward()
         optimizer.step()
