@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -24,9 +25,8 @@ from .guides import AutoSparseNormal
 from .metrics import uncertainty
 from .plain import evaluation_mode
 from .priors import Prior, Supervised, bayesianize
-from .schedules import LinearWarmup
+from .recipes import fit_posterior
 from .sweep import SweepPoint, threshold_sweep
-from .training import constant_then_linear, fit
 
 
 def compare_priors(
@@ -50,7 +50,7 @@ def compare_priors(
 
     Under all priors of a seed the network starts from the same weights. The posterior is that of
     :class:`~.guides.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
-    :func:`~.recipes.train_sparse`. The mean prediction that is scored is
+    :func:`~.recipes.fit_posterior`. The mean prediction that is scored is
 
     .. math:: \log \tfrac1S \sum_s p(y_n \mid x_n, w_s), \quad w_s \sim q
 
@@ -191,32 +191,15 @@ def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, spli
 
 def _train(model: Supervised, guide: AutoSparseNormal, split: Split, epochs: int, batch_size: int, lr: float) -> float:
     """Fits the posterior; returns the seconds of a step."""
-    elbo = SparseVD_ELBO(kl="exact")
-    loss = elbo(model, guide)
-    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
-    warmup = LinearWarmup(epochs / 40, epochs / 2)
-    starts, ends = [], []
-
-    def before_epoch(epoch: int) -> None:
-        elbo.kl_weight = warmup(epoch)
-        starts.append(time.perf_counter())
+    times = [time.perf_counter()]
 
     def after_epoch(epoch: int) -> dict[str, float]:
-        ends.append(time.perf_counter())
-        return {name: value.item() for name, value in elbo.terms.items()}
+        times.append(time.perf_counter())
+        return {}
 
-    fit(
-        loss,
-        split,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        scheduler=constant_then_linear(optimizer, epochs),
-        before_epoch=before_epoch,
-        after_epoch=after_epoch,
-    )
-    steps = math.ceil(len(split) / batch_size)
-    return statistics.median(end - start for start, end in zip(starts, ends, strict=True)) / steps
+    elbo = SparseVD_ELBO(kl="exact")
+    fit_posterior(elbo, model, guide, split, epochs=epochs, batch_size=batch_size, lr=lr, after_epoch=after_epoch)
+    return statistics.median(end - start for start, end in pairwise(times)) / math.ceil(len(split) / batch_size)
 
 
 def _thresholds(guide: AutoSparseNormal) -> list[float]:

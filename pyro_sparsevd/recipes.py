@@ -3,10 +3,10 @@
 These are short; copy what you want otherwise.
 """
 
-__all__ = ["choose_threshold", "fine_tune", "train_dense", "train_sparse"]
+__all__ = ["choose_threshold", "fine_tune", "fit_posterior", "train_dense", "train_sparse"]
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -64,6 +64,68 @@ def train_dense(
     return network
 
 
+def fit_posterior(
+    elbo: SparseVD_ELBO,
+    model: Supervised,
+    guide: AutoSparseNormal,
+    split: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float = 3e-3,
+    warm_up: float = 0.5,
+    after_epoch: Callable[[int], dict[str, float]] | None = None,
+    checkpoint: str | Path | None = None,
+) -> list[dict[str, float]]:
+    """Fits the posterior of a Bayesian network, with Adam.
+
+    The KL weight is 0 for a fortieth of the epochs, then rises linearly to 1; the learning rate is constant for half
+    of the epochs, then falls linearly to 0.
+
+    Args:
+        elbo: The loss, whose KL weight is set.
+        model: The model; ``split`` must be the data set whose size it was given.
+        guide: Its guide.
+        split: The training data.
+        epochs: How many times to go through the data.
+        batch_size: The number of data of a step.
+        lr: The learning rate.
+        warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
+        after_epoch: As for :func:`~.training.fit`.
+        checkpoint: As for :func:`~.training.fit`.
+
+    Returns:
+        What ``after_epoch`` returned, for each epoch.
+
+    Example:
+        >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
+        >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
+        >>> elbo = SparseVD_ELBO()
+        >>> history = fit_posterior(elbo, model, AutoSparseNormal(model), split, epochs=4, batch_size=10)
+        >>> elbo.kl_weight
+        1.0
+    """
+    loss = elbo(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
+    schedule = LinearWarmup(epochs / 40, warm_up * epochs)
+
+    def before_epoch(epoch: int) -> None:
+        elbo.kl_weight = schedule(epoch)
+
+    return fit(
+        loss,
+        split,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, epochs),
+        before_epoch=before_epoch,
+        after_epoch=after_epoch,
+        checkpoint=checkpoint,
+        description=f"sparse variational dropout, {elbo.kl} KL",
+    )
+
+
 def train_sparse(
     model: Supervised,
     guide: AutoSparseNormal,
@@ -78,10 +140,7 @@ def train_sparse(
     threshold: float = 3.0,
     checkpoint: str | Path | None = None,
 ) -> list[dict[str, float]]:
-    """Fits the posterior of a Bayesian classifier, with Adam.
-
-    The KL weight is 0 for a fortieth of the epochs, then rises linearly to 1; the learning rate is constant for half
-    of the epochs, then falls linearly to 0.
+    """Fits the posterior of a Bayesian classifier, as :func:`fit_posterior` does, and follows what it can do without.
 
     Args:
         model: The model; ``split`` must be the data set whose size it was given.
@@ -109,12 +168,6 @@ def train_sparse(
         ['compression', 'error', 'kl', 'nll', 'sparsity']
     """
     elbo = SparseVD_ELBO(kl=kl)
-    loss = elbo(model, guide)
-    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
-    warmup = LinearWarmup(epochs / 40, warm_up * epochs)
-
-    def before_epoch(epoch: int) -> None:
-        elbo.kl_weight = warmup(epoch)
 
     def after_epoch(epoch: int) -> dict[str, float]:
         summary = sparsify(guide, threshold)
@@ -125,17 +178,17 @@ def train_sparse(
             "compression": summary.compression,
         }
 
-    return fit(
-        loss,
+    return fit_posterior(
+        elbo,
+        model,
+        guide,
         split,
         epochs=epochs,
         batch_size=batch_size,
-        optimizer=optimizer,
-        scheduler=constant_then_linear(optimizer, epochs),
-        before_epoch=before_epoch,
+        lr=lr,
+        warm_up=warm_up,
         after_epoch=after_epoch,
         checkpoint=checkpoint,
-        description=f"sparse variational dropout, {kl} KL",
     )
 
 

@@ -21,3 +21,12 @@ def _isolated():
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def compiled():
+    """``torch.compile``, which switches the validation of distributions off in the whole process."""
+    validates = torch.distributions.Distribution._validate_args
+    yield torch.compile
+    torch.distributions.Distribution.set_default_validate_args(validates)
+    torch.compiler.reset()

@@ -388,7 +388,7 @@ FAST = {"epochs": 1, "batch_size": 20, "seeds": [0]}
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(changed, error, message, monkeypatch):
-    monkeypatch.setattr("pyro_sparsevd.compare.fit", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr("pyro_sparsevd.compare.fit_posterior", lambda *a, **k: pytest.fail("trained"))
     split = regression("cpu")
     arguments = {"network": linear, "priors": {"a": None}, "likelihood": unit_noise}
     arguments.update(train=split, validation=split, test=split, **FAST)

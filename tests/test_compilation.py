@@ -12,15 +12,6 @@ from torch import Tensor, nn
 import pyro_sparsevd as svd
 
 
-@pytest.fixture
-def compiled():
-    """``torch.compile``, which switches the validation of distributions off in the whole process."""
-    validates = torch.distributions.Distribution._validate_args
-    yield torch.compile
-    torch.distributions.Distribution.set_default_validate_args(validates)
-    torch.compiler.reset()
-
-
 def _loss(device: torch.device, **options: Any) -> Any:
     torch.manual_seed(1)
     layers = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 1)

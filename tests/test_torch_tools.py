@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.lazy_weight import LazyWeight, kl_log_uniform_total
-from pyro_sparsevd.nets import vgg_like
-from pyro_sparsevd.workspace import Workspace
 
 F64 = torch.float64
 NUM_DATA = 24
@@ -386,15 +382,6 @@ def test_the_whole_loss_may_be_computed_again_in_the_backward_pass(make, device)
 # Compilation.
 
 
-@pytest.fixture
-def compiled():
-    """``torch.compile``, which switches the validation of distributions off in the whole process."""
-    validates = torch.distributions.Distribution._validate_args
-    yield torch.compile
-    torch.distributions.Distribution.set_default_validate_args(validates)
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_pruned_network_compiles_to_the_same_outputs(backend, compiled, device):
     loss = _loss(device)
@@ -475,88 +462,6 @@ def _two_steps(rank: int, log_variance: float) -> dict[str, Any]:
         optimizer.zero_grad()
         parallel(*_part(rank)).backward()
     return {"gradients": gradients, "state": _state(loss)}
-
-
-# Time: the least that a step took of a processor, so that what waits for others does not count.
-
-
-def test_eight_particles_cost_no_more_than_eight_times_one(device):
-    x, y = _data(device)
-    one, eight = (_step_of(_loss(device, num_particles=particles), x, y) for particles in (1, 8))
-    assert min(_ratio(eight, one, 5) for _ in range(3)) < 8
-
-
-def test_many_sites_cost_little_more_than_their_arithmetic(device):
-    sites = 200
-    loss = _loss(device, lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(sites - 1)), nn.Linear(4, 1)))
-    x, y = _data(device)
-    parameters = list(loss.parameters())
-    weights = [(q.loc, q.log_variance) for q in loss.guide.posteriors.values()]
-    biases = [layer.bias for layer in loss.model.network]
-    workspace = Workspace()
-
-    def arithmetic() -> None:
-        lazy = [LazyWeight(svd.SparseNormal(*weight, validate_args=False), "", workspace) for weight in weights]
-        output = x
-        for weight, bias in zip(lazy, biases, strict=True):
-            output = F.linear(output, weight, bias)
-        nll = -_normal(output).log_prob(y).sum()
-        (nll + kl_log_uniform_total(lazy, "approximate")).backward()
-
-    def by_hand() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        arithmetic()
-
-    step = _step_of(loss, x, y)
-    extra = min(_seconds(step, 5) - _seconds(by_hand, 5) for _ in range(2))
-    assert extra / sites < 0.15e-3
-
-
-@pytest.mark.slow
-def test_a_step_of_fifteen_million_weights_costs_little_more_than_two_dense_ones(device):
-    torch.manual_seed(1)
-    dense = vgg_like().to(device)
-    model = svd.Supervised(svd.bayesianize(dense), lambda logits: dist.Categorical(logits=logits), 50_000)
-    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
-    assert sum(p.numel() for p in dense.parameters() if p.dim() > 1) > 14e6
-    x, y = torch.randn(100, 3, 32, 32, device=device), torch.randint(10, (100,), device=device)
-    optimizers = [torch.optim.Adam(module.parameters(), 1e-4, fused=True) for module in (loss, dense)]
-
-    def sparse_step() -> None:
-        optimizers[0].zero_grad()
-        loss(x, y).backward()
-        optimizers[0].step()
-
-    def dense_step() -> None:
-        optimizers[1].zero_grad()
-        F.cross_entropy(dense(x), y).backward()
-        optimizers[1].step()
-
-    assert _ratio(sparse_step, dense_step, 2) < 2.6
-
-
-def _ratio(step: Callable[[], Any], other: Callable[[], Any], rounds: int) -> float:
-    return _seconds(step, rounds) / _seconds(other, rounds)
-
-
-def _seconds(step: Callable[[], Any], rounds: int) -> float:
-    step()
-    times = []
-    for _ in range(rounds):
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def _step_of(loss: Any, *args: Any) -> Callable[[], None]:
-    def step() -> None:
-        for parameter in loss.parameters():
-            parameter.grad = None
-        loss(*args).backward()
-
-    return step
 
 
 if __name__ == "__main__":
