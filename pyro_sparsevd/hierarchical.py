@@ -90,7 +90,8 @@ class HierarchicalPrior:
     def make_site(self, module: PyroModule, attribute: str, buffer: str) -> "HierarchicalSite":
         """Gives a module the sites of the scales of one of its weights.
 
-        A scale of single weights starts at 1, any other at the root mean square of the weights that it is of.
+        A scale that differs along all dimensions (``dims=None``) starts at 1, any other at the root mean square of the
+        whole weight.
 
         Args:
             module: The module.
@@ -292,6 +293,6 @@ def group_normal_jeffreys(group_dims: tuple[int, ...] = (0,)) -> HierarchicalPri
 def _initial_scale(value: Tensor, dims: tuple[int, ...] | None) -> Tensor:
     if dims is None:
         return torch.ones_like(value)
-    pooled = [dim for dim in range(value.dim()) if dim not in dims]
-    mean_square = value.square().mean(pooled, keepdim=True) if pooled else value.square()
-    return mean_square.sqrt().clamp_min(1e-3)
+    # Not that of the scale's own group: a group of one weight that starts near 0 would find it hard to grow.
+    shape = [size if dim in dims else 1 for dim, size in enumerate(value.shape)]
+    return value.square().mean().sqrt().clamp_min(1e-3).expand(shape).clone()

@@ -43,13 +43,29 @@ def test_scales_of_a_convolution_are_by_filter():
 def test_scales_start_where_the_weights_are():
     net = nn.Linear(50, 3)
     guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.group_normal_jeffreys()))
-    expected = net.weight.detach().square().mean(1, keepdim=True).sqrt()
-    torch.testing.assert_close(guide.median()["weight_group_scale"], expected)
+    root_mean_square = net.weight.detach().square().mean().sqrt()
+    torch.testing.assert_close(guide.median()["weight_group_scale"], root_mean_square.expand(3, 1))
     guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.horseshoe()))
     torch.testing.assert_close(guide.median()["weight_local_scale"], torch.ones(3, 50))
-    assert guide.median()["weight_global_scale"].item() == pytest.approx(
-        float(net.weight.detach().square().mean().sqrt())
-    )
+    torch.testing.assert_close(guide.median()["weight_global_scale"], root_mean_square.expand(1, 1))
+
+
+def test_a_group_of_one_weight_that_starts_near_zero_can_grow():
+    x = torch.randn(200, 10)
+    y = x[:, 0] + 0.1 * torch.randn(200)
+    net = nn.Sequential(nn.Linear(10, 1), nn.Flatten(0))
+    with torch.no_grad():
+        net[0].weight[0, 0] = 1e-4
+    bnn = svd.bayesianize(net, svd.group_normal_jeffreys((1,)))
+    model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 0.1), num_data=200)
+    guide = svd.AutoSparseNormal(model)
+    loss = svd.SparseVD_ELBO()(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(x, y).backward()
+        optimizer.step()
+    assert float(guide.median()["0.weight"][0, 0]) == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_weight_of_zeros_has_positive_scales():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pyro_sparsevd
 
@@ -81,6 +82,21 @@ def test_the_tutorial_runs_on_the_bundled_digits(monkeypatch, tmp_path, capsys, 
     )
 
 
+def test_the_tutorial_shifts_images_in_training_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    shift = runpy.run_path(str(ROOT / "tutorials" / "lenet.py"))["RandomShift"](2)
+    images = torch.rand(200, 2, 9, 8)
+    assert shift.eval()(images) is images
+    shifted, padded = shift.train()(images), F.pad(images, (2,) * 4)
+    corners = [(top, left) for top in range(5) for left in range(5)]
+    found = [
+        [c for c in corners if torch.equal(image[:, c[0] : c[0] + 9, c[1] : c[1] + 8], moved)]
+        for image, moved in zip(padded, shifted, strict=True)
+    ]
+    assert all(len(which) == 1 for which in found)
+    assert {which[0] for which in found} == set(corners)
+
+
 def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device"):
@@ -88,6 +104,7 @@ def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
 
 
 BAD_OPTIONS = {
+    "shift": (["--shift", "-1"], "argument --shift: expected 0 or a positive integer, but got -1"),
     "threshold": (["--threshold", "nan"], "argument --threshold: expected a finite number, but got nan"),
     "epochs": (["--epochs", "0"], "argument --epochs: expected a positive integer, but got 0"),
     "batch size": (["--batch-size", "-1"], "argument --batch-size: expected a positive integer, but got -1"),

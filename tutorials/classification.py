@@ -17,9 +17,12 @@ from pyro_sparsevd.training import error
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
 
-def add_options(options: argparse.ArgumentParser, *, lr: float) -> None:
+def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_variance: float = -8.0) -> None:
     """Adds the options of the training and of the threshold to a parser."""
     options.add_argument("--lr", type=finite, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)")
+    options.add_argument(
+        "--init-log-variance", type=finite, default=init_log_variance, help="where log sigma^2 starts (%(default)s)"
+    )
     options.add_argument(
         "--warm-up", type=fraction, default=0.5, help="part of the epochs after which the KL weight is 1 (%(default)s)"
     )
@@ -87,7 +90,8 @@ def train(
     args.fine_tune = args.epochs // 9 if args.fine_tune is None else args.fine_tune
     dense = new_network()
     train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense"))
-    model, guide = classifier(dense if args.pretrained else new_network(), len(data.train))
+    network = dense if args.pretrained else new_network()
+    model, guide = classifier(network, len(data.train), args.init_log_variance)
     history = train_sparse(
         model,
         guide,

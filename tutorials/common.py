@@ -58,6 +58,13 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """Returns an integer that is not negative."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, but got {text}")
+    return number
+
+
 def finite(text: str) -> float:
     """Returns a finite number."""
     if not math.isfinite(number := float(text)):
