@@ -24,6 +24,7 @@ Data walks down this list of modules, and a module imports only from those above
     checks           of what goes into a bound
     records          the sample sites of a run, and their densities
     elbo             SparseVD_ELBO
+    tables           of text, as characters and as HTML
     summary          sparsify: which weights matter
     sweep            threshold_sweep: error and compression against the threshold
     pruning          prune: a plain sparse network; masks_held: to train it on

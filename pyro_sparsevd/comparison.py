@@ -2,11 +2,12 @@
 
 __all__ = ["PriorComparison", "PriorResult"]
 
-import html
 import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from . import tables
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,10 @@ class PriorComparison:
         return {"error_name": self.error_name, "results": [asdict(result) for result in self.results]}
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows = [(row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])) for row in cells]
-        return "\n".join("  ".join(row).rstrip() for row in rows)
+        return tables.as_text(self._cells())
 
     def _repr_html_(self) -> str:
-        header, *rows = self._cells()
-        lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
-        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        return tables.as_html(self._cells())
 
     def _cells(self) -> list[tuple[str, ...]]:
         header = ("prior", self.error_name, "NLL, nats", "calibration error", "compression", "error at it", "ms/step")

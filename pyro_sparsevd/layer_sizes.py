@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tables
 from .unit_flow import Layer
 
 
@@ -92,9 +93,7 @@ class ShrinkReport:
             cells.append((name, *(_change(*pair) for pair in pairs)))
         totals = (self.parameters_before, self.parameters_after), (self.multiply_adds_before, self.multiply_adds_after)
         cells.append(("network", "", *(_change(*pair) for pair in totals)))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))).rstrip() for row in cells]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([tables.as_text(cells), *(f"note: {note}" for note in self.notes)])
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 __all__ = ["SiteSparsity", "SparsitySummary", "sparsify"]
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor
 
+from . import tables
 from .guides import AutoSparseNormal, sparse_normal_parts
 
 
@@ -126,22 +126,14 @@ class SparsitySummary:
         }
 
     def __str__(self) -> str:
-        cells = [_HEADER, *self._cells()]
-        first = max(len(row[0]) for row in cells)
-        widths = [max(len(row[i]) for row in cells) for i in range(1, len(_HEADER))]
-        lines = []
-        for name, *numbers in cells:
-            numbers = [number.rjust(width) for number, width in zip(numbers, widths, strict=True)]
-            lines.append(f"{name:{max(first, 14)}s}  " + "  ".join(numbers))
-        return "\n".join(line.rstrip() for line in lines)
+        return tables.as_text(self._cells())
 
     def _repr_html_(self) -> str:
-        rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)]
-        rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._cells()]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        return tables.as_html(self._cells())
 
     def _cells(self) -> list[tuple[str, ...]]:
-        rows = [
+        rows: list[tuple[str, ...]] = [_HEADER]
+        rows += [
             (site.name, " x ".join(map(str, site.shape)), *_numbers(site.kept, site.total), f"{site.threshold:.2f}")
             for site in self.sites
         ]
