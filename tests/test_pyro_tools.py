@@ -1,5 +1,6 @@
 """Pyro's own tools around a sparse model, and what Pyro asks of AutoNormal, asked of both guides side by side."""
 
+import io
 import math
 import sys
 import types
@@ -18,6 +19,7 @@ from pyro.infer import (
     NUTS,
     SVI,
     Importance,
+    JitTrace_ELBO,
     Predictive,
     RenyiELBO,
     ReweightedWakeSleep,
@@ -1656,3 +1658,63 @@ def test_a_median_starts_a_markov_chain(make):
     chain = MCMC(kernel, num_samples=5, warmup_steps=5, disable_progbar=True)
     chain.run()
     assert chain.get_samples()["w"].shape == (5, 3)
+
+
+# torch.jit traces a guide, and what predicts with it, into a file that needs no Pyro.
+
+traces_with_jit = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
+
+
+def _traced(module: nn.Module, *args: Any) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace_module(module, {"call": args}, check_trace=False), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def _traceable_supports() -> None:
+    pyro.sample("positive", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("plate", 2):
+        pyro.sample("unit", dist.Beta(2.0, 2.0))
+        pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+
+
+TRACEABLE = [param for param in ZOO if param.id not in ("supports", "subsampled", "subsampled_twice")]
+
+
+@pytest.mark.parametrize("make", GUIDES)
+@pytest.mark.parametrize("make_model", [*TRACEABLE, pytest.param(lambda: _traceable_supports, id="supports")])
+@traces_with_jit
+def test_a_traced_guide_is_saved_with_its_parameters_and_samples_alike(make, make_model):
+    guide = make(make_model())
+    guide()
+    loaded = _traced(guide)
+    assert _same(_state(loaded), _state(guide))
+    for value, expected in zip(_seeded(loaded.call), _seeded(guide.call), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("make", GUIDES)
+@traces_with_jit
+def test_traced_predictions_are_those_of_the_posterior(make):
+    model, (x, y) = _supervised(prior=LogUniform(1e-4, 10.0)), _data()
+    guide = make(model)
+    guide(x, y)
+    for name in WEIGHTS:  # Predictive draws more numbers than its trace does, so that seeds do not compare
+        _set_posterior(guide, name, _mean_of(guide, name), 1e-9)
+    predictive = Predictive(model, guide=guide, num_samples=5, return_sites=["_RETURN"])
+    torch.testing.assert_close(_seeded(_traced(predictive, x).call, x), _seeded(predictive.call, x))
+
+
+@pytest.mark.parametrize("make", GUIDES)
+@traces_with_jit
+def test_a_traced_bound_takes_the_guide(make):
+    model, data = _supervised(prior=LogUniform(1e-4, 10.0)), _data()
+    guide = make(model)
+    guide(*data)
+    bound = JitTrace_ELBO()
+    bound.loss_and_grads(model, guide, *data)  # which traces it, with samples of its own
+    expected = _seeded(Trace_ELBO().loss_and_grads, model, guide, *data)
+    assert _seeded(bound.loss_and_grads, model, guide, *data) == pytest.approx(expected)
