@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 from .distributions import LogUniform
 from .hierarchical import HierarchicalPrior
 from .selection import Pattern, choose, matches
-from .sites import SharedSite, SitePrior
+from .sites import EverySite, SharedSite, SitePrior
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
 Prior: TypeAlias = WeightPriors | Mapping[str, WeightPriors] | Callable[[str, nn.Parameter], WeightPriors]
@@ -41,7 +41,7 @@ def bayesianize(
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
     the parameters of normalisation layers and all buffers stay as they are. A tensor that several modules share is
-    one site, under its first name.
+    one site, under its first name. A layer that a pass of the network skips has its latents all the same.
 
     Args:
         net: Any network. It is not changed.
@@ -85,6 +85,7 @@ def bayesianize(
     for name, fitted in priors.items():
         for alias in aliases[name]:
             _make_site(bnn, alias, name, fitted)
+    bnn.register_forward_hook(EverySite(priors))
     return bnn
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 from .guides import sparse_normal_parts
 from .hierarchical import ScaleSite
 from .masking import check_masks
-from .sites import SharedSite, SitePrior
+from .sites import EverySite, SharedSite, SitePrior
 from .summary import SparsitySummary
 
 
@@ -133,5 +133,7 @@ def _to_plain_module_(module: PyroModule) -> None:
     module.__class__ = original
     for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
         del module.__dict__[name]
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, EverySite)]:
+        del module._forward_hooks[key]
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

@@ -1,9 +1,9 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors"]
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -126,6 +126,36 @@ class SharedSite:
     def __call__(self, module: nn.Module) -> Tensor:
         """Returns the owner's draw."""
         return getattr(self.owner, self.attribute)
+
+
+class EverySite:
+    """A forward hook of a network that draws the sites that the pass did not use.
+
+    What a layer weighs a priori does not depend on whether this pass skips it, so a network has all its latents in
+    every pass.
+
+    Args:
+        names: The names of the sites.
+
+    Example:
+        >>> heads = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        >>> bnn = svd.bayesianize(heads, svd.LogUniform(1e-4, 1.0))
+        >>> bnn.forward = lambda x: bnn["a"](x)
+        >>> pyro.poutine.trace(bnn).get_trace(torch.zeros(1, 2)).stochastic_nodes
+        ['a.weight', 'b.weight']
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._paths = [name.split(".") for name in names]
+
+    def __call__(self, network: nn.Module, args: Any, output: Any) -> None:
+        """Draws them; those that the pass used have their values already."""
+        for *path, attribute in self._paths:
+            module: Any = network
+            for part in path:
+                module = module and module._modules.get(part)
+            if module is not None and attribute in module.__dict__.get("_pyro_samples", ()):
+                getattr(module, attribute)
 
 
 def in_backward_pass() -> bool:

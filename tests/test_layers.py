@@ -1,6 +1,10 @@
 """What each layer does with a weight that is not drawn yet, as the table of docs/layers.md says."""
 
+import copy
+import math
+import pickle
 import re
+import warnings
 from pathlib import Path
 
 import pyro.distributions as dist
@@ -8,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
 from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -225,3 +231,71 @@ def test_the_page_has_a_row_for_each_of_these():
     kinds = {"none": "local", "all": "drawn", "some": "both"}
     expected = {row: kinds["some" if isinstance(drawn, set) else drawn] for row, [(*_, drawn), *_] in LAYERS.items()}
     assert dict(rows) == expected | dict.fromkeys(REFUSED, "refused")
+
+
+class Skipping(nn.Module):
+    """A network that leaves a layer out on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.skip = True
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        return self.last(x if self.skip else x + self.second(x).tanh())[:, 0]
+
+
+def skipping(prior=None, device="cpu"):
+    torch.manual_seed(1)
+    bnn = svd.bayesianize(Skipping().to(device), prior)
+    model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0), 10)
+    return model, svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.randn(5, 4, device=device)
+
+
+PRIORS = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0), "horseshoe": svd.horseshoe()}
+
+
+@pytest.mark.parametrize("prior", [PRIORS["log-uniform"], PRIORS["normal"]], ids=["log-uniform", "normal"])
+@pytest.mark.parametrize("local_reparam", [True, False])
+def test_a_layer_that_a_pass_skips_costs_its_divergence_and_feels_no_data(prior, local_reparam, device):
+    model, guide, x = skipping(prior, device)
+    loss = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)(model, guide)
+    parameters = [value for name, value in guide.named_parameters() if "second" in name]
+    site = model.network.second._pyro_samples["weight"].of(model.network.second)
+    cost = torch.distributions.kl_divergence(guide.posteriors["second.weight"], site.base_dist).sum()
+    alone = torch.autograd.grad(cost, parameters)
+    torch.testing.assert_close(torch.autograd.grad(loss(x, x[:, 0]), parameters), alone)
+    model.network.skip = False
+    of_loc, _ = torch.autograd.grad(loss(x, x[:, 0]), parameters)
+    assert not torch.allclose(of_loc, alone[0])
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+@pytest.mark.parametrize("elbo", [svd.SparseVD_ELBO(), Trace_ELBO()], ids=["sparse", "Trace_ELBO"])
+def test_passes_that_skip_a_layer_and_others_train_by_turns(prior, elbo, device):
+    model, guide, x = skipping(prior, device)
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), elbo)  # which would warn of sites that only one of the two has
+    for step in range(4):
+        model.network.skip = step % 2 == 0
+        assert math.isfinite(svi.step(x, x[:, 0]))
+    assert "second.weight" in guide.posteriors
+
+
+def test_a_network_that_skips_layers_is_copied_pickled_and_pruned(device):
+    model, guide, x = skipping(device=device)
+    for network in (copy.deepcopy(model.network), pickle.loads(pickle.dumps(model.network))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", svd.ImproperPriorWarning)
+            assert "second.weight" in poutine.trace(network).get_trace(x).nodes
+    svd.SparseVD_ELBO()(model, guide)(x, x[:, 0])
+    plain = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
+    assert not plain._forward_hooks
+    plain.skip = False
+    torch.testing.assert_close(plain.second.weight, guide.median()["second.weight"])
+
+
+def test_a_part_that_was_replaced_after_all_has_no_site(device):
+    model, _, x = skipping(svd.LogUniform(1e-4, 1.0), device)
+    model.network.second = nn.Linear(4, 4).to(device)
+    assert "second.weight" not in poutine.trace(model).get_trace(x).nodes
