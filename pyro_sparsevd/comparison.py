@@ -25,7 +25,7 @@ class PriorResult:
         validation_error: As ``error``, on the validation data.
         error_level: The largest validation error that a sparse network may have, the same for all priors of a seed.
         compression: The largest number of weights over the number kept at which the validation error is no larger: 1
-            where no weight can be dropped; NaN where not even all the weights reach that level.
+            where only all the weights reach that level; NaN where no number of them does.
         threshold: The log α above which weights are dropped for it; NaN likewise.
         sparse_error: As ``error``, of the network with these weights dropped; NaN likewise.
         seconds_per_step: The time of a training step, the median over the epochs.

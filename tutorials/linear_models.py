@@ -8,6 +8,7 @@ data to read and no batches.
 """
 
 import argparse
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import checkpoint, finite, parser, write
+from common import checkpoint, finite, natural, parser, write
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
@@ -28,6 +29,10 @@ from pyro_sparsevd.datasets import Split
 from pyro_sparsevd.training import constant_then_linear, fit
 
 OBJECTS, RELEVANT, NOISE = 1_000, 10, 990
+
+# scikit-learn 1.8 has another name for the penalty.
+_SINCE_1_8 = "use_legacy_attributes" in inspect.signature(LogisticRegressionCV).parameters
+_L1: dict[str, Any] = {"l1_ratios": (1.0,), "use_legacy_attributes": False} if _SINCE_1_8 else {"penalty": "l1"}
 
 
 def likelihood(kind: str, output: Tensor) -> dist.TorchDistribution:
@@ -116,9 +121,7 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
 def fit_lasso(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Fits scikit-learn's Lasso, or a logistic regression with its penalty."""
     if kind == "logistic":
-        strengths = np.logspace(-3, 0, 10)
-        options = {"solver": "liblinear", "scoring": "neg_log_loss", "use_legacy_attributes": False}
-        found = LogisticRegressionCV(Cs=strengths, l1_ratios=(1.0,), **options)
+        found = LogisticRegressionCV(Cs=np.logspace(-3, 0, 10), solver="liblinear", scoring="neg_log_loss", **_L1)
         found.fit(x.numpy(), y.numpy())
     else:
         found = LassoCV(cv=5).fit(x.numpy(), y.numpy())
@@ -129,7 +132,7 @@ def fit_lasso(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict
 
 def fit_horseshoe(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Samples the posterior of the horseshoe model."""
-    kernel = NUTS(horseshoe_model(kind), max_tree_depth=6)
+    kernel = NUTS(horseshoe_model(kind), max_tree_depth=8)  # shorter trees leave intervals that are far too narrow
     mcmc = MCMC(kernel, args.horseshoe_samples, warmup_steps=args.horseshoe_samples)
     mcmc.run(x, y)
     samples = mcmc.get_samples()
@@ -152,9 +155,9 @@ def evaluate(kind: str, found: dict[str, Any], x: Tensor, y: Tensor) -> dict[str
 
 def main() -> None:
     """Runs the experiment."""
-    options = parser(str(__doc__), epochs=3_000, out="linear_models.png")
+    options = parser(str(__doc__), epochs=3_000, out="linear_models.png", batch_size=OBJECTS, data_dir="not used")
     options.add_argument("--threshold", type=finite, default=3.0, help="log alpha above which features are dropped")
-    options.add_argument("--horseshoe-samples", type=int, default=150, help="and as many to warm up (%(default)s)")
+    options.add_argument("--horseshoe-samples", type=natural, default=300, help="and as many to warm up (%(default)s)")
     args = options.parse_args()
     methods = {"Sparse VD": fit_sparse, "Lasso": fit_lasso, "horseshoe, NUTS": fit_horseshoe}
     if args.horseshoe_samples == 0:
