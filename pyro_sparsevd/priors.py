@@ -40,8 +40,9 @@ def bayesianize(
 
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
-    other parameters of one dimension, such as those of batch normalisation, and all buffers stay as they are. A tensor that several modules share is
-    one site, under its first name. A layer that a call of the network skips has its latents all the same.
+    other parameters of one dimension, such as those of batch normalisation, and all buffers stay as they are. A tensor
+    that several modules share is one site, under its first name. A layer that a call of the network skips has its
+    latents all the same.
 
     Args:
         net: Any network. It is not changed.

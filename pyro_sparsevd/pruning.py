@@ -111,8 +111,8 @@ def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
         if site not in weights:
             known = ", ".join(weights) or "none"
             raise ValueError(
-                f"{site}: expected this site of the network in the guide, but the guide has {known}; is it the guide of "
-                "another network, or was the site hidden from it?"
+                f"{site}: expected this site of the network in the guide, but the guide has {known}; is it the guide "
+                "of another network, or was the site hidden from it?"
             )
         module._parameters[attribute] = weights[site]
         if isinstance(prior, SitePrior):
