@@ -23,7 +23,7 @@ from .datasets import Split
 from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .metrics import uncertainty
-from .plain import evaluation_mode
+from .plain import evaluation_mode, same_random_numbers
 from .priors import Prior, Supervised, bayesianize
 from .recipes import fit_posterior
 from .sweep import SweepPoint, threshold_sweep
@@ -109,9 +109,8 @@ def compare_priors(
         seeds,
     )
     make = partial(_model_and_guide, network, likelihood, train, init_log_variance)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     results: list[PriorResult] = []
-    with torch.random.fork_rng(devices), pyro.get_param_store().scope():
+    with same_random_numbers(), pyro.get_param_store().scope():
         error_name = _try_all(make, priors, seeds[0], validation)
         for seed in seeds:
             runs = []
@@ -183,6 +182,8 @@ def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, spli
     for name, prior in priors.items():
         try:
             model, guide = make(prior, seed)
+            if not guide.real_sites:
+                raise ValueError("expected weights that are real numbers, of which some can be dropped, but got none")
             ((likelihood, _),) = _predictions(model, guide, [(split.images[:1], split.labels[:1])])
         except (TypeError, ValueError) as error:
             raise type(error)(f"prior {name!r}: {error}") from error

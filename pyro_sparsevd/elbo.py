@@ -12,7 +12,7 @@ from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.elbo import ELBO
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import kl_divergence
 
 from .checks import blame, check_auxiliary, check_latent, is_finite
 from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
@@ -20,6 +20,7 @@ from .divergence import Form
 from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
 from .local_reparam import local_reparam
+from .masking import kept_parts
 from .records import SampleSites, Sites, log_prob, scored
 from .workspace import Workspace
 
@@ -173,6 +174,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss and its two terms; starts again where a weight turns out to be used more than once."""
         while True:
+            random_state = torch.get_rng_state()
             try:
                 with unchanged_buffers_on_error(model):
                     nll, kl = self._mean_terms(model, guide, args, kwargs)
@@ -184,6 +186,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
                     raise
                 self._drawn_sites.add(repeated.site)
+                torch.set_rng_state(random_state)  # a run that is resumed, and finds this out again, is the same
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         if self.local_reparam:
@@ -212,7 +215,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 log_likelihoods.append(log_prob(site))
                 continue
             if name not in guide_sites:
-                raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
+                raise ValueError(
+                    f"{name}: expected this latent of the model in the guide, which has no such site; a model whose "
+                    "passes use different layers of a network must be a Supervised"
+                )
             q = guide_sites[name]
             check_latent(name, q, site)
             prior = unwrap_independent(site["fn"])
@@ -232,10 +238,11 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
         if self.kl != "monte_carlo":
             if _have_same_scale_and_mask(q, p):
-                kl = _closed_form(q["fn"], p["fn"], self.kl)
+                kl = _closed_form(q, p, self.kl)
                 if kl is not None:
                     return scale_and_mask(kl, q["scale"], q["mask"]).sum()
             logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
+        q, p = kept_parts(q, p)
         try:
             return log_prob(q) - log_prob(p)
         except NotImplementedError as error:
@@ -262,15 +269,16 @@ def _are_same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and first == second
 
 
-def _closed_form(q: Distribution, p: Distribution, form: Any) -> Tensor | None:
-    """Returns KL(q || p) with their batch shape, or None where no closed form is known."""
-    base_q, base_p = unwrap_independent(q), unwrap_independent(p)
+def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
+    """Returns the divergence of a site with its batch shape, or None where no closed form is known."""
+    base_q, base_p = unwrap_independent(q["fn"]), unwrap_independent(p["fn"])
     if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
-        return sum_rightmost(kl_normal_log_uniform(base_q, base_p, form), len(p.event_shape))
+        return sum_rightmost(kl_normal_log_uniform(base_q, base_p, form), len(p["fn"].event_shape))
     if isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
         return None
+    q, p = kept_parts(q, p)
     try:
-        return kl_divergence(q, p)
+        return kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
 

@@ -21,6 +21,7 @@ from .distributions import SparseNormal
 from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
+from .plain import same_random_numbers
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
 
 
@@ -149,7 +150,7 @@ class AutoSparseNormal(GaussianParameters):
             The median of each latent by the name of its site.
         """
         self._require_sites(*args, **kwargs)
-        return {name: site.transform(self._parameters_of(name)[0]).clone() for name, site in self._sites.items()}
+        return {name: self.in_support(name, self._parameters_of(name)[0]).clone() for name in self._sites}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -168,7 +169,7 @@ class AutoSparseNormal(GaussianParameters):
         for name, posterior in self.posteriors.items():
             probabilities = torch.as_tensor(quantiles, dtype=posterior.loc.dtype, device=posterior.loc.device)
             probabilities = probabilities.reshape(-1, *(1 for _ in posterior.batch_shape))
-            result[name] = self._sites[name].transform(posterior.icdf(probabilities))
+            result[name] = self.in_support(name, posterior.icdf(probabilities))
         return result
 
     def sparsified(self, summary: Any) -> "SparsifiedGuide":
@@ -216,12 +217,12 @@ class AutoSparseNormal(GaussianParameters):
         return copy.deepcopy(self, {id(self._model): self._model})
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with unchanged_buffers(self._model and self._model[0]):
-            super()._setup_prototype(*args, **kwargs)
         early = dict(self._sites)
         try:
-            self._set_up_sites()
-        except ValueError:
+            with unchanged_buffers(self._model and self._model[0]), same_random_numbers():
+                super()._setup_prototype(*args, **kwargs)
+                self._set_up_sites()
+        except Exception:
             self._sites, self.prototype_trace = early, None  # so that the next call finds the error again
             raise
         for name in early.keys() - self._sites.keys():
@@ -254,6 +255,11 @@ class AutoSparseNormal(GaussianParameters):
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
         transform = simplified(biject_to(prior.support))
         loc = transform.inv(value.detach())
+        if not bool(loc.isfinite().all()):
+            raise ValueError(
+                f"{name}: expected initial values inside the support of the prior, {prior.support}; give the guide an "
+                "init_loc_fn, or the site another prior"
+            )
         event_dim = len(prior.event_shape) + loc.dim() - value.dim()
         for frame in frames:
             full_size = frame.full_size or frame.size

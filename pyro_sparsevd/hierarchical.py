@@ -295,4 +295,4 @@ def _initial_scale(value: Tensor, dims: tuple[int, ...] | None) -> Tensor:
         return torch.ones_like(value)
     # Not that of the scale's own group: a group of one weight that starts near 0 would find it hard to grow.
     shape = [size if dim in dims else 1 for dim, size in enumerate(value.shape)]
-    return value.square().mean().sqrt().clamp_min(1e-3).expand(shape).clone()
+    return value.square().mean().sqrt().nan_to_num().clamp_min(1e-3).expand(shape).clone()

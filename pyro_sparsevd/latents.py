@@ -129,7 +129,7 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
     if isinstance(base, EmpiricalNormal):
-        return base.group_dims != (), base.group_dims or ()
+        return base.is_sparse, (base.group_dims or ()) if base.is_sparse else ()
     return isinstance(base, LogUniform), ()
 
 

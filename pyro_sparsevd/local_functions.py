@@ -58,7 +58,7 @@ class LocalLinear(torch.autograd.Function):
         ctx.save_for_backward(inputs, weights, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
-        return output, loc.new_zeros(())
+        return output.data, loc.new_zeros(())  # a view would refuse a change in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
     @once_differentiable
@@ -184,7 +184,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         ctx.save_for_backward(patches, loc, variance, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
-        return output.view(*shape[:2], *_output_size(x, loc.shape[2:], geometry)), loc.new_zeros(())
+        return output.view(*shape[:2], *_output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """The posterior with dropped weights at zero."""
 
-__all__ = ["SparsifiedGuide", "check_masks"]
+__all__ = ["KeptNormal", "SparsifiedGuide", "check_masks", "kept_parts"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +41,7 @@ class SparsifiedGuide(nn.Module):
         self.guide = guide.copy_with_same_model()
         self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
         for name, number in self._mask_numbers.items():
-            self.register_buffer(number, masks[name])
+            self.register_buffer(number, masks[name].clone())
             with torch.no_grad():
                 self.guide._plain_parameters_of(name)[0].mul_(masks[name])  # so that a new summary drops them, too
 
@@ -88,6 +88,69 @@ def check_masks(shapes: Mapping[str, torch.Size], masks: Mapping[str, Tensor]) -
             )
 
 
+class KeptNormal(SparseNormal):
+    """The posterior of weights of which some are held at zero.
+
+    To a divergence and to a sampled output, these are weights of mean 0 and of the smallest variance of which single
+    precision knows the inverse; what is drawn of them is zero.
+
+    Args:
+        loc: The means.
+        log_variance: The log variances.
+        kept: Which weights are not held at zero.
+
+    Example:
+        >>> KeptNormal(torch.ones(2), torch.zeros(2), torch.tensor([True, False])).sample() == 0
+        tensor([False,  True])
+    """
+
+    def __init__(self, loc: Tensor, log_variance: Tensor, kept: Tensor) -> None:
+        super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
+        self.kept = kept
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws the weights that are kept; the others are 0."""
+        return super().rsample(torch.Size(sample_shape)) * self.kept
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws likewise, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "KeptNormal":
+        """Returns this distribution with its batch shape expanded."""
+        new = super().expand(batch_shape, self._get_checked_instance(KeptNormal, _instance))
+        new.kept = self.kept.expand(batch_shape)
+        return new
+
+
+def kept_parts(q: Any, p: Any) -> tuple[Any, Any]:
+    """Leaves to the divergence of a site what is not held at zero.
+
+    Args:
+        q: The site in a guide.
+        p: The site in a model.
+
+    Returns:
+        Both, with the other weights masked where their prior has a density for each weight.
+
+    Example:
+        >>> site = {"fn": dist.Normal(0.0, 1.0)}
+        >>> kept_parts(site, site) == (site, site)
+        True
+    """
+    kept = getattr(unwrap_independent(q["fn"]), "kept", None)
+    if kept is None or unwrap_independent(p["fn"]).batch_shape != kept.shape:
+        return q, p
+    return _masked(q, kept), _masked(p, kept)
+
+
+def _masked(site: Any, kept: Tensor) -> Any:
+    fn: Any = unwrap_independent(site["fn"])
+    value = torch.where(kept, site["value"], 1.0)  # where 0 has no density
+    return {**site, "fn": fn.mask(kept).to_event(len(site["fn"].event_shape)), "value": value}
+
+
 class _MaskMessenger(Messenger):
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -100,28 +163,4 @@ class _MaskMessenger(Messenger):
         fn = msg["fn"]
         mask = pyro.subsample(mask, event_dim=len(fn.event_shape))
         q: Any = unwrap_independent(fn)
-        msg["fn"] = _KeptNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))
-
-
-class _KeptNormal(SparseNormal):
-    """The posterior of weights of which some are held at zero.
-
-    To a divergence and to a sampled output, these are weights of mean 0 and of the smallest variance of which single
-    precision knows the inverse; what is drawn of them is zero.
-    """
-
-    def __init__(self, loc: Tensor, log_variance: Tensor, kept: Tensor) -> None:
-        super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
-        self.kept = kept
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return super().rsample(torch.Size(sample_shape)) * self.kept
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_KeptNormal":
-        new = super().expand(batch_shape, self._get_checked_instance(_KeptNormal, _instance))
-        new.kept = self.kept.expand(batch_shape)
-        return new
+        msg["fn"] = KeptNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))

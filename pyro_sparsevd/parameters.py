@@ -75,6 +75,19 @@ class GaussianParameters(AutoGuide):
                         deep_setattr(parameters, name, PyroParam(new, constraints.real, None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def in_support(self, name: str, value: Tensor) -> Tensor:
+        """Maps a value of a site from unconstrained space to the support of its prior.
+
+        Args:
+            name: The name of the site.
+            value: The value.
+
+        Returns:
+            The value; unchanged where the prior is not known yet, as after a state was loaded.
+        """
+        site = self._sites.get(name)
+        return value if site is None else site.transform(value)
+
     def _set_parameters(self, name: str, loc: Tensor, event_dim: int) -> None:
         if name in self._site_names():
             existing = self._parameters_of(name)[0]
@@ -87,12 +100,19 @@ class GaussianParameters(AutoGuide):
                     f"{name}: the state loaded is of shape {tuple(existing.shape)}, but the model's site needs "
                     f"{tuple(loc.shape)}"
                 )
-        loc = loc.detach().clone(memory_format=torch.contiguous_format)
-        spread = torch.full_like(loc, self.init_log_variance)
+        with torch.inference_mode(False):  # or no optimiser could change them
+            loc = loc.detach().clone(memory_format=torch.contiguous_format)
+            spread = torch.full_like(loc, self.init_log_variance)
         if self.parameterization == "multiplicative":
             spread -= _log_squares(loc)
+        known = name in self._site_names()
         for parameters, value in zip(self._parameter_modules(), (loc, spread), strict=True):
-            deep_setattr(parameters, name, PyroParam(value, constraints.real, event_dim))
+            if known:  # an optimiser may have it already
+                module, attribute = _leaf(parameters, name)
+                module._parameters[f"{attribute}_unconstrained"].data = value
+                module._pyro_params[attribute] = constraints.real, event_dim
+            else:
+                deep_setattr(parameters, name, PyroParam(value, constraints.real, event_dim))
 
     def _remove_site(self, name: str) -> None:
         for module, attribute in self._leaves(name):

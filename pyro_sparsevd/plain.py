@@ -1,14 +1,16 @@
-"""Plain networks: checks, and evaluation mode for a while."""
+"""What is common to all networks: checks, copies, and what is undone after a while."""
 
-__all__ = ["check_finite", "check_plain", "evaluation_mode"]
+__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "same_random_numbers"]
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -34,6 +36,40 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Puts torch's generators back to where they were.
+
+    Example:
+        >>> with same_random_numbers():
+        ...     first = torch.rand(())
+        >>> bool(torch.rand(()) == first)
+        True
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """Copies a network in depth, with what its forward pass or hooks computed and left in its modules.
+
+    Args:
+        net: The network.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> net.last = net(torch.ones(1, 2))  # of which copy.deepcopy makes an error
+        >>> torch.equal(copied(net).last, net.last)
+        True
+    """
+    tensors = (v for module in net.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
+    return copy.deepcopy(net, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
 
 
 def check_plain(net: Any) -> None:

@@ -6,14 +6,14 @@
 
 __all__ = ["Supervised", "bayesianize"]
 
-import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, TypeAlias
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.messenger import Messenger
@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 
 from .distributions import LogUniform
 from .hierarchical import HierarchicalPrior
+from .plain import copied
 from .selection import Pattern, choose, matches
 from .sites import EverySite, SharedSite, SitePrior
 
@@ -41,8 +42,7 @@ def bayesianize(
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
     other parameters of one dimension, such as those of batch normalisation, and all buffers stay as they are. A tensor
-    that several modules share is one site, under its first name. A layer that a call of the network skips has its
-    latents all the same.
+    that several modules share is one site, under its first name.
 
     Args:
         net: Any network. It is not changed.
@@ -75,18 +75,19 @@ def bayesianize(
     prior = LogUniform() if prior is None else prior
     if isinstance(prior, Mapping):
         for glob in prior:
+            if not isinstance(glob, str):
+                raise TypeError(f"prior: expected globs on the names of parameters as keys, but got {glob!r}")
             matches(net, dict(net.named_parameters()), glob, "prior")
-    priors = {name: _fitted_prior(name, net.get_parameter(name), prior) for name in chosen}
-    bnn = copy.deepcopy(net, {id(t): t.detach().clone() for t in _derived_tensors(net)})
-    aliases = _aliases(bnn)
+    names = _aliases(net)
+    priors = {name: _fitted_prior(names[name], net.get_parameter(name), prior) for name in chosen}
+    bnn = copied(net)
     to_pyro_module_(bnn)
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if path and isinstance(module, PyroModule):
             module._pyro_name = path
     for name, fitted in priors.items():
-        for alias in aliases[name]:
+        for alias in names[name]:
             _make_site(bnn, alias, name, fitted)
-    bnn.register_forward_hook(EverySite(priors))
     return bnn
 
 
@@ -96,9 +97,10 @@ class Supervised(PyroModule):
     .. math:: y_n \mid x_n, w \sim \mathrm{likelihood}(\mathrm{network}(x_n; w)), \quad n = 1 \ldots N
 
     The observations are the site ``y`` in the plate ``data``, which scales the log likelihood of a mini-batch of M
-    by N/M. The sites of the network keep their own names. The parameters of two models live side by side in Pyro's
-    parameter store, whatever their names: the second to come is numbered. A store that was saved does not bring the
-    network's own parameters, such as biases, back into another model: save ``state_dict()`` of model and guide.
+    by N/M. The sites of the network keep their own names, and all are drawn in every pass, those of layers that it
+    skips too. The parameters of two models live side by side in Pyro's parameter store, whatever their names: the
+    second to come is numbered. A store that was saved does not bring the network's own parameters, such as biases, back
+    into another model: save ``state_dict()`` of model and guide.
 
     Args:
         network: A Bayesian network, as :func:`bayesianize` returns it.
@@ -129,6 +131,7 @@ class Supervised(PyroModule):
         self._modules["network"] = network
         self.likelihood: Callable[[Any], Distribution] = likelihood
         self.num_data: int = num_data
+        self._draw_every_site: EverySite = EverySite(network)
 
     @property
     def network(self) -> PyroModule:
@@ -151,13 +154,18 @@ class Supervised(PyroModule):
         """
         size = self._batch_size(x, y)
         with _OwnParameters():
-            output = self.network(x)
+            with self.network._pyro_context:
+                output = self.network(x)
+                self._draw_every_site(self.network)
             likelihood = self.likelihood(output)
         if not likelihood.batch_shape or likelihood.batch_shape[-1] != size:
             raise ValueError(
                 f"likelihood: expected one distribution per datum, batch_shape (..., {size}), but got "
                 f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
             )
+        expected = likelihood.batch_shape + likelihood.event_shape
+        if y is not None and not _broadcasts_to(y.shape, expected):
+            raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
         with pyro.plate("data", self.num_data, subsample=x):
             pyro.sample("y", likelihood, obs=y)
         return output
@@ -201,9 +209,17 @@ class _OwnParameters(Messenger):
         msg["args"] = (msg["name"], parameter)
 
 
-def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPriors:
-    """Returns the prior of a parameter, expanded to its shape."""
-    found = _prior_of(name, parameter, prior)
+def _broadcasts_to(shape: torch.Size, expected: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, expected) == expected
+    except RuntimeError:
+        return False
+
+
+def _fitted_prior(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:
+    """Returns the prior of a parameter, which may have several names, expanded to its shape."""
+    name = names[0]
+    found = _prior_of(names, parameter, prior)
     if isinstance(found, HierarchicalPrior):
         found.check_shape(name, parameter.shape)
         return found
@@ -221,9 +237,10 @@ def _fitted_prior(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPri
     return fitted
 
 
-def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPriors:
+def _prior_of(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:
+    name = names[0]
     if isinstance(prior, Mapping):
-        matching = [p for glob, p in prior.items() if fnmatchcase(name, glob)]
+        matching = [p for glob, p in prior.items() if any(fnmatchcase(alias, glob) for alias in names)]
         if not matching:
             raise ValueError(f"{name}: expected a prior, but none of {list(prior)} matches; add one or exclude it")
         found = matching[0]
@@ -236,12 +253,6 @@ def _prior_of(name: str, parameter: nn.Parameter, prior: Prior) -> WeightPriors:
     if not isinstance(found, WeightPriors):
         raise TypeError(f"{name}: expected a distribution as its prior, but got {found!r}")
     return found
-
-
-def _derived_tensors(net: nn.Module) -> Iterator[Tensor]:
-    """Yields what hooks such as the old weight_norm compute and leave in a module, which deepcopy refuses."""
-    for module in net.modules():
-        yield from (v for v in module.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf)
 
 
 def _aliases(net: nn.Module) -> dict[str, list[str]]:

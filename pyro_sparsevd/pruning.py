@@ -2,20 +2,20 @@
 
 __all__ = ["masks_held", "prune"]
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from .guides import sparse_normal_parts
 from .hierarchical import ScaleSite
 from .masking import check_masks
-from .sites import EverySite, SharedSite, SitePrior
+from .plain import copied
+from .sites import SharedSite, SitePrior
 from .summary import SparsitySummary
 
 
@@ -48,10 +48,10 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
         raise TypeError(f"bnn: expected the result of bayesianize, but got {type(bnn).__name__}")
     locs: dict[str, Tensor] = {}
     for part in sparse_normal_parts(guide):
-        locs.update({name: q.loc for name, q in part.posteriors.items()})
+        locs.update({name: part.in_support(name, q.loc) for name, q in part.posteriors.items()})
     check_masks({name: loc.shape for name, loc in locs.items()}, summary.masks)
     weights = {name: nn.Parameter(summary.masked(name, loc).clone()) for name, loc in locs.items()}
-    net = copy.deepcopy(bnn)
+    net = copied(bnn)
     for module in net.modules():
         if isinstance(module, PyroModule):
             _set_weights(module, weights)
@@ -65,8 +65,7 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
 def masks_held(net: nn.Module) -> Iterator[nn.Module]:
     """Keeps weights that are zero at zero while a sparse network is trained on.
 
-    This is torch's own pruning reparametrisation, undone at the end. Make the optimiser within: the parameters are
-    others there.
+    Their gradients are zero, and so are they at the end, whatever an optimiser with a momentum from before did.
 
     Args:
         net: A plain network, as :func:`prune` returns it; its weights are those parameters of two or more dimensions.
@@ -85,19 +84,16 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
         Parameter containing:
         tensor([[0.0000, 0.9000]], requires_grad=True)
     """
-    held = [
-        (module, name)
-        for module in net.modules()
-        for name, weight in list(module.named_parameters(recurse=False))
-        if weight.dim() > 1
-    ]
-    for module, name in held:
-        torch_prune.custom_from_mask(module, name, getattr(module, name) != 0)
+    masks = [(weight, weight.detach() != 0) for weight in net.parameters() if weight.dim() > 1]
+    hooks = [w.register_hook(partial(torch.where, mask, other=0)) for w, mask in masks if w.requires_grad]
     try:
         yield net
     finally:
-        for module, name in held:
-            torch_prune.remove(module, name)
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for weight, mask in masks:
+                weight.mul_(mask)
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
@@ -133,7 +129,5 @@ def _to_plain_module_(module: PyroModule) -> None:
     module.__class__ = original
     for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
         del module.__dict__[name]
-    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, EverySite)]:
-        del module._forward_hooks[key]
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

@@ -243,6 +243,9 @@ def choose_threshold(
     Returns:
         The threshold.
 
+    Raises:
+        ValueError: If there is no threshold.
+
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
@@ -251,6 +254,9 @@ def choose_threshold(
         1.0
     """
     nlls = {}
+    thresholds = list(thresholds)
+    if not thresholds:
+        raise ValueError("thresholds: expected at least one, but got none")
     for threshold in thresholds:
         pruned = prune(model.network, guide, sparsify(guide, threshold))
         tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)

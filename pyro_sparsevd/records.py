@@ -1,11 +1,12 @@
 """The sample sites of a run of a model or guide: a lean trace and replay, and the densities of its sites."""
 
-__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "log_prob", "scored"]
+__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "density", "log_prob", "scored"]
 
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -96,6 +97,9 @@ def log_prob(site: Any) -> Tensor:
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: If the value is of more dimensions or other sizes than the distribution.
+
     Example:
         >>> with SampleSites() as sites:
         ...     w = pyro.sample("w", dist.Delta(torch.zeros(3)).to_event(1))
@@ -103,15 +107,46 @@ def log_prob(site: Any) -> Tensor:
         tensor(0.)
     """
     fn, value = site["fn"], site["value"]
-    base = unwrap_independent(fn)
+    base: Any = unwrap_independent(fn)
+    counted: Any = torch.tensor(True)
+    if isinstance(base, MaskedDistribution):
+        base, counted = base.base_dist, torch.as_tensor(base._mask)
     is_improper = isinstance(base, LogUniform) and not base.is_proper
     value = value.value_for_density() if isinstance(value, LazyWeight) else value
     if is_improper:  # a draw that rounding made 0, once in some 1e9, has no density
         value = torch.where(value == 0, torch.finfo(value.dtype).eps, value)
-    density = fn.log_prob(value)
+    found = density(site["name"], fn, value)
     if is_improper:
-        density = density + IMPROPER_LOG_NORMALIZER * fn.event_shape.numel()
-    return scale_and_mask(density, site["scale"], site["mask"]).sum()
+        found = found + IMPROPER_LOG_NORMALIZER * sum_rightmost(
+            counted.to(found).expand(base.batch_shape), len(fn.event_shape)
+        )
+    return scale_and_mask(found, site["scale"], site["mask"]).sum()
+
+
+def density(name: str, fn: Any, value: Tensor) -> Tensor:
+    """Returns the log density of a value, which must not broadcast with its distribution to something larger.
+
+    Args:
+        name: The name of the site.
+        fn: Its distribution.
+        value: Its value.
+
+    Returns:
+        The log density, of the batch shape, in nats.
+
+    Raises:
+        ValueError: If the value is of more dimensions or other sizes than the distribution.
+
+    Example:
+        >>> density("y", dist.Normal(torch.zeros(3), 1.0), torch.zeros(3, 1))
+        Traceback (most recent call last):
+            ...
+        ValueError: y: expected a value of shape (3,), but got (3, 1)
+    """
+    found: Tensor = fn.log_prob(value)
+    if found.shape != fn.batch_shape:
+        raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
+    return found
 
 
 class _Repeated(Messenger):

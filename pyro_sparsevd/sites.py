@@ -3,7 +3,7 @@
 __all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors"]
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -95,7 +95,8 @@ class SitePrior:
         value = module._buffers[self.buffer]
         assert value is not None
         if self._last is None or self._last.value is not value:
-            prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
+            with torch.inference_mode(False):
+                prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
             self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
             self._last.site = self._name(module)
         return self._last
@@ -129,31 +130,41 @@ class SharedSite:
 
 
 class EverySite:
-    """A forward hook of a network that draws the sites that the pass did not use.
+    """Draws the sites of a network that a pass did not use.
 
-    What a layer weighs a priori does not depend on whether this pass skips it, so a network has all its latents in
-    every pass.
+    What a layer weighs a priori does not depend on whether a pass skips it.
 
     Args:
-        names: The names of the sites.
+        network: The Bayesian network.
 
     Example:
         >>> heads = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         >>> bnn = svd.bayesianize(heads, svd.LogUniform(1e-4, 1.0))
-        >>> bnn.forward = lambda x: bnn["a"](x)
-        >>> pyro.poutine.trace(bnn).get_trace(torch.zeros(1, 2)).stochastic_nodes
+        >>> with pyro.poutine.trace() as trace, bnn._pyro_context:
+        ...     output = bnn["a"](torch.zeros(1, 2))
+        ...     EverySite(bnn)(bnn)
+        >>> trace.trace.stochastic_nodes
         ['a.weight', 'b.weight']
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._paths = [name.split(".") for name in names]
+    def __init__(self, network: nn.Module) -> None:
+        self._paths = [
+            (*path.split("."), attribute) if path else (attribute,)
+            for path, module in network.named_modules()
+            for attribute, prior in module.__dict__.get("_pyro_samples", {}).items()
+            if isinstance(prior, SitePrior)
+        ]
 
-    def __call__(self, network: nn.Module, args: Any, output: Any) -> None:
-        """Draws them; those that the pass used have their values already."""
+    def __call__(self, network: nn.Module) -> None:
+        """Draws them; those that the pass used have their values already.
+
+        Args:
+            network: The network, in the context of its pass.
+        """
         for *path, attribute in self._paths:
             module: Any = network
             for part in path:
-                module = module and module._modules.get(part)
+                module = None if module is None else module._modules.get(part)
             if module is not None and attribute in module.__dict__.get("_pyro_samples", ()):
                 getattr(module, attribute)
 

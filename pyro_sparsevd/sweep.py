@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.guides import AutoGuide
+from pyro.infer.autoguide.guides import AutoGuide, AutoGuideList
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .guides import sparse_normal_parts
 from .plain import evaluation_mode
+from .records import density
 from .summary import sparsify
 
 
@@ -59,7 +62,8 @@ def threshold_sweep(
         A point for each threshold, in their order.
 
     Raises:
-        ValueError: If the model observes nothing, ``data`` is empty or a threshold is NaN.
+        ValueError: If the model observes nothing or has a latent that the guide has not, targets are of another shape
+            than their distribution, ``data`` is empty or a threshold is NaN.
 
     Example:
         >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), 100)
@@ -71,30 +75,32 @@ def threshold_sweep(
     batches = list(data) if isinstance(data, Iterator) else data
     parts = sparse_normal_parts(guide)
     medians = {name: value for part in parts for name, value in part.median().items()}
+    others = [part for part in guide if part not in parts] if isinstance(guide, AutoGuideList) else []
     points = []
     with evaluation_mode(model):
         for threshold in thresholds:
             summary = sparsify(guide, threshold)
-            error, nll = _evaluate(model, {name: summary.masked(name, m) for name, m in medians.items()}, batches)
+            sparse = {name: summary.masked(name, m) for name, m in medians.items()}
+            error, nll = _evaluate(model, sparse, others, batches)
             points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression))
     return points
 
 
-def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Sequence[Any]]) -> tuple[float, float]:
+def _evaluate(
+    model: Callable, sparse: dict[str, Tensor], others: list[AutoGuide], batches: Iterable[Sequence[Any]]
+) -> tuple[float, float]:
     """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
-    conditioned = _LatentsMessenger(latents)(model)
     error = nll = 0.0
     count = 0
     for batch in batches:
-        trace = poutine.trace(conditioned).get_trace(*batch)
-        sites = (trace.nodes[name] for name in trace.observation_nodes if name not in latents)
-        observed = [site for site in sites if not site["infer"].get("_deterministic")]
-        if not observed:
-            raise ValueError("model: expected an observed site to evaluate; are the targets among the data?")
-        for site in observed:
+        latents = {name: value for part in others for name, value in part.median(*batch).items()} | sparse
+        trace = poutine.trace(_LatentsMessenger(latents)(model)).get_trace(*batch)
+        for site in _observed(trace, latents):
             fn, value = site["fn"], site["value"]
-            log_prob = fn.log_prob(value).double()
-            mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=log_prob.device)
+            mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
+            if isinstance(fn, dist.MaskedDistribution):
+                fn, mask = fn.base_dist, mask & torch.as_tensor(fn._mask, device=value.device)
+            log_prob = density(site["name"], fn, value).double()
             mask = mask.expand_as(log_prob)
             error += float(_errors(fn, value)[mask].sum())
             nll -= float(log_prob[mask].sum())
@@ -102,6 +108,17 @@ def _evaluate(model: Callable, latents: dict[str, Tensor], batches: Iterable[Seq
     if count == 0:
         raise ValueError("data: expected at least one datum that is not masked, but got none")
     return error / count, nll / count
+
+
+def _observed(trace: Any, latents: Mapping[str, Tensor]) -> list[Any]:
+    sites = (trace.nodes[name] for name in trace.observation_nodes if name not in latents)
+    observed = [s for s in sites if not (s["infer"].get("_deterministic") or isinstance(s["fn"], dist.Unit))]
+    if not observed:
+        raise ValueError("model: expected an observed site to evaluate; are the targets among the data?")
+    for name, site in trace.iter_stochastic_nodes():
+        if not site_is_subsample(site):
+            raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
+    return observed
 
 
 def _errors(fn: Any, value: Tensor) -> Tensor:

@@ -194,14 +194,12 @@ def fit(
         >>> optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
         >>> history = fit(loss, split, epochs=2, batch_size=10, optimizer=optimizer, after_epoch=lambda e: {"epoch": e})
         >>> history
-        [{'epoch': 0}, {'epoch': 1}]
+        [{'epoch': 0.0}, {'epoch': 1.0}]
     """
     history: list[dict[str, float]] = []
     parts = {"loss": loss, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
     if checkpoint is not None and Path(checkpoint).is_file():
-        history = _load(Path(checkpoint), parts, split.images.device)
-        if len(history) > epochs:
-            raise ValueError(f"{checkpoint}: expected at most {epochs} epochs, but it has {len(history)}; remove it")
+        history = _load(Path(checkpoint), parts, split.images.device, epochs)
     with tqdm(total=epochs, initial=len(history), desc=description, unit="epoch") as progress:
         for epoch in range(len(history), epochs):
             if before_epoch is not None:
@@ -213,7 +211,8 @@ def fit(
                 optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            history.append({} if after_epoch is None else after_epoch(epoch))
+            numbers = {} if after_epoch is None else after_epoch(epoch)
+            history.append({name: float(value) for name, value in numbers.items()})
             progress.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()}, refresh=False)
             progress.update()
             if checkpoint is not None:
@@ -228,9 +227,12 @@ def _save(path: Path, parts: dict[str, Any], history: list[dict[str, float]]) ->
     os.replace(new, path)
 
 
-def _load(path: Path, parts: dict[str, Any], device: torch.device) -> list[dict[str, float]]:
+def _load(path: Path, parts: dict[str, Any], device: torch.device, epochs: int) -> list[dict[str, float]]:
     state = torch.load(path, map_location=device, weights_only=True)
+    history: list[dict[str, float]] = state["history"]
+    if len(history) > epochs:
+        raise ValueError(f"{path}: expected at most {epochs} epochs, but it has {len(history)}; remove it")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["generator"].cpu())
-    return state["history"]
+    return history

@@ -63,6 +63,7 @@ class EmpiricalNormal(dist.TorchDistribution):
         ):
             raise ValueError(f"group_dims: expected distinct dimensions, counted from 0, or None, but got {group_dims}")
         self.group_dims = group_dims if group_dims is None else tuple(group_dims)
+        self.is_sparse = group_dims != ()  # one scale for a whole tensor makes nothing sparse
         self._mean = torch.zeros(())  # follows the module to its device and dtype
         super().__init__(validate_args=validate_args)
 
@@ -82,6 +83,10 @@ class EmpiricalNormal(dist.TorchDistribution):
                 f"group_dims: expected dimensions of a weight of shape {tuple(batch_shape)}, but got {self.group_dims}"
             )
         new.group_dims, new._mean = self.group_dims, self._mean.expand(batch_shape)
+        new.is_sparse = self.is_sparse
+        added = len(batch_shape) - len(self.batch_shape)
+        if added and self.batch_shape and self.group_dims is not None:  # in a plate, each part of which has its groups
+            new.group_dims = (*range(added), *(dim + added for dim in self.group_dims))
         super(EmpiricalNormal, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -126,6 +131,8 @@ def _kl_normal_laplace(q: torch.distributions.Normal, p: torch.distributions.Lap
 
 def fan_in_normal(scale: float = 1.0) -> Callable[[str, nn.Parameter], Distribution]:
     r"""Returns a prior N(0, scale² / fan-in) for each weight of a network, with the number of its unit's inputs.
+
+    That is the number of weights of a row of the parameter, as in linear layers and convolutions.
 
     References:
         | Bayesian Learning for Neural Networks (Neal, 1996)

@@ -368,6 +368,11 @@ FAST = {"epochs": 1, "batch_size": 20, "seeds": [0]}
         ({"priors": svd.LogUniform()}, TypeError, "priors: expected a mapping from names to priors, but got LogUnif"),
         ({"priors": {}}, ValueError, "priors: expected at least one"),
         ({"priors": {"a": None, "odd": 3.0}}, TypeError, "prior 'odd': 0.weight: expected a distribution"),
+        (
+            {"priors": {"a": None, "flat": dist.Uniform(-1.0, 1.0)}},
+            ValueError,
+            "prior 'flat': expected weights",
+        ),
         ({"priors": {"a": {"1.*": svd.LogUniform()}}}, ValueError, "prior 'a': .*'1.*'"),
         ({"likelihood": dist.Normal(0.0, 1.0)}, TypeError, "prior 'a': Supervised: expected a callable likelihood"),
         ({"likelihood": lambda out: dist.Normal(out.sum(), 1.0)}, ValueError, "one distribution per datum"),

@@ -1488,7 +1488,7 @@ def test_values_that_are_not_finite_are_found_in_containers_before_they_reach_th
 
 def test_a_draw_of_exactly_0_has_a_finite_density_and_gradient(device):
     value = torch.tensor([0.0, 1.0], device=device, requires_grad=True)
-    site = {"fn": LogUniform().expand([2]).to_event(1), "value": value, "scale": 1.0, "mask": None}
+    site = {"name": "w", "fn": LogUniform().expand([2]).to_event(1), "value": value, "scale": 1.0, "mask": None}
     density = log_prob(site)
     density.backward()
     assert density.isfinite()

@@ -1431,3 +1431,93 @@ def test_an_unknown_parameterization_is_refused():
         ValueError, match="parameterization: expected 'additive' or 'multiplicative', but got 'divided'"
     ):
         AutoSparseNormal(lambda: None, parameterization="divided")
+
+
+# What was found by trying.
+
+
+def test_an_optimizer_that_has_the_early_parameters_trains_them_in_a_plate(device):
+    class Groups(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.z = PyroSample(dist.Normal(torch.tensor(0.0, device=device), 1.0))
+
+        def forward(self, y):
+            with pyro.plate("groups", 3):
+                pyro.sample("y", dist.Normal(self.z, 0.1), obs=y)
+
+    model = Groups()
+    guide = AutoSparseNormal(model)
+    loss = SparseVD_ELBO()(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters(), 0.1)
+    y = torch.tensor([1.0, 2.0, 3.0], device=device)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(y).backward()
+        optimizer.step()
+    torch.testing.assert_close(guide.median()["z"], y / 1.01, rtol=0, atol=0.2)
+
+
+def test_learning_the_shapes_of_a_model_draws_no_random_numbers(device):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Linear(3, 2)).to(device)
+    model = Supervised(bayesianize(net), lambda logits: dist.Categorical(logits=logits), 10)
+    x = torch.randn(5, 4, device=device)
+    draws = []
+    for call in (lambda: None, lambda: AutoSparseNormal(model)._setup_prototype(x, x[:, 0] > 0)):
+        torch.manual_seed(1)
+        call()
+        draws.append(torch.rand(()))
+    assert draws[0] == draws[1]
+
+
+def test_what_was_first_called_in_inference_mode_trains(device):
+    def model(x, y=None):
+        w = pyro.sample("w", LogUniform().expand([1, 4]).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x @ w.mT)[:, 0], 1.0), obs=y)
+
+    x = torch.randn(5, 4)
+    guide = AutoSparseNormal(model)
+    with torch.inference_mode():
+        guide(x, x[:, 0])
+    loss = SparseVD_ELBO()(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters())
+    loss(x, x[:, 0]).backward()
+    optimizer.step()
+
+
+def test_a_prior_that_moved_in_inference_mode_trains(device):
+    model = Supervised(bayesianize(nn.Linear(4, 1)).double(), lambda mean: dist.Normal(mean[:, 0], 1.0), 10)
+    guide = AutoSparseNormal(model)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    elbo = SparseVD_ELBO(local_reparam=False, kl="monte_carlo")
+    with torch.inference_mode():
+        elbo.loss(model, guide, x, x[:, 0])
+    elbo(model, guide)(x, x[:, 0]).backward()
+    assert all(p.grad is not None for p in guide.parameters())
+
+
+def test_an_initial_weight_outside_the_support_of_its_prior_is_named():
+    net = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"^weight: expected initial values inside the support of the prior"):
+        AutoSparseNormal(bayesianize(net, dist.HalfNormal(1.0)))
+
+
+def test_an_error_while_the_model_is_looked_at_is_raised_again():
+    def model():
+        for i in pyro.plate("plate", 2):
+            pyro.sample(f"x{i}", dist.Normal(0.0, 1.0))
+
+    guide = AutoSparseNormal(model)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="sequential"):
+            guide()
+
+
+def test_the_masks_of_a_summary_are_not_those_of_a_sparsified_guide():
+    guide = AutoSparseNormal(bayesianize(nn.Linear(4, 3)))
+    masks = {"weight": torch.ones(3, 4, dtype=torch.bool)}
+    sparse = guide.sparsified(SimpleNamespace(masks=masks))
+    state = {name: torch.zeros_like(value) for name, value in sparse.state_dict().items()}
+    sparse.load_state_dict(state)
+    assert masks["weight"].all()

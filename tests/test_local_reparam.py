@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_sparsevd import SparseNormal, divergence
+from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize, divergence
 from pyro_sparsevd.distributions import LogUniform
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
 from pyro_sparsevd.local_functions import LocalGreyConvolution
@@ -1087,3 +1087,18 @@ def test_patches_are_not_made_where_they_take_much_more_memory_than_the_output(d
 def test_an_empty_batch_has_an_empty_output(shape, device):
     weight = _lazy(torch.zeros(3, 4, device=device), torch.zeros(3, 4, device=device))
     assert F.linear(torch.zeros(shape, device=device), weight).shape == (*shape[:-1], 3)
+
+
+@pytest.mark.parametrize("change", [nn.ReLU, nn.Dropout])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(4, 3), lambda: nn.Conv2d(1, 6, 2), lambda: nn.Conv2d(3, 6, 2)])
+def test_a_sampled_output_may_be_changed_in_place(layer, change, device):
+    torch.manual_seed(1)
+    layer = layer().to(device)
+    bnn, x = bayesianize(layer), torch.randn(5, *((4,) if isinstance(layer, nn.Linear) else (layer.in_channels, 4, 4)))
+    guide = AutoSparseNormal(bnn, init_log_variance=-2.0)
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(2)
+        output = change(inplace=inplace)(poutine.replay(bnn, poutine.trace(local_reparam(guide)).get_trace(x))(x))
+        gradients.append(torch.autograd.grad(output.square().sum(), list(guide.parameters())))
+    torch.testing.assert_close(*gradients)

@@ -1052,3 +1052,25 @@ def test_a_pruned_weight_is_refused():
     torch.nn.utils.prune.l1_unstructured(net, "weight", amount=2)
     with pytest.raises(ValueError, match="weight_orig: expected a plain parameter"):
         svd.bayesianize(net)
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_targets_of_another_shape_than_their_distribution_are_refused(event_dim):
+    bnn = svd.bayesianize(nn.Sequential(nn.Linear(3, 2)), svd.LogUniform(1e-4, 1.0))
+    model = svd.Supervised(bnn, lambda out: dist.Normal(out[:, : event_dim + 1].squeeze(1), 1.0).to_event(event_dim), 8)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)[:, : event_dim + 1].squeeze(1)
+    model(x, y)
+    with pytest.raises(ValueError, match=r"^y: expected targets of shape \(8,(?: 2)?\), but got \(8, 1, 1\)"):
+        model(x, y.reshape(8, -1)[:, :1, None])
+
+
+def test_any_name_of_a_tied_weight_chooses_its_prior():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    net[1].weight = net[0].weight
+    bnn = svd.bayesianize(net, {"1.*": svd.LogUniform(), "*": dist.Normal(0.0, 1.0)})
+    assert isinstance(bnn[0]._pyro_samples["weight"].prior, svd.LogUniform)
+
+
+def test_a_prior_by_type_of_module_is_refused():
+    with pytest.raises(TypeError, match=r"^prior: expected globs on the names of parameters as keys, but got <class"):
+        svd.bayesianize(nn.Linear(2, 2), {nn.Linear: svd.LogUniform()})

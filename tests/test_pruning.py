@@ -239,3 +239,64 @@ def test_the_guide_of_a_network_of_other_shapes_is_refused():
         ValueError, match=r"0.weight: expected a posterior of shape \(8, 4\), but the guide has \(6, 4\)"
     ):
         svd.prune(bnn, guide, svd.sparsify(guide))
+
+
+class Remembering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        self.hidden = self.layer(x)
+        return self.hidden
+
+
+def test_a_network_that_keeps_what_it_computed_is_pruned(device):
+    model = svd.Supervised(svd.bayesianize(Remembering().to(device)), lambda o: dist.Categorical(logits=o), 10)
+    guide = svd.AutoSparseNormal(model)
+    x = torch.randn(4, 3, device=device)
+    svd.SparseVD_ELBO()(model, guide)(x, torch.zeros(4, device=device)).backward()
+    pruned = svd.prune(model.network, guide, svd.sparsify(guide))
+    torch.testing.assert_close(pruned.layer.weight, guide.median()["layer.weight"])
+
+
+@pytest.mark.parametrize("prior", [dist.Uniform(-1.0, 1.0), dist.HalfNormal(1.0)], ids=["interval", "positive"])
+def test_weights_of_constrained_support_are_pruned_to_their_medians(prior, device):
+    net = nn.Linear(3, 2).to(device)
+    net.weight.data.abs_()
+    bnn = svd.bayesianize(net, prior)
+    guide = svd.AutoSparseNormal(bnn)
+    torch.testing.assert_close(svd.prune(bnn, guide, svd.sparsify(guide)).weight, net.weight)
+
+
+def test_masks_are_held_whoever_reads_the_weights(device):
+    net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).to(device)
+    for weight in net.parameters():
+        if weight.dim() > 1:
+            weight.data[::2] = 0
+    before = {name: p.clone() for name, p in net.named_parameters() if p.dim() > 1}
+    with masks_held(net):
+        optimizer = torch.optim.Adam(net.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.randn(2, 3, 8, device=device)).square().sum().backward()
+            optimizer.step()
+    for name, weight in before.items():
+        now = net.get_parameter(name)
+        assert torch.equal(now == 0, weight == 0)
+        assert not torch.equal(now, weight)
+
+
+def test_masks_are_held_against_the_momentum_of_an_earlier_optimizer(device):
+    net = nn.Linear(4, 1).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    x = torch.randn(5, 4, device=device)
+    net(x).sum().backward()
+    optimizer.step()
+    net.weight.data[0, :2] = 0
+    with masks_held(net):
+        optimizer.zero_grad()
+        net(x).sum().backward()
+        optimizer.step()
+    assert (net.weight == 0).tolist() == [[True, True, False, False]]
+    assert not net.weight._backward_hooks

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_value
 from torch import nn
 
 import pyro_sparsevd as svd
@@ -255,3 +256,59 @@ def test_a_prediction_without_a_mode_has_a_likelihood_and_no_error():
     (point,) = svd.threshold_sweep(model, guide, [(torch.randn(5, 4), torch.ones(5))], [3.0])
     assert math.isfinite(point.nll)
     assert math.isnan(point.error)
+
+
+def _noisy(x, y=None):
+    w = pyro.sample("w", svd.LogUniform(1e-4, 1e2).expand([3]).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(x @ w, sigma), obs=y)
+
+
+def test_the_sweep_takes_the_medians_of_the_other_guides_of_a_list():
+    x, y = torch.randn(10, 3), torch.randn(10)
+    guide = AutoGuideList(_noisy)
+    guide.append(svd.AutoSparseNormal(poutine.block(_noisy, hide=["sigma"])))
+    guide.append(AutoDelta(poutine.block(_noisy, expose=["sigma"]), init_loc_fn=init_to_value(values={"sigma": 0.5})))
+    guide(x, y)
+    (point,) = svd.threshold_sweep(_noisy, guide, [(x, y)], [3.0])
+    expected = -dist.Normal(x @ guide.median(x, y)["w"], 0.5).log_prob(y).mean()
+    assert point.nll == pytest.approx(expected.item())
+
+
+def test_the_sweep_names_a_latent_that_the_guide_has_not():
+    x, y = torch.randn(10, 3), torch.randn(10)
+    guide = svd.AutoSparseNormal(poutine.block(_noisy, hide=["sigma"]))
+    guide(x, y)
+    with pytest.raises(ValueError, match=r"^sigma: expected this latent of the model in the guide"):
+        svd.threshold_sweep(_noisy, guide, [(x, y)], [3.0])
+
+
+def test_the_sweep_scores_data_only_and_those_that_are_not_masked():
+    def model(x, y=None):
+        w = pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
+        pyro.factor("penalty", -w.square().sum())
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0).mask(torch.tensor([True, False, True])), obs=y)
+
+    x, y = torch.randn(3, 3), torch.randn(3)
+    guide = svd.AutoSparseNormal(model)
+    guide(x, y)
+    (point,) = svd.threshold_sweep(model, guide, [(x, y)], [3.0])
+    mean = x @ guide.median()["w"]
+    assert point.nll == pytest.approx(-dist.Normal(mean, 1.0).log_prob(y)[[0, 2]].mean().item())
+    assert point.error == pytest.approx((mean - y)[[0, 2]].square().mean().item())
+
+
+def test_the_sweep_refuses_targets_that_broadcast():
+    def model(x, y=None):
+        w = pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = torch.randn(4, 3), torch.randn(4, 1)
+    guide = svd.AutoSparseNormal(model)
+    guide(x, y[:, 0])
+    with pytest.raises(ValueError, match=r"^y: expected a value of shape \(4,\), but got \(4, 1\)"):
+        svd.threshold_sweep(model, guide, [(x, y)], [3.0])
+    with pytest.raises(ValueError, match=r"^y: expected a value of shape \(4,\), but got \(4, 1\)"):
+        svd.SparseVD_ELBO()(model, guide)(x, y)

@@ -1,5 +1,7 @@
 """The training loop: what it calls, and that a run that was killed ends as one that was not."""
 
+import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -21,8 +23,6 @@ def _dense(device):
 
 
 def _sparse(device):
-    import pyro.distributions as dist
-
     model = Supervised(bayesianize(_dense(device).network), lambda x: dist.Categorical(logits=x), 20)
     return SparseVD_ELBO()(model, AutoSparseNormal(model))
 
@@ -86,7 +86,15 @@ def test_training_lowers_the_loss(split, device):
     assert loss(split.images, split.labels) < before - 0.01
 
 
-@pytest.mark.parametrize("make", [_dense, _sparse])
+def _sparse_with_dropout(device):
+    torch.manual_seed(1)
+    shared = nn.Linear(4, 4)
+    net = nn.Sequential(nn.Flatten(), shared, nn.Dropout(0.3), nn.Tanh(), shared, nn.Linear(4, 3)).to(device)
+    model = Supervised(bayesianize(net), lambda x: dist.Categorical(logits=x), 20)
+    return SparseVD_ELBO()(model, AutoSparseNormal(model))
+
+
+@pytest.mark.parametrize("make", [_dense, _sparse, _sparse_with_dropout])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(make, split, device, tmp_path):
     def kill(epoch):
         if epoch == 3:
@@ -108,8 +116,17 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(make, split, device, tmp
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_checkpoint_of_a_longer_training_is_refused(split, device, tmp_path):
+def test_a_checkpoint_of_a_longer_training_is_refused_and_changes_nothing(split, device, tmp_path):
     path = tmp_path / "run.pt"
     _run(_dense(device), split, 3, checkpoint=path)
+    loss = _dense(device)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
     with pytest.raises(ValueError, match="expected at most 2 epochs, but it has 3; remove it"):
-        _run(_dense(device), split, 2, checkpoint=path)
+        _run(loss, split, 2, checkpoint=path)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+
+
+def test_numbers_of_numpy_are_kept_in_a_checkpoint(split, device, tmp_path):
+    options = {"checkpoint": tmp_path / "run.pt", "after_epoch": lambda epoch: {"error": np.float64(0.5)}}
+    _run(_dense(device), split, 1, **options)
+    assert _run(_dense(device), split, 2, **options) == [{"error": 0.5}] * 2

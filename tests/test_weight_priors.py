@@ -243,3 +243,50 @@ def test_globs_choose_sites_with_any_prior_and_the_first_that_matches_counts():
     ]
     with pytest.raises(ValueError, match=r"threshold: expected sites of real numbers, of 0\.weight, .* got '\*\.bias'"):
         svd.sparsify(guide, {"*.bias": 3.0})
+
+
+def test_each_part_of_a_plate_has_groups_of_its_own(device):
+    q = SparseNormal(torch.randn(3, 4, 5, device=device), torch.randn(3, 4, 5, device=device))
+    for group_dims in [(0,), (1,), ()]:
+        prior = EmpiricalNormal(group_dims).expand([4, 5])
+        alone = torch.stack(
+            [kl_divergence(SparseNormal(*pair), prior) for pair in zip(q.loc, q.log_variance, strict=True)]
+        )
+        torch.testing.assert_close(kl_divergence(q, prior.expand([3, 4, 5])), alone)
+
+
+def _half_sparse(name, device):
+    bnn = svd.bayesianize(_net().to(device), PRIORS[name]())
+    model = svd.Supervised(bnn, lambda out: dist.Categorical(logits=out), 10)
+    guide = svd.AutoSparseNormal(model, init_log_variance=-4.0)
+    summary = svd.sparsify(guide, {"*weight": guide.posteriors["0.weight"].log_alpha.median().item()})
+    data = torch.randn(5, 6, device=device), torch.zeros(5, device=device)
+    guide(*data)
+    return model, guide, summary, data
+
+
+@pytest.mark.parametrize("name", ["log-uniform", "normal", "laplace"])
+def test_weights_that_are_held_at_zero_cost_nothing(name, device):
+    model, guide, summary, data = _half_sparse(name, device)
+    elbo = svd.SparseVD_ELBO(kl="exact")
+    elbo(model, guide.sparsified(summary))(*data)
+    cost = 0
+    for site, layer in (("0.weight", model.network[0]), ("2.weight", model.network[2])):
+        prior = layer._pyro_samples["weight"].of(layer).base_dist
+        cost = cost + kl_divergence(guide.posteriors[site], prior)[summary.masks[site]].sum()
+    torch.testing.assert_close(elbo.terms["kl"], cost + _constant(name, summary))
+
+
+def _constant(name, summary):
+    """What a bounded log-uniform prior costs for each weight, also for one that is 0, whose divergence is 0 else."""
+    dropped = summary.total - summary.kept
+    return dropped * float(svd.LogUniform(1e-6, 1e3).log_normalizer) if name == "log-uniform" else 0.0
+
+
+@pytest.mark.parametrize("kl", ["exact", "monte_carlo"])
+@pytest.mark.parametrize("name", [name for name in PRIORS if name not in EMPIRICAL])
+def test_training_with_weights_held_at_zero_has_finite_gradients(name, kl, device):
+    model, guide, summary, data = _half_sparse(name, device)
+    sparse = guide.sparsified(summary)
+    svd.SparseVD_ELBO(kl=kl)(model, sparse)(*data).backward()
+    assert all(p.grad.isfinite().all() for p in sparse.parameters() if p.grad is not None)
