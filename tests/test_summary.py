@@ -269,7 +269,11 @@ def test_the_sweep_takes_the_medians_of_the_other_guides_of_a_list():
     x, y = torch.randn(10, 3), torch.randn(10)
     guide = AutoGuideList(_noisy)
     guide.append(svd.AutoSparseNormal(poutine.block(_noisy, hide=["sigma"])))
-    guide.append(AutoDelta(poutine.block(_noisy, expose=["sigma"]), init_loc_fn=init_to_value(values={"sigma": 0.5})))
+    guide.append(
+        AutoDelta(
+            poutine.block(_noisy, expose=["sigma"]), init_loc_fn=init_to_value(values={"sigma": torch.tensor(0.5)})
+        )
+    )
     guide(x, y)
     (point,) = svd.threshold_sweep(_noisy, guide, [(x, y)], [3.0])
     expected = -dist.Normal(x @ guide.median(x, y)["w"], 0.5).log_prob(y).mean()

@@ -249,9 +249,8 @@ def test_each_part_of_a_plate_has_groups_of_its_own(device):
     q = SparseNormal(torch.randn(3, 4, 5, device=device), torch.randn(3, 4, 5, device=device))
     for group_dims in [(0,), (1,), ()]:
         prior = EmpiricalNormal(group_dims).expand([4, 5])
-        alone = torch.stack(
-            [kl_divergence(SparseNormal(*pair), prior) for pair in zip(q.loc, q.log_variance, strict=True)]
-        )
+        parts = [SparseNormal(*pair) for pair in zip(q.loc, q.log_variance, strict=True)]
+        alone = torch.stack([kl_divergence(part, prior) for part in parts])
         torch.testing.assert_close(kl_divergence(q, prior.expand([3, 4, 5])), alone)
 
 
