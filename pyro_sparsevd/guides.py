@@ -1,6 +1,6 @@
 """The factorised Gaussian guide."""
 
-__all__ = ["AutoSparseNormal", "sparse_normal_parts"]
+__all__ = ["AutoSparseNormal"]
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
@@ -18,7 +17,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from .distributions import SparseNormal
-from .latents import Latent, attribute_sites, init_to_weights, keep_latents, simplified, sparsity_of, unchanged_buffers
+from .latents import (
+    Latent,
+    attribute_sites,
+    init_to_weights,
+    is_target,
+    keep_latents,
+    simplified,
+    sparsity_of,
+    unchanged_buffers,
+)
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 from .plain import same_random_numbers
@@ -235,7 +243,7 @@ class AutoSparseNormal(GaussianParameters):
 
     def _set_up_sites(self) -> None:
         trace: Any = self.prototype_trace
-        found = dict(trace.iter_stochastic_nodes())
+        found = {name: site for name, site in trace.iter_stochastic_nodes() if not is_target(site)}
         if self._loaded:
             found = {name: site for name, site in found.items() if name in self._loaded or name in self._sites}
         unknown = self._loaded - found.keys()
@@ -248,7 +256,8 @@ class AutoSparseNormal(GaussianParameters):
 
     def _initial_value(self, site: Any) -> Any:
         # After a state was loaded, a site that it lacks is a target, which a prediction leaves open.
-        if self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites:
+        is_unknown = self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites
+        if is_unknown or is_target(site):
             return site["fn"]()
         return self.init_loc_fn(site)
 
@@ -280,26 +289,3 @@ class AutoSparseNormal(GaussianParameters):
 
     def _uses_store(self) -> bool:
         return self.prototype_trace is None or parameters_are_seen() or any(s.plates for s in self._sites.values())
-
-
-def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
-    """Returns the factorised Gaussian parts of a guide.
-
-    Args:
-        guide: An :class:`AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
-
-    Returns:
-        The guide itself, or its parts.
-
-    Raises:
-        TypeError: If there is none.
-
-    Example:
-        >>> guide = AutoSparseNormal(lambda: None)
-        >>> sparse_normal_parts(guide) == [guide]
-        True
-    """
-    parts = [m for m in guide.modules() if isinstance(m, AutoSparseNormal)] if isinstance(guide, nn.Module) else []
-    if not parts:
-        raise TypeError(f"guide: expected an AutoSparseNormal or a list with one, but got {type(guide).__name__}")
-    return parts

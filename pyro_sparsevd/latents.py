@@ -4,6 +4,7 @@ __all__ = [
     "Latent",
     "attribute_sites",
     "init_to_weights",
+    "is_target",
     "keep_latents",
     "simplified",
     "sparsity_of",
@@ -131,6 +132,22 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
     if isinstance(base, EmpiricalNormal):
         return base.is_sparse, (base.group_dims or ()) if base.is_sparse else ()
     return isinstance(base, LogUniform), ()
+
+
+def is_target(site: Any) -> bool:
+    """Tells whether a site is what a model predicts, and no latent where it is not given.
+
+    Args:
+        site: A Pyro trace site.
+
+    Returns:
+        Whether its model says so.
+
+    Example:
+        >>> is_target({"infer": {"is_target": True}})
+        True
+    """
+    return bool(site["infer"].get("is_target"))
 
 
 def simplified(transform: Transform) -> Transform:

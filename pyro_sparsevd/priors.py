@@ -167,7 +167,7 @@ class Supervised(PyroModule):
         if y is not None and not _broadcasts_to(y.shape, expected):
             raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
         with pyro.plate("data", self.num_data, subsample=x):
-            pyro.sample("y", likelihood, obs=y)
+            pyro.sample("y", likelihood, obs=y, infer={"is_target": True})
         return output
 
     def _batch_size(self, x: Tensor, y: Tensor | None) -> int:

@@ -11,12 +11,11 @@ from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from .guides import sparse_normal_parts
 from .hierarchical import ScaleSite
 from .masking import check_masks
 from .plain import copied
 from .sites import SharedSite, SitePrior
-from .summary import SparsitySummary
+from .summary import SparsitySummary, sparse_normal_parts
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
 from .distributions import SparseNormal
-from .guides import sparse_normal_parts
+from .summary import sparse_normal_parts
 
 
 def quantization_steps(

@@ -1,6 +1,6 @@
 """Which weights matter: sparsification as a step of reading off the posterior."""
 
-__all__ = ["SiteSparsity", "SparsitySummary", "sparsify"]
+__all__ = ["SiteSparsity", "SparsitySummary", "sparse_normal_parts", "sparsify"]
 
 import math
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import tables
-from .guides import AutoSparseNormal, sparse_normal_parts
+from .guides import AutoSparseNormal
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,29 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
                 kept = int(masks[name].sum())
                 sites.append(SiteSparsity(name, tuple(log_alpha.shape), kept, thresholds[name]))
     return SparsitySummary(tuple(sites), masks, sum(part.num_parameters for part in parts))
+
+
+def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
+    """Returns the factorised Gaussian parts of a guide.
+
+    Args:
+        guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
+
+    Returns:
+        The guide itself, or its parts.
+
+    Raises:
+        TypeError: If there is none.
+
+    Example:
+        >>> guide = svd.AutoSparseNormal(lambda: None)
+        >>> sparse_normal_parts(guide) == [guide]
+        True
+    """
+    parts = [m for m in guide.modules() if isinstance(m, AutoSparseNormal)] if isinstance(guide, nn.Module) else []
+    if not parts:
+        raise TypeError(f"guide: expected an AutoSparseNormal or a list with one, but got {type(guide).__name__}")
+    return parts
 
 
 def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, float]) -> dict[str, float]:

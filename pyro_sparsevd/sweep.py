@@ -15,10 +15,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .guides import sparse_normal_parts
 from .plain import evaluation_mode
 from .records import density
-from .summary import sparsify
+from .summary import sparse_normal_parts, sparsify
 
 
 class SweepPoint(NamedTuple):

@@ -31,7 +31,7 @@ from pyro_sparsevd import (
     bayesianize,
     init_to_weights,
 )
-from pyro_sparsevd.guides import sparse_normal_parts
+from pyro_sparsevd.summary import sparse_normal_parts
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -1521,3 +1521,21 @@ def test_the_masks_of_a_summary_are_not_those_of_a_sparsified_guide():
     state = {name: torch.zeros_like(value) for name, value in sparse.state_dict().items()}
     sparse.load_state_dict(state)
     assert masks["weight"].all()
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [lambda out: dist.Categorical(logits=out), lambda out: dist.Normal(out, 1.0).to_event(1)],
+    ids=["classes", "numbers"],
+)
+def test_a_prediction_before_training_leaves_the_targets_of_a_supervised_model_open(likelihood, device):
+    model = Supervised(bayesianize(nn.Linear(4, 3).to(device), LogUniform(1e-4, 1e2)), likelihood, 10)
+    guide = AutoSparseNormal(model)
+    x = torch.randn(5, 4, device=device)
+    samples = Predictive(model, guide=guide, num_samples=2)(x)
+    assert set(samples) == {"weight", "y"}
+    assert list(guide.posteriors) == ["weight"]
+    y = samples["y"][0]
+    SparseVD_ELBO()(model, guide)(x, y).backward()
+    with pytest.raises(ValueError, match=r"^y: expected this latent of the model in the guide"):
+        SparseVD_ELBO()(model, guide)(x)
