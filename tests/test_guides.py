@@ -1481,9 +1481,11 @@ def test_what_was_first_called_in_inference_mode_trains(device):
     with torch.inference_mode():
         guide(x, x[:, 0])
     loss = SparseVD_ELBO()(model, guide)
+    before = guide.median()["w"]
     optimizer = torch.optim.Adam(loss.parameters())
     loss(x, x[:, 0]).backward()
     optimizer.step()
+    assert not torch.equal(guide.median()["w"], before)
 
 
 def test_a_prior_that_moved_in_inference_mode_trains(device):
