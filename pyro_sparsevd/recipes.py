@@ -244,7 +244,7 @@ def choose_threshold(
         The threshold.
 
     Raises:
-        ValueError: If there is no threshold.
+        ValueError: If there is no threshold, or if the tolerance is negative or NaN.
 
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
@@ -253,6 +253,8 @@ def choose_threshold(
         >>> choose_threshold(model, AutoSparseNormal(model), split, **options)
         1.0
     """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
     nlls = {}
     thresholds = list(thresholds)
     if not thresholds:

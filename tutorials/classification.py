@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from common import Data, checkpoint, classifier, finite, fraction, positive, write
+from common import Data, checkpoint, classifier, finite, fraction, positive, tolerance, write
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -36,7 +36,13 @@ def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_varianc
         "--threshold",
         type=finite,
         help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has a negative "
-        "log likelihood of held-out training digits at most 2 %% above the best)",
+        "log likelihood of held-out training digits within --threshold-tolerance of the best)",
+    )
+    options.add_argument(
+        "--threshold-tolerance",
+        type=tolerance,
+        default=0.02,
+        help="how far above the best that may be, as a fraction of it (%(default)s)",
     )
 
 
@@ -48,8 +54,15 @@ def prune_and_tune(
     Once the threshold is chosen, the validation digits are there to fine-tune with, too.
     """
     options = {"epochs": args.fine_tune, "batch_size": args.batch_size}
-    thresholds = THRESHOLDS if args.threshold is None else [args.threshold]
-    threshold = choose_threshold(model, guide, data.train, validation=data.validation, thresholds=thresholds, **options)
+    threshold = choose_threshold(
+        model,
+        guide,
+        data.train,
+        validation=data.validation,
+        thresholds=THRESHOLDS if args.threshold is None else [args.threshold],
+        tolerance=args.threshold_tolerance,
+        **options,
+    )
     summary = svd.sparsify(guide, threshold)
     pruned = svd.prune(model.network, guide, summary)
     return summary, threshold, pruned, fine_tune(pruned, data.train_and_validation, **options)

@@ -72,6 +72,13 @@ def finite(text: str) -> float:
     return number
 
 
+def tolerance(text: str) -> float:
+    """Returns a finite number that is not negative."""
+    if (number := finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, but got {text}")
+    return number
+
+
 def fraction(text: str) -> float:
     """Returns a part of the epochs that the KL weight can rise in, more than the fortieth in which it is 0."""
     if not 1 / 40 < (number := finite(text)) <= 1:
