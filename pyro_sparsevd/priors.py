@@ -41,8 +41,8 @@ def bayesianize(
 
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
-    other parameters of one dimension, such as those of batch normalisation, and all buffers stay as they are. A tensor
-    that several modules share is one site, under its first name.
+    other parameters of one dimension, such as those of batch normalisation, all buffers, and what is frozen
+    (``requires_grad=False``) stay as they are. A tensor that several modules share is one site, under its first name.
 
     Args:
         net: Any network. It is not changed.
@@ -164,7 +164,7 @@ class Supervised(PyroModule):
                 f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
             )
         expected = likelihood.batch_shape + likelihood.event_shape
-        if y is not None and not _broadcasts_to(y.shape, expected):
+        if y is not None and y.shape != expected and not _broadcasts_to(y.shape, expected):
             raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
         with pyro.plate("data", self.num_data, subsample=x):
             pyro.sample("y", likelihood, obs=y, infer={"is_target": True})

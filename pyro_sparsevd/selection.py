@@ -19,7 +19,7 @@ def choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
 
     Args:
         net: The network.
-        include: What to choose, or None for the parameters of two or more dimensions.
+        include: What to choose, or None for the parameters of two or more dimensions that are not frozen.
         exclude: What to leave out.
 
     Returns:
@@ -38,14 +38,16 @@ def choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
     if include is None:
-        chosen = [name for name, p in parameters.items() if p.dim() > 1]
+        chosen = [name for name, p in parameters.items() if p.dim() > 1 and p.requires_grad]
     else:
         taken = set().union(*(matches(net, parameters, p, "include") for p in _listed(include)))
         chosen = [name for name in parameters if name in taken]
     left_out = set().union(*(matches(net, parameters, p, "exclude") for p in _listed(exclude)))
     chosen = [name for name in chosen if name not in left_out]
     if not chosen:
-        raise ValueError(f"bayesianize: no parameter is left to give a prior, of {_names(parameters)}")
+        frozen = include is None and not all(p.requires_grad for p in parameters.values())
+        hint = "; frozen ones (requires_grad=False) get one only where include= names them" if frozen else ""
+        raise ValueError(f"bayesianize: no parameter is left to give a prior, of {_names(parameters)}{hint}")
     for name in chosen:
         _check_parameter(net, name, parameters[name])
     return chosen

@@ -691,8 +691,8 @@ def test_parameter_that_is_not_floating_point_is_refused_by_name(dtype, device):
     net = nn.Sequential(nn.Linear(3, 2)).to(device)
     net[0].codes = nn.Parameter(torch.zeros(2, 2, dtype=dtype, device=device), requires_grad=False)
     with pytest.raises(ValueError, match=rf"0\.codes: expected a floating-point parameter, but got {dtype}"):
-        svd.bayesianize(net)
-    bnn = svd.bayesianize(net, exclude="0.codes")
+        svd.bayesianize(net, include="*")
+    bnn = svd.bayesianize(net)
     assert_same_function(bnn, net, [torch.randn(5, 3, device=device)], ["0.weight"])
 
 
@@ -949,6 +949,18 @@ def test_copy_of_a_trained_model_trains_parameters_of_its_own(device):
         trained(other, x, y)
         assert torch.equal(model.network.bias, before)
         assert not torch.equal(other.network.bias, before)
+
+
+def test_frozen_weights_get_a_prior_only_where_they_are_asked_for():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    net[0].requires_grad_(False)
+    x = torch.randn(2, 4)
+    assert sites_of(svd.bayesianize(net), x) == ["1.weight"]
+    assert sites_of(svd.bayesianize(net, include=nn.Linear), x) == ["0.weight", "1.weight"]
+    with pytest.raises(ValueError, match=r"no parameter is left .*frozen ones \(requires_grad=False\) get one only"):
+        svd.bayesianize(net.requires_grad_(False))
+    with pytest.raises(ValueError, match=r"no parameter is left to give a prior, of [^;]*$"):
+        svd.bayesianize(net, include="*", exclude="*")
 
 
 @pytest.mark.parametrize("route", ["pass", "svi", "torch"])
