@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 
-def is_finite(arguments: Any) -> bool:
+def is_finite(*arguments: Any) -> bool:
     """Tells whether arguments of a model hold no floating-point tensor with NaN or infinities.
 
     Args:
-        arguments: Any object; tuples, lists and dictionaries are looked into.
+        *arguments: Any objects; tuples, lists and dictionaries are looked into.
 
     Returns:
         False for such a tensor.
@@ -25,7 +25,8 @@ def is_finite(arguments: Any) -> bool:
         >>> is_finite(torch.tensor([1.0, torch.nan])), is_finite("a"), is_finite(torch.ones(3))
         (False, True, True)
     """
-    tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = (leaf for a in arguments for leaf in ((a,) if isinstance(a, Tensor) else tree_leaves(a)))
+    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
     # A sum may overflow where its terms are finite, but is much cheaper.
     return all(math.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in tensors)
 

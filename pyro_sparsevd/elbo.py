@@ -19,7 +19,7 @@ from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
 from .divergence import Form
 from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
-from .local_reparam import local_reparam
+from .local_reparam import LocalReparamMessenger
 from .masking import kept_parts
 from .records import SampleSites, Sites, log_prob, scored
 from .workspace import Workspace
@@ -130,7 +130,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             The loss. Its terms, detached, are in ``terms``.
         """
         try:
-            if self.check_finite and not is_finite((args, kwargs)):
+            if self.check_finite and not is_finite(*args, *kwargs.values()):
                 raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
             loss, nll, kl = self._evaluate(model, guide, args, kwargs)
         except ValueError as error:
@@ -189,9 +189,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 torch.set_rng_state(random_state)  # a run that is resumed, and finds this out again, is the same
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
-        if self.local_reparam:
-            guide = local_reparam(guide, exclude=self._drawn_sites, workspace=self._workspace)
-        with SampleSites() as guide_sites:
+        self._workspace.start_step()
+        reparam = LocalReparamMessenger(self._drawn_sites, self._workspace) if self.local_reparam else None
+        with SampleSites(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)

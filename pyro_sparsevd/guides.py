@@ -30,6 +30,7 @@ from .latents import (
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 from .plain import same_random_numbers
+from .records import sole_recorder
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
 
 
@@ -133,6 +134,9 @@ class AutoSparseNormal(GaussianParameters):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        recorder = sole_recorder()
+        if recorder is not None and not self._has_plates():
+            return {n: recorder.sample(n, s.posterior(*self._plain_parameters_of(n))) for n, s in self._sites.items()}
         plates = self._create_plates(*args, **kwargs)
         unobserved = not parameters_are_seen()
         result = {}
@@ -288,4 +292,7 @@ class AutoSparseNormal(GaussianParameters):
             self._setup_prototype(*args, **kwargs)
 
     def _uses_store(self) -> bool:
-        return self.prototype_trace is None or parameters_are_seen() or any(s.plates for s in self._sites.values())
+        return self.prototype_trace is None or parameters_are_seen() or self._has_plates()
+
+    def _has_plates(self) -> bool:
+        return any(site.plates for site in self._sites.values())

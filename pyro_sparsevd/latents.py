@@ -210,7 +210,10 @@ def _restorer(model: Any) -> Callable[[], None]:
 def _running_buffers(model: Any) -> list[Tensor]:
     """Returns the buffers that a run of a model may change: all but the values that its weights had."""
     found: list[Tensor] = []
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    modules: list[Any] = [model] if isinstance(model, nn.Module) else []
+    while modules:  # not model.modules(), which takes its time at every step
+        module = modules.pop()
+        modules += filter(None, module._modules.values())
         if module._buffers:
             priors = module.__dict__.get("_pyro_samples", {}).values()
             initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}

@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 from .distributions import LogUniform
 from .hierarchical import HierarchicalPrior
 from .plain import copied
+from .records import sole_recorder
 from .selection import Pattern, choose, matches
 from .sites import EverySite, SharedSite, SitePrior
 
@@ -81,7 +82,7 @@ def bayesianize(
     names = _aliases(net)
     priors = {name: _fitted_prior(names[name], net.get_parameter(name), prior) for name in chosen}
     bnn = copied(net)
-    to_pyro_module_(bnn)
+    _to_pyro_modules(bnn)
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if path and isinstance(module, PyroModule):
             module._pyro_name = path
@@ -166,6 +167,10 @@ class Supervised(PyroModule):
         expected = likelihood.batch_shape + likelihood.event_shape
         if y is not None and y.shape != expected and not _broadcasts_to(y.shape, expected):
             raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
+        recorder = sole_recorder()
+        if recorder is not None and y is not None:
+            recorder.sample("y", likelihood, y, self.num_data / size)
+            return output
         with pyro.plate("data", self.num_data, subsample=x):
             pyro.sample("y", likelihood, obs=y, infer={"is_target": True})
         return output
@@ -214,6 +219,19 @@ def _broadcasts_to(shape: torch.Size, expected: torch.Size) -> bool:
         return torch.broadcast_shapes(shape, expected) == expected
     except RuntimeError:
         return False
+
+
+def _to_pyro_modules(net: nn.Module) -> None:
+    """Converts, in place, what holds parameters; in other layers, Pyro's calls would cost time at every step."""
+    for module in reversed(list(net.modules())):
+        order = list(module._modules)
+        if isinstance(module, PyroModule):
+            for name in order:
+                setattr(module, name, module._modules[name])
+        elif any(isinstance(m, PyroModule) or m._parameters for m in module.modules()):
+            to_pyro_module_(module, recurse=False)
+        for name in order:  # Pyro puts its own modules last
+            module._modules[name] = module._modules.pop(name)
 
 
 def _fitted_prior(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:

@@ -1,6 +1,6 @@
 """The sample sites of a run of a model or guide: a lean trace and replay, and the densities of its sites."""
 
-__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "density", "log_prob", "scored"]
+__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "density", "log_prob", "scored", "sole_recorder"]
 
 from typing import Any, TypeAlias
 
@@ -8,11 +8,13 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .distributions import IMPROPER_LOG_NORMALIZER, LogUniform, unwrap_independent
 from .lazy_weight import LazyWeight
+from .local_reparam import LocalReparamMessenger
 
 Sites: TypeAlias = dict[str, Any]
 
@@ -22,6 +24,7 @@ class SampleSites(Messenger):
 
     Args:
         values_from: The sites whose values latents take, by name.
+        local_reparam: What makes weights lazy; without it, they are drawn.
 
     Example:
         >>> with SampleSites() as sites:
@@ -30,22 +33,64 @@ class SampleSites(Messenger):
         ['w']
     """
 
-    def __init__(self, values_from: Sites | None = None) -> None:
+    def __init__(self, values_from: Sites | None = None, local_reparam: LocalReparamMessenger | None = None) -> None:
         super().__init__()
         self.values_from = values_from or {}
+        self.local_reparam = local_reparam
         self.found: Sites = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         source = self.values_from.get(msg["name"])
         if source is not None and not msg["is_observed"]:
             msg["value"], msg["infer"], msg["done"] = source["value"], source["infer"], True
+        elif self.local_reparam is not None:
+            self.local_reparam._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic"):
-            return
-        if msg["name"] in self.found:
-            raise ValueError(f"{msg['name']}: expected a name for every sample site, but two share this one")
-        self.found[msg["name"]] = msg.copy()
+        if not (msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic")):
+            self._record(msg.copy())
+
+    def sample(self, name: str, fn: Any, obs: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Does what ``pyro.sample`` does outside of plates and under this handler alone, in less time.
+
+        Args:
+            name: The name of the site.
+            fn: Its distribution.
+            obs: Its value, if that is observed.
+            scale: The factor of its log density.
+
+        Returns:
+            The value.
+
+        Raises:
+            ValueError: If a site of the name is there already.
+        """
+        site: Any = {"type": "sample", "name": name, "fn": fn, "value": obs, "is_observed": obs is not None}
+        site.update(infer={}, scale=scale, mask=None, cond_indep_stack=(), done=False)
+        self._pyro_sample(site)
+        if site["value"] is None:
+            site["value"] = fn()
+        self._record(site)
+        return site["value"]
+
+    def _record(self, site: Any) -> None:
+        if site["name"] in self.found:
+            raise ValueError(f"{site['name']}: expected a name for every sample site, but two share this one")
+        self.found[site["name"]] = site
+
+
+def sole_recorder() -> SampleSites | None:
+    """Returns the :class:`SampleSites` that a run is under, if it is under no other handler.
+
+    Returns:
+        The handler, whose :meth:`~SampleSites.sample` then does for ``pyro.sample``.
+
+    Example:
+        >>> with SampleSites() as sites:
+        ...     sole_recorder() is sites
+        True
+    """
+    return _PYRO_STACK[0] if len(_PYRO_STACK) == 1 and type(_PYRO_STACK[0]) is SampleSites else None
 
 
 def checkpoint_contexts() -> tuple[Messenger, Messenger]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
@@ -733,6 +734,31 @@ def test_every_entry_point_gives_the_same_number_from_the_same_seed(device):
     ]
     assert all(isinstance(loss, float) for loss in losses)
     assert losses == [losses[0]] * len(losses)
+
+
+class _Names(Messenger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.names.append(msg["name"])
+
+
+@pytest.mark.parametrize("kl", ["approximate", "exact", "monte_carlo"])
+@pytest.mark.parametrize("local_reparam", [True, False])
+@pytest.mark.parametrize("prior", [LogUniform(), LogUniform(1e-9, 99.0), dist.Normal(0.0, 1.0)], ids=str)
+def test_handlers_that_look_on_change_neither_loss_nor_gradients(prior, local_reparam, kl, device):
+    model, guide = _pair(device, prior=prior)
+    loss = SparseVD_ELBO(kl=kl, local_reparam=local_reparam)(model, guide)
+    x, y = _data(device)
+    alone = _seeded(loss, x, y)
+    gradients = torch.autograd.grad(alone, list(loss.parameters()))
+    with _Names() as seen:
+        watched = _seeded(loss, x, y)
+    assert seen.names == ["0.weight", "2.weight", "0.weight", "2.weight", "data", "y"]
+    _assert_close(watched, alone)
+    _assert_close(torch.autograd.grad(watched, list(loss.parameters())), gradients)
 
 
 def test_loss_builds_no_graph_and_leaves_gradients_alone(device):
