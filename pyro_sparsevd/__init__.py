@@ -9,12 +9,13 @@ Data walks down this list of modules, and a module imports only from those above
     weight_priors    other priors of weights, and what a Gaussian costs under them
     plain            plain networks: checks, and evaluation mode for a while
     sites            what a parameter of a network is after it was given a prior
-    hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
-    selection        which parameters to give one
-    priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
     local_functions  linear operations that sample their output: torch only
     lazy_weight      the weight that is not drawn until somebody needs its numbers
     local_reparam    outputs sampled instead of weights, as an effect handler
+    records          the sample sites of a run, and their densities
+    hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
+    selection        which parameters to give one
+    priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
     latents          what a guide learns about the latents of a model, and where it starts
     masking          the posterior with dropped weights at zero
     store_names      names of a guide's own in Pyro's parameter store
@@ -22,7 +23,6 @@ Data walks down this list of modules, and a module imports only from those above
     guides           AutoSparseNormal
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
-    records          the sample sites of a run, and their densities
     elbo             SparseVD_ELBO
     tables           of text, as characters and as HTML
     summary          sparsify: which weights matter
