@@ -185,7 +185,7 @@ def training_curves(
     title: str = "",
     figure: Any = None,
 ) -> Any:
-    """Draws quantities against epochs, on two logarithmic axes.
+    """Draws quantities against epochs, on two axes, each logarithmic where its quantities differ more than tenfold.
 
     Args:
         history: For each epoch its quantities, such as ``error`` and ``compression``; errors are fractions.
@@ -209,11 +209,12 @@ def training_curves(
     other = axis.twinx() if right else axis
     styles = iter(_cycled())
     epochs = range(1, len(history) + 1)
-    for side, names in ((axis, left), (other, right)):
+    for side, names in filter(lambda pair: pair[1], ((axis, left), (other, right))):
         for quantity, name in names.items():
             color, style = next(styles)
             side.plot(epochs, [h[quantity] for h in history], color=color, linestyle=style, label=name)
-        side.set(ylabel=", ".join(names.values()), yscale="log")
+        drawn = [h[quantity] for h in history for quantity in names]
+        side.set(ylabel=", ".join(names.values()), yscale="log" if _is_wide(drawn) else "linear")
     if baseline is not None:
         axis.axhline(baseline, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
     axis.set(xlabel="epoch", title=title)
@@ -295,4 +296,10 @@ def _cycled(skip: str = "") -> list[tuple[str, str]]:
 
 def _joint_legend(axis: Any, other: Any) -> None:
     lines = axis.get_lines() + (other.get_lines() if other is not axis else [])
-    axis.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
+    labels = [str(line.get_label()) for line in lines]
+    # Below both axes, where no line of either is hidden.
+    axis.legend(lines, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(lines))
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)

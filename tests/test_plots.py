@@ -74,6 +74,15 @@ def test_every_axis_of_a_chart_says_what_it_shows(draw):
             assert axis.get_ylabel() or axis.get_xlabel()
 
 
+def test_training_curves_name_their_axes_and_are_logarithmic_only_where_that_shows_more():
+    history = [{"nll": 100.0 / n, "sparsity": 1 - 1 / n, "error": 0.1 - n / 1000} for n in range(1, 30)]
+    (bound,) = plots.training_curves(history, left={"nll": "NLL, nats"}, right={}).axes
+    assert (bound.get_ylabel(), bound.get_yscale()) == ("NLL, nats", "log")
+    left, right = plots.training_curves(history, right={"sparsity": "sparsity"}).axes
+    assert (left.get_ylabel(), left.get_yscale()) == ("error", "linear")
+    assert (right.get_ylabel(), right.get_yscale()) == ("sparsity", "linear")
+
+
 def test_divergences_are_those_of_the_package():
     above, below = plots.divergences().axes
     exact = next(line for line in above.get_lines() if line.get_label() == "exact")
