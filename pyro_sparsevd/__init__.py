@@ -48,7 +48,9 @@ Data walks down this list of modules, and a module imports only from those above
     recipes          from data to a sparse classifier, as it was measured to work
     comparison       what a comparison of priors found, as numbers and as a table
     compare          compare_priors: a network under several priors, measured on held-out data
+    drawing          colours, line styles and axes that the pictures share
     weight_plots     pictures of weights from plain data
+    curve_plots      pictures of error, compression and the bound
     plots            pictures from plain data; imported on demand
 
 References:

@@ -7,6 +7,7 @@ see no colours and for print. This module is not imported with the package: ``fr
 
 __all__ = [
     "animate_weight_images",
+    "compression_curves",
     "connections",
     "divergences",
     "log_alpha_histogram",
@@ -19,7 +20,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,11 @@ import torch
 from torch import Tensor
 
 from .comparison import PriorComparison
+from .curve_plots import compression_curves, threshold_curves, training_curves
 from .distributions import LogUniform, SparseNormal
 from .divergence import kl_log_uniform
-from .sweep import SweepPoint
-from .weight_plots import (
-    BLUE,
-    ORANGE,
-    animate_weight_images,
-    as_numpy,
-    connections,
-    figure_or_new,
-    weight_images,
-)
-
-_STYLES = [(ORANGE, "-"), (BLUE, "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("black", "-")]
+from .drawing import BLUE, ORANGE, as_numpy, figure_or_new, line_styles
+from .weight_plots import animate_weight_images, connections, weight_images
 
 
 def prior_and_posteriors(
@@ -67,7 +59,7 @@ def prior_and_posteriors(
     w = torch.linspace(-limit, limit, 2001, dtype=torch.float64)
     prior = LogUniform().log_prob(w).exp() / 4
     axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
-    for (name, (loc, log_variance)), (color, style) in zip(posteriors.items(), _cycled(skip=BLUE), strict=False):
+    for (name, (loc, log_variance)), (color, style) in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
         q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
         label = f"{name}: log α = {q.log_alpha:.1f}"
         axis.plot(w, q.log_prob(w).exp(), color=color, linestyle=style, label=label)
@@ -133,7 +125,7 @@ def log_alpha_histogram(
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
-    for (name, values), (color, style) in zip(log_alphas.items(), _cycled(), strict=False):
+    for (name, values), (color, style) in zip(log_alphas.items(), line_styles(), strict=False):
         clipped = as_numpy(values).ravel().clip(-15, 15)
         bins = {"bins": 90, "range": (-15, 15), "density": True}
         axis.hist(clipped, histtype="step", label=name, color=color, linestyle=style, **bins)
@@ -176,85 +168,6 @@ def mean_and_scale(
     return figure
 
 
-def training_curves(
-    history: Sequence[Mapping[str, float]],
-    *,
-    left: Mapping[str, str] = {"error": "error"},  # not changed
-    right: Mapping[str, str] = {"compression": "compression"},
-    baseline: float | None = None,
-    title: str = "",
-    figure: Any = None,
-) -> Any:
-    """Draws quantities against epochs, on two axes, each logarithmic where its quantities differ more than tenfold.
-
-    Args:
-        history: For each epoch its quantities, such as ``error`` and ``compression``; errors are fractions.
-        left: What to call each of the quantities drawn on the left axis.
-        right: The same for the right axis.
-        baseline: The error of a dense network.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> history = [{"nll": 9.0, "kl": 1.0, "compression": 1.0}, {"nll": 5.0, "kl": 2.0, "compression": 9.0}]
-        >>> figure = training_curves(history, left={"nll": "NLL, nats", "kl": "KL, nats"})
-        >>> [len(axis.get_lines()) for axis in figure.axes]
-        [2, 1]
-    """
-    figure = figure_or_new(figure)
-    axis = figure.subplots()
-    other = axis.twinx() if right else axis
-    styles = iter(_cycled())
-    epochs = range(1, len(history) + 1)
-    for side, names in filter(lambda pair: pair[1], ((axis, left), (other, right))):
-        for quantity, name in names.items():
-            color, style = next(styles)
-            side.plot(epochs, [h[quantity] for h in history], color=color, linestyle=style, label=name)
-        drawn = [h[quantity] for h in history for quantity in names]
-        side.set(ylabel=", ".join(names.values()), yscale="log" if _is_wide(drawn) else "linear")
-    if baseline is not None:
-        axis.axhline(baseline, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
-    axis.set(xlabel="epoch", title=title)
-    _joint_legend(axis, other)
-    return figure
-
-
-def threshold_curves(
-    points: Sequence[SweepPoint], *, chosen: float | None = None, title: str = "", figure: Any = None
-) -> Any:
-    """Draws error and compression against the threshold.
-
-    Args:
-        points: What :func:`~.sweep.threshold_sweep` returns.
-        chosen: The threshold that was chosen.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> points = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
-        >>> len(threshold_curves(points, chosen=3.0).axes)
-        2
-    """
-    figure = figure_or_new(figure)
-    axis = figure.subplots()
-    other = axis.twinx()
-    thresholds = [point.threshold for point in points]
-    axis.plot(thresholds, [100 * p.error for p in points], "o-", color=ORANGE, label="error")
-    other.plot(thresholds, [p.compression for p in points], "s--", color=BLUE, label="compression")
-    if chosen is not None:
-        axis.axvline(chosen, color="black", linestyle=":", linewidth=1, label=f"chosen: {chosen:g}")
-    axis.set(xlabel="threshold on log α", ylabel="error, %", title=title)
-    other.set(ylabel="compression", yscale="log")
-    _joint_legend(axis, other)
-    return figure
-
-
 def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: Any = None) -> Any:
     """Draws error and, below, negative log likelihood on test data against compression: a mark per prior and seed.
 
@@ -276,7 +189,7 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
     percent = 100 if comparison.error_name == "error" else 1
     looks: dict[str, dict[str, str]] = {}
     for r in comparison.results:
-        color, mark = _cycled()[len(looks)][0], "os^DvP*X<>hp"[len(looks) % 12]
+        color, mark = line_styles()[len(looks)][0], "os^DvP*X<>hp"[len(looks) % 12]
         look = looks.setdefault(r.prior, {"color": color, "marker": mark, "linestyle": ""})
         missed = math.isnan(r.compression)
         for axis, y in (axes["error"], percent * (r.error if missed else r.sparse_error)), (axes["nll"], r.nll):
@@ -288,18 +201,3 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
     axes["error"].set(xscale="log", ylabel="error, %" if percent == 100 else "mean squared error", title=title)
     axes["nll"].set(xscale="log", ylabel="NLL, nats", xlabel="compression at equal validation error")
     return figure
-
-
-def _cycled(skip: str = "") -> list[tuple[str, str]]:
-    return [style for style in _STYLES if style[0] != skip] * 20
-
-
-def _joint_legend(axis: Any, other: Any) -> None:
-    lines = axis.get_lines() + (other.get_lines() if other is not axis else [])
-    labels = [str(line.get_label()) for line in lines]
-    # Below both axes, where no line of either is hidden.
-    axis.legend(lines, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(lines))
-
-
-def _is_wide(values: Sequence[float]) -> bool:
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)

@@ -1,6 +1,6 @@
 """Pictures of the weights of a network, from plain data; to be had from :mod:`~.plots` as well."""
 
-__all__ = ["BLUE", "ORANGE", "animate_weight_images", "as_numpy", "connections", "figure_or_new", "weight_images"]
+__all__ = ["animate_weight_images", "connections", "weight_images"]
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.animation import PillowWriter
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from torch import Tensor
 
-# Of the colours of Okabe and Ito, which readers of any colour vision tell apart.
-BLUE, ORANGE = "#0072B2", "#D55E00"
+from .drawing import BLUE, ORANGE, as_numpy, figure_or_new
 
 
 def weight_images(weight: Tensor, *, count: int = 36, title: str = "", figure: Any = None) -> Any:
@@ -124,35 +123,3 @@ def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = Non
         axis.scatter(np.full(height.shape, layer), height, c=np.where(alive, "black", "lightgray"), s=12, zorder=2)
     axis.set(xticks=range(len(sizes)), xlabel="layer", yticks=[], title=title)
     return figure
-
-
-def figure_or_new(figure: Any) -> Figure | SubFigure:
-    """Returns the figure that was given, or a new one.
-
-    Args:
-        figure: A figure, a sub-figure or None.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> figure_or_new(None).get_size_inches()
-        array([6., 4.])
-    """
-    return Figure(figsize=(6, 4), layout="constrained") if figure is None else figure
-
-
-def as_numpy(values: Tensor) -> np.ndarray:
-    """Returns the numbers of a tensor of any device and floating-point type.
-
-    Args:
-        values: The tensor.
-
-    Returns:
-        An array of float32.
-
-    Example:
-        >>> as_numpy(torch.ones(2, dtype=torch.bfloat16))
-        array([1., 1.], dtype=float32)
-    """
-    return values.detach().cpu().float().numpy()

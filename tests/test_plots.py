@@ -30,6 +30,7 @@ DRAW = {
     "training_curves": lambda **kw: plots.training_curves(HISTORY, baseline=0.01, **kw),
     "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, left={"nll": "NLL"}, right={}, **kw),
     "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, **kw),
+    "compression_curves": lambda **kw: plots.compression_curves([10, 99], {"a": [0.1, 0.2]}, baseline=0.05, **kw),
     "mean_and_scale": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), threshold=3.0, **kw),
     "mean_and_scale of zeros": lambda **kw: plots.mean_and_scale(torch.zeros(5), torch.zeros(5), threshold=3.0, **kw),
     "prior_and_posteriors": lambda **kw: plots.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),

@@ -15,11 +15,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from common import Data, checkpoint, load, parser, write
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as svd
+from pyro_sparsevd import plots
 from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.recipes import fine_tune, train_dense, train_sparse
 from pyro_sparsevd.training import error
@@ -92,23 +92,15 @@ def main() -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
         runs.append(one_seed(data, args, seed))
-    means = {
-        method: [100 * statistics.mean(e) for e in zip(*(r[method] for r in runs), strict=True)] for method in runs[0]
-    }
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    styles = [("#CC79A7", ":", "v"), ("#009E73", "-.", "^"), ("#0072B2", "--", "s"), ("#D55E00", "-", "o")]
-    for method, (color, style, marker) in zip(METHODS, styles, strict=True):
-        axis.plot(COMPRESSIONS, means[method], color=color, linestyle=style, marker=marker, label=method)
-    axis.axhline(means["dense"][0], color="gray", linewidth=1, label="dense")
-    axis.set(xlabel="compression", ylabel="test error after fine-tuning, %", xscale="log", yscale="log")
-    axis.legend()
+    means = {method: [statistics.mean(e) for e in zip(*(r[method] for r in runs), strict=True)] for method in runs[0]}
+    curves = {method: means[method] for method in METHODS}
+    title = "test error after fine-tuning"
+    figure = plots.compression_curves(COMPRESSIONS, curves, baseline=means["dense"][0], title=title)
 
     print(f"\n{'compression':33s}" + "".join(f"{c:8d}" for c in COMPRESSIONS))
     for method in METHODS:
-        print(f"{method:33s}" + "".join(f"{value:8.2f}" for value in means[method]))
-    print(f"test error in %, of the dense network {means['dense'][0]:.2f}, mean over {args.seeds} seed(s)")
+        print(f"{method:33s}" + "".join(f"{100 * value:8.2f}" for value in means[method]))
+    print(f"test error in %, of the dense network {100 * means['dense'][0]:.2f}, mean over {args.seeds} seed(s)")
     write(args, figure, {"compressions": COMPRESSIONS, "runs": runs})
 
 

@@ -1,0 +1,133 @@
+"""Pictures of error, compression and the bound, from plain data; to be had from :mod:`~.plots` as well."""
+
+__all__ = ["compression_curves", "threshold_curves", "training_curves"]
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .drawing import BLUE, ORANGE, figure_or_new, joint_legend, line_styles, plain_numbers
+from .sweep import SweepPoint
+
+
+def training_curves(
+    history: Sequence[Mapping[str, float]],
+    *,
+    left: Mapping[str, str] = {"error": "error"},  # not changed
+    right: Mapping[str, str] = {"compression": "compression"},
+    baseline: float | None = None,
+    title: str = "",
+    figure: Any = None,
+) -> Any:
+    """Draws quantities against epochs, on two axes, each logarithmic where its quantities differ more than twentyfold.
+
+    Args:
+        history: For each epoch its quantities, such as ``error`` and ``compression``; errors are fractions.
+        left: What to call each of the quantities drawn on the left axis.
+        right: The same for the right axis.
+        baseline: The error of a dense network.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> history = [{"nll": 9.0, "kl": 1.0, "compression": 1.0}, {"nll": 5.0, "kl": 2.0, "compression": 9.0}]
+        >>> figure = training_curves(history, left={"nll": "NLL, nats", "kl": "KL, nats"})
+        >>> [len(axis.get_lines()) for axis in figure.axes]
+        [2, 1]
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    other = axis.twinx() if right else axis
+    styles = iter(line_styles())
+    epochs = range(1, len(history) + 1)
+    for side, names in filter(lambda pair: pair[1], ((axis, left), (other, right))):
+        for quantity, name in names.items():
+            color, style = next(styles)
+            side.plot(epochs, [h[quantity] for h in history], color=color, linestyle=style, label=name)
+        side.set(ylabel=", ".join(names.values()))
+        if _are_wide([h[quantity] for h in history for quantity in names]):
+            side.set(yscale="log")
+            plain_numbers(side.yaxis)
+    if baseline is not None:
+        axis.axhline(baseline, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
+    axis.set(xlabel="epoch", title=title)
+    joint_legend(axis, other)
+    return figure
+
+
+def threshold_curves(
+    points: Sequence[SweepPoint], *, chosen: float | None = None, title: str = "", figure: Any = None
+) -> Any:
+    """Draws error and compression against the threshold.
+
+    Args:
+        points: What :func:`~.sweep.threshold_sweep` returns.
+        chosen: The threshold that was chosen.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> points = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
+        >>> len(threshold_curves(points, chosen=3.0).axes)
+        2
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    other = axis.twinx()
+    thresholds = [point.threshold for point in points]
+    axis.plot(thresholds, [100 * p.error for p in points], "o-", color=ORANGE, label="error")
+    other.plot(thresholds, [p.compression for p in points], "s--", color=BLUE, label="compression")
+    if chosen is not None:
+        axis.axvline(chosen, color="black", linestyle=":", linewidth=1, label=f"chosen: {chosen:g}")
+    axis.set(xlabel="threshold on log α", ylabel="error, %", title=title)
+    other.set(ylabel="compression", yscale="log")
+    plain_numbers(other.yaxis)
+    joint_legend(axis, other)
+    return figure
+
+
+def compression_curves(
+    compressions: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    *,
+    baseline: float | None = None,
+    title: str = "",
+    figure: Any = None,
+) -> Any:
+    """Draws the errors of several methods against compression, on logarithmic axes.
+
+    Args:
+        compressions: The compressions.
+        errors: The error of each method at each compression, as a fraction.
+        baseline: The error of a dense network.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = compression_curves([10, 100], {"magnitude": [0.02, 0.1], "Sparse VD": [0.02, 0.02]})
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['magnitude', 'Sparse VD']
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    for (method, found), (color, style), marker in zip(errors.items(), line_styles(), "os^vD" * 20, strict=False):
+        axis.plot(compressions, [100 * e for e in found], color=color, linestyle=style, marker=marker, label=method)
+    if baseline is not None:
+        axis.axhline(100 * baseline, color="gray", linestyle=":", linewidth=1, label="dense")
+    axis.set(xlabel="compression", ylabel="error, %", xscale="log", yscale="log", title=title)
+    plain_numbers(axis.xaxis)
+    plain_numbers(axis.yaxis)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _are_wide(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
