@@ -135,7 +135,7 @@ class AutoSparseNormal(GaussianParameters):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         recorder = sole_recorder()
-        if recorder is not None and not self._has_plates():
+        if recorder is not None and not (self._has_plates() or self.create_plates):
             return {n: recorder.sample(n, s.posterior(*self._plain_parameters_of(n))) for n, s in self._sites.items()}
         plates = self._create_plates(*args, **kwargs)
         unobserved = not parameters_are_seen()

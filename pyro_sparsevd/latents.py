@@ -211,9 +211,12 @@ def _running_buffers(model: Any) -> list[Tensor]:
     """Returns the buffers that a run of a model may change: all but the values that its weights had."""
     found: list[Tensor] = []
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
-    while modules:  # not model.modules(), which takes its time at every step
-        module = modules.pop()
-        modules += filter(None, module._modules.values())
+    seen = set(modules)
+    for module in modules:  # not model.modules(), which takes its time at every step
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                modules.append(child)
+                seen.add(child)
         if module._buffers:
             priors = module.__dict__.get("_pyro_samples", {}).values()
             initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}

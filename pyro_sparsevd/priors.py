@@ -43,7 +43,9 @@ def bayesianize(
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
     other parameters of one dimension, such as those of batch normalisation, all buffers, and what is frozen
-    (``requires_grad=False``) stay as they are. A tensor that several modules share is one site, under its first name.
+    (``requires_grad=False``) stay as they are. (In a :class:`Supervised` they also stay frozen; elsewhere Pyro makes each
+    parameter trainable that a call of a PyroModule reads.) A tensor that several modules share is one site, under its
+    first name.
 
     Args:
         net: Any network. It is not changed.
@@ -111,7 +113,7 @@ class Supervised(PyroModule):
 
     Raises:
         TypeError: If ``network`` is not a ``PyroModule`` or ``likelihood`` not callable.
-        ValueError: If ``num_data`` is not a positive integer.
+        ValueError: If ``num_data`` is not a positive integer, or if a weight is called ``data`` or ``y``.
 
     Example:
         >>> bnn = bayesianize(nn.Linear(4, 3))
@@ -133,6 +135,11 @@ class Supervised(PyroModule):
         self.likelihood: Callable[[Any], Distribution] = likelihood
         self.num_data: int = num_data
         self._draw_every_site: EverySite = EverySite(network)
+        for name in ("data", "y"):
+            if name in self._draw_every_site.names:
+                raise ValueError(
+                    f"Supervised: a parameter of the network is called {name!r}, as a site of the model is"
+                )
 
     @property
     def network(self) -> PyroModule:
@@ -222,16 +229,24 @@ def _broadcasts_to(shape: torch.Size, expected: torch.Size) -> bool:
 
 
 def _to_pyro_modules(net: nn.Module) -> None:
-    """Converts, in place, what holds parameters; in other layers, Pyro's calls would cost time at every step."""
+    """Converts all modules in place but those, such as ``nn.ReLU``, to which Pyro's calls would only add time."""
     for module in reversed(list(net.modules())):
         order = list(module._modules)
         if isinstance(module, PyroModule):
             for name in order:
                 setattr(module, name, module._modules[name])
-        elif any(isinstance(m, PyroModule) or m._parameters for m in module.modules()):
+        elif not _is_plain_function(module):
             to_pyro_module_(module, recurse=False)
         for name in order:  # Pyro puts its own modules last
             module._modules[name] = module._modules.pop(name)
+
+
+def _is_plain_function(module: nn.Module) -> bool:
+    """Tells whether a module is a layer of torch's own without parameters, parts or numbers that could be random."""
+    *package, file = type(module).__module__.split(".")
+    holds = module._parameters or module._buffers or module._modules
+    has_reals = any(isinstance(value, float) for value in vars(module).values())
+    return package == ["torch", "nn", "modules"] and file != "container" and not (holds or has_reals)
 
 
 def _fitted_prior(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:

@@ -155,6 +155,11 @@ class EverySite:
             if isinstance(prior, SitePrior)
         ]
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all sites of the network."""
+        return {".".join(path) for path in self._paths}
+
     def __call__(self, network: nn.Module) -> None:
         """Draws them; those that the pass used have their values already.
 

@@ -876,6 +876,22 @@ def test_medians_of_local_latents_are_of_the_whole_plate(device):
     assert guide.quantiles([0.1, 0.9])["share"].shape == (2, 20, 3)
 
 
+def test_the_plates_of_a_guide_without_local_latents_choose_the_data_of_the_model(device):
+    def model(index):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, device=device), 1.0).to_event(1))
+        with pyro.plate("data", 10, subsample_size=3, device=device) as chosen:
+            seen.append(chosen.tolist())
+            pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=torch.arange(10.0, device=device)[chosen])
+
+    guide = AutoSparseNormal(model, create_plates=lambda index: pyro.plate("data", 10, subsample=index))
+    seen = []
+    index = torch.tensor([7, 1, 4], device=device)
+    guide(index)
+    seen.clear()
+    SparseVD_ELBO()(model, guide)(index)
+    assert seen == [[7, 1, 4]]
+
+
 def test_create_plates_gives_the_subsample_of_the_data(device):
     indices = torch.tensor([3, 17, 5], device=device)
     guide = AutoSparseNormal(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
 from torch.nn.utils import parametrizations
@@ -227,7 +227,8 @@ def test_modules_keep_their_names_their_order_and_their_classes(case):
     assert isinstance(bnn, PyroModule)
     assert [name for name, _ in bnn.named_modules()] == [name for name, _ in net.named_modules()]
     for ours, theirs in zip(bnn.modules(), net.modules(), strict=True):
-        assert isinstance(ours, PyroModule) == any(True for _ in theirs.parameters())
+        plain = isinstance(theirs, nn.ReLU | nn.Tanh | nn.Flatten | nn.MaxPool2d | nn.Identity)
+        assert isinstance(ours, PyroModule) != plain
         assert isinstance(ours, type(theirs))
         assert ours.training == theirs.training
 
@@ -949,6 +950,35 @@ def test_copy_of_a_trained_model_trains_parameters_of_its_own(device):
         trained(other, x, y)
         assert torch.equal(model.network.bias, before)
         assert not torch.equal(other.network.bias, before)
+
+
+class _Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.heads = nn.ModuleDict()
+
+    def forward(self, x):
+        return {name: head(self.body(x)) for name, head in self.heads.items()}
+
+
+def test_what_a_network_gets_later_takes_part():
+    bnn = svd.bayesianize(_Heads())
+    for name in "ab":
+        bnn.heads[name] = svd.bayesianize(nn.Linear(6, 3))
+    assert sites_of(bnn, torch.randn(2, 4)) == ["body.weight", "heads.a.weight", "heads.b.weight"]
+    bnn = svd.bayesianize(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.LeakyReLU()))
+    bnn[2].negative_slope = PyroSample(dist.Beta(1.0, 1.0))
+    assert sites_of(bnn, torch.randn(2, 4)) == ["0.weight", "2.negative_slope"]
+    assert [isinstance(module, PyroModule) for module in bnn] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["data", "y"])
+def test_a_weight_called_as_a_site_of_the_model_is_refused(name):
+    net = nn.Sequential()
+    net.register_parameter(name, nn.Parameter(torch.ones(2, 2)))
+    with pytest.raises(ValueError, match=f"a parameter of the network is called '{name}', as a site of the model is"):
+        svd.Supervised(svd.bayesianize(net), lambda x: dist.Normal(x, 1.0), num_data=3)
 
 
 def test_frozen_weights_get_a_prior_only_where_they_are_asked_for():

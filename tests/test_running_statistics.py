@@ -11,7 +11,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.latents import unchanged_buffers_on_error
+from pyro_sparsevd.latents import _running_buffers, unchanged_buffers_on_error
 
 F64 = torch.float64
 
@@ -117,6 +117,13 @@ def test_a_layer_first_called_twice_in_a_later_step_counts_once(once_before, dev
     assert loss.elbo._drawn_sites == {"layer.weight"}
     assert loss.model.network.norm.num_batches_tracked == once_before + 1
     torch.testing.assert_close(*(_buffers(each.model.network.norm) for each in (loss, expected)))
+
+
+def test_buffers_of_modules_that_are_met_again_are_kept_once(device):
+    shared = nn.BatchNorm1d(3)
+    net = nn.Sequential(*[nn.Sequential(shared, shared)] * 5).to(device)
+    shared.add_module("owner", net)  # a circle
+    assert len(_running_buffers(net)) == 3
 
 
 def test_what_weights_were_is_not_kept_a_second_time(device):
