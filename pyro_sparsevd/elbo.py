@@ -5,7 +5,7 @@ __all__ = ["KL", "SparseVD_ELBO"]
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from pyro.distributions import Delta
@@ -27,6 +27,7 @@ from .workspace import Workspace
 logger = logging.getLogger(__name__)
 
 KL = Literal["approximate", "exact", "monte_carlo"]
+Terms: TypeAlias = list[tuple[str, Tensor]]  # names of sites and what they add to a bound
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -177,10 +178,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             random_state = torch.get_rng_state()
             try:
                 with unchanged_buffers_on_error(model):
-                    nll, kl = self._mean_terms(model, guide, args, kwargs)
+                    particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
+                    nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
                     loss = nll + self.kl_weight * kl
                     if self.check_finite and not math.isfinite(loss.detach()):
-                        raise ValueError(f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}")
+                        raise ValueError(
+                            f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
+                            + _sites_not_finite(particles)
+                        )
                     return loss, nll, kl
             except RepeatedUseError as repeated:
                 if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
@@ -197,22 +202,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             model(*args, **kwargs)
         return scored(model_sites.found), scored(guide_sites.found)
 
-    def _mean_terms(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns the negative log likelihood and the divergence, averaged over the particles."""
-        particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
-        if self.num_particles == 1:
-            return particles[0]
-        nlls, kls = zip(*particles, strict=True)
-        return torch.stack(nlls).mean(), torch.stack(kls).mean()
-
-    def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Tensor, Tensor]:
-        """Returns the negative log likelihood and the divergence of one particle."""
-        log_likelihoods: list[Tensor] = []
-        divergences: list[Tensor] = []
+    def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Terms, Terms]:
+        """Returns the negative log likelihoods and the divergences of one particle, by site."""
+        nlls: Terms = []
+        divergences: Terms = []
         lazy: dict[float, list[LazyWeight]] = {}
         for name, site in model_sites.items():
             if site["is_observed"]:
-                log_likelihoods.append(log_prob(site))
+                nlls.append((name, -log_prob(site)))
                 continue
             if name not in guide_sites:
                 raise ValueError(
@@ -225,15 +222,16 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             if self.kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, site):
                 lazy.setdefault(q["scale"], []).append(q["value"])
                 if prior.is_proper:
-                    divergences.append(prior.log_normalizer.sum() * q["scale"])
+                    divergences.append((name, prior.log_normalizer.sum() * q["scale"]))
             else:
-                divergences.append(self._divergence(name, q, site))
+                divergences.append((name, self._divergence(name, q, site)))
         for scale, weights in lazy.items():
-            divergences.append(scale * kl_log_uniform_total(weights, cast(Form, self.kl)))
+            names = ", ".join(weight.site for weight in weights)
+            divergences.append((names, scale * kl_log_uniform_total(weights, cast(Form, self.kl))))
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
-            divergences.append(log_prob(guide_sites[name]))
-        return -_sum(log_likelihoods), _sum(divergences)
+            divergences.append((name, log_prob(guide_sites[name])))
+        return nlls, divergences
 
     def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
         if self.kl != "monte_carlo":
@@ -283,5 +281,17 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
         return None
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
-    return sum(terms[1:], start=terms[0]) if terms else torch.zeros(())
+def _sum(terms: Terms) -> Tensor:
+    values = [value for _, value in terms]
+    return sum(values[1:], start=values[0]) if values else torch.zeros(())
+
+
+def _mean(of_particles: list[Tensor]) -> Tensor:
+    return of_particles[0] if len(of_particles) == 1 else torch.stack(of_particles).mean()
+
+
+def _sites_not_finite(particles: list[tuple[Terms, Terms]]) -> str:
+    """Returns the end of a message that says which sites spoil a loss, if single ones do."""
+    terms = [term for of_particle in particles for of_kind in of_particle for term in of_kind]
+    names = dict.fromkeys(name for name, value in terms if not math.isfinite(value.detach()))
+    return f"; not finite are the terms of {', '.join(names)}" if names else ""

@@ -1280,8 +1280,23 @@ def test_an_argument_of_a_function_is_named(device):
 
 def test_a_loss_that_overflows_from_finite_numbers_shows_its_terms(device):
     model, guide = _pair(device, likelihood=lambda output: dist.Normal(output.squeeze(-1), 1e-200))
-    with pytest.raises(ValueError, match=r"^loss: expected a finite number, but got nll inf and kl \d"):
+    with pytest.raises(
+        ValueError, match=r"^loss: expected .*, but got nll inf and kl [\d.]+; not finite are the terms of y$"
+    ):
         SparseVD_ELBO().loss(model, guide, *_data(device))
+
+
+def test_a_sampled_divergence_that_is_infinite_names_its_site(device):
+    prior = LogUniform(torch.tensor(1e-2, device=device), 1e-1)  # which draws of unit means are out of
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(device)
+    nn.init.ones_(net[1].weight)
+    model = Supervised(
+        bayesianize(net, {"0.*": LogUniform(), "1.*": prior}), lambda out: dist.Normal(out, 1.0).to_event(1), 9
+    )
+    with pytest.raises(ValueError, match=r"^loss: expected .* and kl inf; not finite are the terms of 1\.weight$"):
+        SparseVD_ELBO(kl="monte_carlo", num_particles=2).loss(
+            model, AutoSparseNormal(model), torch.ones(5, 4, device=device), torch.ones(5, 2, device=device)
+        )
 
 
 def test_terms_of_the_last_good_evaluation_survive_an_error(device):
