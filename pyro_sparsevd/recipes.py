@@ -6,10 +6,12 @@ These are short; copy what you want otherwise.
 __all__ = ["choose_threshold", "fine_tune", "fit_posterior", "train_dense", "train_sparse"]
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .datasets import Split
@@ -19,7 +21,7 @@ from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .summary import sparsify
-from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
+from .training import CrossEntropy, constant_then_linear, error, fit, logits
 
 
 def train_dense(
@@ -224,11 +226,15 @@ def choose_threshold(
     thresholds: Iterable[float],
     epochs: int,
     batch_size: int,
-    tolerance: float = 0.02,
+    tolerance: float | None = None,
 ) -> float:
-    """Returns the smallest threshold whose fine-tuned network predicts held-out data little worse than the best.
+    """Returns the smallest threshold whose fine-tuned network predicts held-out data hardly worse than the best.
 
-    What is compared is the negative log likelihood, which is less noisy than the error.
+    What is compared is the negative log likelihood, which is less noisy than the error. A difference counts if it is
+    larger than the standard error of the smallest one: the one-standard-error rule.
+
+    References:
+        Classification and Regression Trees (Breiman, Friedman, Olshen, Stone, 1984)
 
     Args:
         model: The model.
@@ -238,7 +244,8 @@ def choose_threshold(
         thresholds: The thresholds to try, at least one.
         epochs: How many epochs to fine-tune for.
         batch_size: The number of data of a step.
-        tolerance: How much larger than the smallest the negative log likelihood may be, as a fraction of it.
+        tolerance: How much larger than the smallest the negative log likelihood may be, as a fraction of it; instead
+            of the standard error.
 
     Returns:
         The threshold.
@@ -253,14 +260,22 @@ def choose_threshold(
         >>> choose_threshold(model, AutoSparseNormal(model), split, **options)
         1.0
     """
-    if not tolerance >= 0:
+    if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
-    nlls = {}
+    nlls: dict[float, tuple[float, float]] = {}
     thresholds = list(thresholds)
     if not thresholds:
         raise ValueError("thresholds: expected at least one, but got none")
     for threshold in thresholds:
         pruned = prune(model.network, guide, sparsify(guide, threshold))
         tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)
-        nlls[threshold] = negative_log_likelihood(tuned, validation)
-    return min(t for t, nll in nlls.items() if nll <= min(nlls.values()) * (1 + tolerance))
+        nlls[threshold] = _negative_log_likelihood(tuned, validation)
+    best, standard_error = min(nlls.values())
+    allowed = standard_error if tolerance is None else tolerance * best
+    return min(t for t, (nll, _) in nlls.items() if nll <= best + allowed)
+
+
+def _negative_log_likelihood(network: nn.Module, split: Split) -> tuple[float, float]:
+    """Returns the mean negative log likelihood of the labels, in nats per datum, and its standard error."""
+    of_each = F.cross_entropy(logits(network, split), split.labels, reduction="none")
+    return of_each.mean().item(), of_each.std(correction=0).item() / math.sqrt(len(of_each))

@@ -36,13 +36,12 @@ def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_varianc
         "--threshold",
         type=finite,
         help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has a negative "
-        "log likelihood of held-out training digits within --threshold-tolerance of the best)",
+        "log likelihood of held-out training data at most --threshold-tolerance above the best)",
     )
     options.add_argument(
         "--threshold-tolerance",
         type=tolerance,
-        default=0.02,
-        help="how far above the best that may be, as a fraction of it (%(default)s)",
+        help="how far above the best that may be, as a fraction of it (default: the standard error of the best)",
     )
 
 
