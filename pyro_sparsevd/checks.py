@@ -1,6 +1,6 @@
 """Checks of what goes into a bound."""
 
-__all__ = ["blame", "check_auxiliary", "check_latent", "is_finite"]
+__all__ = ["blame", "check_auxiliary", "check_latent", "check_plates", "is_finite"]
 
 import inspect
 import math
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
@@ -61,7 +62,7 @@ def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs
 
 
 def check_latent(name: str, q: Any, p: Any) -> None:
-    """Checks that a latent is one whose divergence has a reparameterised gradient.
+    """Checks that a latent has a reparameterised guide, of the shape that it has in the model.
 
     Args:
         name: The name of the site.
@@ -69,7 +70,7 @@ def check_latent(name: str, q: Any, p: Any) -> None:
         p: The site in the model.
 
     Raises:
-        ValueError: If it is enumerated, or the guide not reparameterised.
+        ValueError: If it is enumerated, the guide not reparameterised, or the shapes differ.
 
     Example:
         >>> site = {"infer": {}, "fn": dist.Normal(0.0, 1.0)}
@@ -83,6 +84,42 @@ def check_latent(name: str, q: Any, p: Any) -> None:
         raise ValueError(
             f"{name}: expected a reparameterised guide, but {type(q['fn']).__name__} has no rsample; a discrete latent "
             "needs TraceEnum_ELBO, or must be observed or summed out"
+        )
+    shapes = [(site["fn"].batch_shape, site["fn"].event_shape) for site in (q, p)]
+    if shapes[0] != shapes[1] and is_validation_enabled():
+        (q_batch, q_event), (p_batch, p_event) = ((tuple(batch), tuple(event)) for batch, event in shapes)
+        raise ValueError(
+            f"{name}: expected batch shape {p_batch} and event shape {p_event} in the guide, as in the model, but got "
+            f"{q_batch} and {q_event}; give both the same plates and .to_event()"
+        )
+
+
+def check_plates(name: str, site: Any) -> None:
+    """Checks that the dimensions of a site's batch are those of its plates; others would be summed, or multiplied out.
+
+    Args:
+        name: The name of the site.
+        site: The site.
+
+    Raises:
+        ValueError: If one is not.
+
+    Example:
+        >>> check_plates("w", {"fn": dist.Normal(torch.zeros(3), 1.0).to_event(1), "cond_indep_stack": ()})
+    """
+    batch_shape = site["fn"].batch_shape
+    if not batch_shape or not is_validation_enabled():
+        return
+    plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    sizes = {plate.dim: plate.size for plate in plates}
+    outermost = min(sizes, default=0)  # to the right of it, Pyro lets any size be
+    of_dims = zip(range(-len(batch_shape), 0), batch_shape, strict=True)
+    wrong = [dim for dim, size in of_dims if size != sizes.get(dim, 1 if dim < outermost else size)]
+    if wrong:
+        expected = ", ".join(f"{plate.name} (dimension {plate.dim})" for plate in plates)
+        raise ValueError(
+            f"{name}: expected a batch of the sizes of its plates ({expected or 'none'}), but got batch shape "
+            f"{tuple(batch_shape)}; use .to_event(), or a plate for dimension {wrong[0]}"
         )
 
 

@@ -14,7 +14,7 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from .checks import blame, check_auxiliary, check_latent, is_finite
+from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
 from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
 from .divergence import Form
 from .latents import unchanged_buffers_on_error
@@ -208,6 +208,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         divergences: Terms = []
         lazy: dict[float, list[LazyWeight]] = {}
         for name, site in model_sites.items():
+            check_plates(name, site)
             if site["is_observed"]:
                 nlls.append((name, -log_prob(site)))
                 continue
@@ -230,6 +231,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             divergences.append((names, scale * kl_log_uniform_total(weights, cast(Form, self.kl))))
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
+            check_plates(name, guide_sites[name])
             divergences.append((name, log_prob(guide_sites[name])))
         return nlls, divergences
 

@@ -16,6 +16,7 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -176,7 +177,8 @@ class Supervised(PyroModule):
             raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
         recorder = sole_recorder()
         if recorder is not None and y is not None:
-            recorder.sample("y", likelihood, y, self.num_data / size)
+            plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
+            recorder.sample("y", likelihood, y, self.num_data / size, (plate,))
             return output
         with pyro.plate("data", self.num_data, subsample=x):
             pyro.sample("y", likelihood, obs=y, infer={"is_target": True})

@@ -50,14 +50,17 @@ class SampleSites(Messenger):
         if not (msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic")):
             self._record(msg.copy())
 
-    def sample(self, name: str, fn: Any, obs: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """Does what ``pyro.sample`` does outside of plates and under this handler alone, in less time.
+    def sample(
+        self, name: str, fn: Any, obs: Tensor | None = None, scale: float = 1.0, plates: tuple[Any, ...] = ()
+    ) -> Tensor:
+        """Does what ``pyro.sample`` does under this handler alone, in less time.
 
         Args:
             name: The name of the site.
             fn: Its distribution.
             obs: Its value, if that is observed.
             scale: The factor of its log density.
+            plates: The frames of the plates it is in, of whose sizes the distribution already is.
 
         Returns:
             The value.
@@ -66,7 +69,7 @@ class SampleSites(Messenger):
             ValueError: If a site of the name is there already.
         """
         site: Any = {"type": "sample", "name": name, "fn": fn, "value": obs, "is_observed": obs is not None}
-        site.update(infer={}, scale=scale, mask=None, cond_indep_stack=(), done=False)
+        site.update(infer={}, scale=scale, mask=None, cond_indep_stack=plates, done=False)
         self._pyro_sample(site)
         if site["value"] is None:
             site["value"] = fn()

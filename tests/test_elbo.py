@@ -9,6 +9,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import mpmath
@@ -28,6 +29,7 @@ from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_E
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError
 from pyro_sparsevd.local_reparam import local_reparam
 from pyro_sparsevd.records import log_prob
+from pyro_sparsevd.sites import map_tensors
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -1534,3 +1536,62 @@ def test_a_draw_of_exactly_0_has_a_finite_density_and_gradient(device):
     density.backward()
     assert density.isfinite()
     assert value.grad.tolist() == [0.0, -1.0]
+
+
+def _normal_model(batch_shape, event_dim, plate=None):
+    def model(x):
+        with pyro.plate("rows", plate) if plate else nullcontext():
+            w = pyro.sample("w", dist.Normal(torch.zeros(batch_shape, device=x.device), 1.0).to_event(event_dim))
+        pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=x.sum())
+
+    return model
+
+
+DISAGREEING = {  # the model, what the guide draws
+    "shape": (_normal_model((3, 4), 2), SparseNormal(torch.zeros(1, 4), -2.0).to_event(2)),
+    "event": (_normal_model((3, 4), 2), SparseNormal(torch.zeros(3, 4), -2.0).to_event(1)),
+    "plate": (_normal_model((), 0, plate=3), SparseNormal(0.0, -2.0)),
+}
+
+
+@pytest.mark.parametrize(("model", "q"), DISAGREEING.values(), ids=DISAGREEING)
+def test_a_guide_of_other_shapes_than_the_model_is_refused(model, q, device):
+    q = map_tensors(q, lambda t: t.to(device))
+    with pytest.raises(
+        ValueError, match=r"^w: expected batch shape .* and event shape .* in the guide, as in the model"
+    ):
+        SparseVD_ELBO().loss(model, lambda x: pyro.sample("w", q), torch.ones(2, device=device))
+
+
+def _outer_product(x, y):  # targets of shape (M,) and means of shape (M, 1)
+    w = pyro.sample("w", LogUniform().expand([3]).to_event(1))
+    with pyro.plate("data", 100, subsample=x):
+        pyro.sample("y", dist.Normal((x @ w)[:, None], 1.0), obs=y)
+
+
+def _latent_outside_of_plates(x, y):
+    pyro.sample("w", LogUniform().expand([3]))
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(2), obs=x)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sparsevd.distributions.ImproperPriorWarning")
+@pytest.mark.parametrize(("model", "site"), [(_outer_product, "y"), (_latent_outside_of_plates, "w")])
+def test_a_batch_that_no_plate_declares_is_refused_as_elsewhere_in_pyro(model, site, device):
+    guide, data = AutoSparseNormal(model), (torch.ones(5, 3, device=device), torch.ones(5, device=device))
+    with pytest.raises(ValueError, match=site):
+        Trace_ELBO().loss(model, guide, *data)
+    with pytest.raises(ValueError, match=f"^{site}: expected a batch of the sizes of its plates"):
+        SparseVD_ELBO().loss(model, guide, *data)
+    with pyro.validation_enabled(False):
+        assert math.isfinite(SparseVD_ELBO().loss(model, guide, *data))
+
+
+def test_between_plates_any_size_is_fine_as_elsewhere_in_pyro(device):
+    def model(x):
+        with pyro.plate("rows", 4, dim=-2):
+            pyro.sample("w", dist.Normal(torch.zeros(4, 3, device=device), 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=x)
+
+    guide, x = AutoNormal(model), torch.ones(4, 3, device=device)
+    assert math.isfinite(Trace_ELBO().loss(model, guide, x))
+    assert math.isfinite(SparseVD_ELBO().loss(model, guide, x))
