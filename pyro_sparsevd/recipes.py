@@ -21,7 +21,7 @@ from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .summary import sparsify
-from .training import CrossEntropy, constant_then_linear, error, fit, logits
+from .training import Checkpoint, CrossEntropy, constant_then_linear, error, fit, logits
 
 
 def train_dense(
@@ -31,7 +31,7 @@ def train_dense(
     epochs: int,
     batch_size: int,
     lr: float = 1e-3,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> nn.Module:
     """Fits a classifier by maximum likelihood, with Adam.
 
@@ -77,7 +77,7 @@ def fit_posterior(
     lr: float = 3e-3,
     warm_up: float = 0.5,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> list[dict[str, float]]:
     """Fits the posterior of a Bayesian network, with Adam.
 
@@ -140,7 +140,7 @@ def train_sparse(
     kl: KL = "exact",
     warm_up: float = 0.5,
     threshold: float = 3.0,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> list[dict[str, float]]:
     """Fits the posterior of a Bayesian classifier, as :func:`fit_posterior` does, and follows what it can do without.
 

@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, training
 from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.training import CrossEntropy, batches, constant_then_linear, error, fit
+from pyro_sparsevd.training import (
+    Checkpoint,
+    CheckpointError,
+    CrossEntropy,
+    batches,
+    constant_then_linear,
+    error,
+    fit,
+)
 
 
 @pytest.fixture
@@ -130,3 +138,89 @@ def test_numbers_of_numpy_are_kept_in_a_checkpoint(split, device, tmp_path):
     options = {"checkpoint": tmp_path / "run.pt", "after_epoch": lambda epoch: {"error": np.float64(0.5)}}
     _run(_dense(device), split, 1, **options)
     assert _run(_dense(device), split, 2, **options) == [{"error": 0.5}] * 2
+
+
+SETTINGS = {"--seed": 0, "--lr": 1e-3, "--kl": "exact", "--pretrained": False}
+
+
+@pytest.mark.parametrize(("name", "value"), [("--seed", 1), ("--lr", 0.1), ("--kl", "approximate")])
+def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(name, value, split, device, tmp_path):
+    path = tmp_path / "run.pt"
+    _run(_dense(device), split, 2, checkpoint=Checkpoint(path, SETTINGS))
+    loss = _dense(device)
+    before = {key: tensor.clone() for key, tensor in loss.state_dict().items()}
+    message = (
+        f"run.pt: expected a training with {name} {value}, but it is of one with {name} {SETTINGS[name]}; go on with"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        _run(loss, split, 3, checkpoint=Checkpoint(path, {**SETTINGS, name: value}))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in loss.state_dict().items())
+
+
+def test_a_checkpoint_of_the_same_settings_is_gone_on_from_for_more_epochs(split, device, tmp_path):
+    options = {"checkpoint": Checkpoint(str(tmp_path / "run.pt"), SETTINGS), "after_epoch": lambda e: {"epoch": e}}
+    _run(_dense(device), split, 2, **options)
+    seen = []
+    assert len(_run(_dense(device), split, 3, before_epoch=seen.append, **options)) == 3
+    assert seen == [2]
+
+
+def test_a_checkpoint_without_settings_is_gone_on_from(split, device, tmp_path):
+    path = tmp_path / "run.pt"
+    _run(_dense(device), split, 2, checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    torch.save({name: part for name, part in state.items() if name != "settings"}, path)  # as earlier versions did
+    seen = []
+    _run(_dense(device), split, 3, before_epoch=seen.append, checkpoint=Checkpoint(path, SETTINGS))
+    assert seen == [2]
+
+
+def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(split, device, tmp_path):
+    path = tmp_path / "run.pt"
+    _run(CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3, device=device))), split, 1, checkpoint=path)
+    loss = CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(4, 5, device=device)))
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"network.1.weight of shape \(5, 4\), but it has \(3, 4\); go on with"):
+        _run(loss, split, 2, checkpoint=path)
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "flipped"])
+def test_a_checkpoint_that_is_damaged_is_refused(content, split, device, tmp_path):
+    path = tmp_path / "run.pt"
+    _run(_dense(device), split, 1, checkpoint=path)
+    whole = path.read_bytes()
+    damaged = {"truncated": whole[: len(whole) // 2], "flipped": b"PK" + whole[2:100][::-1] + whole[100:]}
+    path.write_bytes(damaged.get(content, content))
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint, but it cannot be read \(\w+\); remove it"):
+        _run(_dense(device), split, 2, checkpoint=path)
+
+
+@pytest.mark.parametrize("state", [{"weight": torch.zeros(2)}, [1, 2]], ids=["a state dict", "a list"])
+def test_another_file_of_torch_is_refused(state, split, device, tmp_path):
+    path = tmp_path / "run.pt"
+    torch.save(state, path)
+    with pytest.raises(
+        CheckpointError, match="expected a checkpoint of generator, history, loss, optimizer, scheduler"
+    ):
+        _run(_dense(device), split, 2, checkpoint=path)
+
+
+def test_the_random_numbers_of_a_cuda_device_are_gone_on_with(monkeypatch):
+    generators = {torch.device("cuda", 1): torch.tensor([1, 2], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", generators.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.__setitem__(device, state))
+    kept = training._random_states(torch.device("cuda", 1))
+    expected = torch.rand(3)
+    generators[torch.device("cuda", 1)] = torch.tensor([3, 4], dtype=torch.uint8)
+    training._set_random_states(kept, torch.device("cuda", 1))
+    assert generators[torch.device("cuda", 1)].tolist() == [1, 2]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_of_a_cpu_is_gone_on_from_on_a_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_rng_state", None)
+    kept = training._random_states(torch.device("cpu"))
+    expected = torch.rand(3)
+    training._set_random_states(kept, torch.device("cuda"))
+    assert torch.equal(torch.rand(3), expected)
