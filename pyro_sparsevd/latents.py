@@ -197,19 +197,20 @@ def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
 
 def _restorer(model: Any) -> Callable[[], None]:
     buffers = _running_buffers(model)
-    kept = [buffer.clone() for buffer in buffers]
+    kept = [buffer.clone() for _, _, buffer in buffers]
 
     @torch.no_grad()
     def restore() -> None:
-        for buffer, value in zip(buffers, kept, strict=True):
+        for (owner, name, buffer), value in zip(buffers, kept, strict=True):
             buffer.copy_(value)
+            owner[name] = buffer  # a module may have put another tensor there
 
     return restore
 
 
-def _running_buffers(model: Any) -> list[Tensor]:
-    """Returns the buffers that a run of a model may change: all but the values that its weights had."""
-    found: list[Tensor] = []
+def _running_buffers(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
+    found: list[tuple[dict[str, Any], str, Tensor]] = []
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
     seen = set(modules)
     for module in modules:  # not model.modules(), which takes its time at every step
@@ -220,5 +221,6 @@ def _running_buffers(model: Any) -> list[Tensor]:
         if module._buffers:
             priors = module.__dict__.get("_pyro_samples", {}).values()
             initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}
-            found += [value for name, value in module._buffers.items() if value is not None and name not in initial]
+            own = module._buffers
+            found += [(own, name, value) for name, value in own.items() if value is not None and name not in initial]
     return found

@@ -142,3 +142,35 @@ def test_what_weights_were_is_not_kept_a_second_time(device):
         fail()
     assert (initial == 7).all()
     assert all((buffer != 7).all() for buffer in (bnn[2].weight_initial, *buffers))
+
+
+class _Reassigning(nn.Module):
+    """Puts new tensors in the place of its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        output = self.linear(x)
+        self.mean = 0.9 * self.mean + 0.1 * output.detach().mean(0)
+        return output
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_buffers_that_a_module_reassigns_are_left_alone_by_set_up_and_by_errors(bad, device):
+    torch.manual_seed(0)
+    bnn = svd.bayesianize(_Reassigning().to(device))
+    model = svd.Supervised(bnn, lambda out: dist.Normal(out.squeeze(-1), 1.0), 20)
+    guide, x, y = svd.AutoSparseNormal(model), torch.ones(4, 3, device=device), torch.ones(4, device=device)
+    if bad:
+        with torch.no_grad():
+            bnn.linear.bias.fill_(torch.nan)
+        with pytest.raises(ValueError, match=r"linear\.bias: expected finite numbers"):
+            svd.SparseVD_ELBO()(model, guide)(x, y)
+    else:
+        guide(x, y)
+    assert bnn.mean.item() == 0
+    bnn.double()
+    assert bnn.mean.dtype == torch.float64
