@@ -6,7 +6,6 @@
 
 __all__ = ["Supervised", "bayesianize"]
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -203,7 +203,8 @@ class _OwnParameters(Messenger):
     """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
 
     ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
-    make a frozen parameter trainable and copy one that is not contiguous, so these do not pass through the store.
+    make a frozen parameter trainable, which is therefore no parameter to Pyro, and copy one that is not contiguous,
+    which is therefore put into the store here.
     """
 
     def _pyro_param(self, msg: Any) -> None:
@@ -211,16 +212,19 @@ class _OwnParameters(Messenger):
         if not init or not isinstance(init[0], nn.Parameter):
             return
         parameter = init[0]
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
-        if not (parameter.requires_grad and parameter.is_contiguous()):
-            msg["value"], msg["done"] = parameter, True
+        if not parameter.requires_grad:
+            msg["value"], msg["done"], msg["stop"] = parameter, True, True
             return
-        store = pyro.get_param_store()._params
+        store = pyro.get_param_store()
         number = 1
-        while store.get(msg["name"], parameter) is not parameter:
+        while store._params.get(msg["name"], parameter) is not parameter:
             number += 1
             msg["name"] = f"{name}_{number}"
         msg["args"] = (msg["name"], parameter)
+        if not parameter.is_contiguous():
+            store._params[msg["name"]] = parameter
+            store._param_to_name[parameter] = msg["name"]
+            store._constraints[msg["name"]] = constraints.real
 
 
 def _broadcasts_to(shape: torch.Size, expected: torch.Size) -> bool:

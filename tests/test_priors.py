@@ -1116,3 +1116,45 @@ def test_any_name_of_a_tied_weight_chooses_its_prior():
 def test_a_prior_by_type_of_module_is_refused():
     with pytest.raises(TypeError, match=r"^prior: expected globs on the names of parameters as keys, but got <class"):
         svd.bayesianize(nn.Linear(2, 2), {nn.Linear: svd.LogUniform()})
+
+
+def _with_odd_parameters(device):
+    """One frozen bias, and a kernel left out of the prior whose memory is not contiguous."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)).to(device)
+    net = net.to(memory_format=torch.channels_last)
+    net[0].bias.requires_grad_(False)
+    model = svd.Supervised(svd.bayesianize(net, exclude="0.*"), lambda out: dist.Categorical(logits=out), 60)
+    return model, svd.AutoSparseNormal(model)
+
+
+def test_frozen_and_strided_parameters_have_names_for_optimisers_and_keep_their_state(device, tmp_path):
+    x, y = torch.randn(6, 3, 6, 6, device=device), torch.zeros(6, device=device)
+    rates = lambda name: {"lr": 1e-3 if "log_variances" in name else 1e-2}  # noqa: E731
+
+    def steps(svi, number):
+        torch.manual_seed(number)
+        return [svi.step(x, y) for _ in range(number)]
+
+    model, guide = _with_odd_parameters(device)
+    optimizer = pyro.optim.Adam(rates)
+    svi = SVI(model, guide, optimizer, svd.SparseVD_ELBO())
+    frozen, kernel = model.network[0].bias.clone(), model.network[0].weight.detach().clone()
+    steps(svi, 3)
+    assert torch.equal(model.network[0].bias, frozen)
+    assert not model.network[0].bias.requires_grad
+    assert not torch.equal(model.network[0].weight, kernel)
+    assert not model.network[0].weight.is_contiguous()
+    assert "0.weight" in optimizer.get_state()
+    assert None not in optimizer.get_state()
+    optimizer.save(tmp_path / "optimizer.pt")
+    states = copy.deepcopy((model.state_dict(), guide.state_dict()))
+    expected = steps(svi, 4)
+
+    pyro.clear_param_store()
+    model, guide = _with_odd_parameters(device)
+    model.load_state_dict(states[0])
+    guide.load_state_dict(states[1])
+    optimizer = pyro.optim.Adam(rates)
+    optimizer.load(tmp_path / "optimizer.pt")
+    assert steps(SVI(model, guide, optimizer, svd.SparseVD_ELBO()), 4) == expected
