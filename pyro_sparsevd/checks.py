@@ -28,8 +28,9 @@ def is_finite(*arguments: Any) -> bool:
     """
     leaves = (leaf for a in arguments for leaf in ((a,) if isinstance(a, Tensor) else tree_leaves(a)))
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    parts = (part for t in tensors for part in (t.unbind() if t.is_nested else (t,)))
     # A sum may overflow where its terms are finite, but is much cheaper.
-    return all(math.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in tensors)
+    return all(math.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in parts)
 
 
 def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:

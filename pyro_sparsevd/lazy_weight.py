@@ -3,7 +3,7 @@
 __all__ = ["LazyWeight", "RepeatedUseError", "kl_log_uniform_total"]
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,7 +80,7 @@ class LazyWeight(Tensor):
                 raise RepeatedUseError(self.site)
             # Who asks first may do so without a gradient, others may need it.
             inference, grad = self._modes
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad), _outside_of_transforms():
                 self._drawn = self.base_dist.rsample()
         return self._drawn
 
@@ -218,7 +218,23 @@ def _local_transposed_convolution(
 
 
 def _can_integrate_out(x: Any, weight: Any) -> bool:
-    return type(weight) is LazyWeight and weight._drawn is None and type(x) is not LazyWeight and x.dim() > 0
+    is_undrawn = type(weight) is LazyWeight and weight._drawn is None
+    is_dense = type(x) is not LazyWeight and x.layout is torch.strided and not x.is_nested and x.dim() > 0
+    return is_undrawn and is_dense and not _in_transform()
+
+
+def _in_transform() -> bool:
+    """Tells whether a transform of torch.func is at work, such as vmap, which knows no output that is sampled."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _outside_of_transforms() -> AbstractContextManager:
+    """Lets one draw be that of all that a transform of torch.func maps over."""
+    if not _in_transform():
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def _per_dim(value: Any, dims: int) -> list[int]:

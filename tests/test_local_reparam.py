@@ -1,8 +1,10 @@
 """Every operation that samples its output against its plain formula; every other use against one draw."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize, divergence
+from pyro_sparsevd.checks import is_finite
 from pyro_sparsevd.distributions import LogUniform
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
 from pyro_sparsevd.local_functions import LocalGreyConvolution
@@ -1102,3 +1105,43 @@ def test_a_sampled_output_may_be_changed_in_place(layer, change, device):
         output = change(inplace=inplace)(poutine.replay(bnn, poutine.trace(local_reparam(guide)).get_trace(x))(x))
         gradients.append(torch.autograd.grad(output.square().sum(), list(guide.parameters())))
     torch.testing.assert_close(*gradients)
+
+
+def _padded(output):
+    return output.to_padded_tensor(0.0) if output.is_nested else output
+
+
+# What knows no output that is sampled: of weight and input.
+DRAWN = {
+    "vmap": lambda w, x: torch.vmap(lambda row: F.linear(row, w))(x),
+    "func.grad": lambda w, x: torch.vmap(torch.func.grad(lambda row: F.linear(row, w).square().sum()))(x),
+    "jacrev": lambda w, x: torch.func.jacrev(lambda row: F.linear(row, w))(x[0]),
+    "coordinates": lambda w, x: F.linear(x.to_sparse(), w),
+    "compressed rows": lambda w, x: F.linear(x.to_sparse_csr(), w),
+    "nested": lambda w, x: _padded(F.linear(torch.nested.nested_tensor([x[:2], x[2:]]), w)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("use", DRAWN.values(), ids=DRAWN)
+def test_where_no_output_can_be_sampled_the_weight_is_drawn_once(use, device):
+    loc = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    log_variance = torch.zeros_like(loc, requires_grad=True)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    results = []
+    for handler in (nullcontext(), local_reparam()):
+        torch.manual_seed(0)
+        with handler:
+            w = pyro.sample("w", SparseNormal(loc, log_variance).to_event(2))
+            output = use(w, x)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (loc, log_variance))))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_nested_arguments_are_checked(bad, device):
+    parts = [torch.ones(2, 3, device=device), torch.ones(4, 3, device=device)]
+    parts[1][0, 0] = torch.nan if bad else 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        assert is_finite(torch.nested.nested_tensor(parts)) == (not bad)
