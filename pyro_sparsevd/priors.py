@@ -12,7 +12,6 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 import pyro
-import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
@@ -173,7 +172,7 @@ class Supervised(PyroModule):
                 f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
             )
         expected = likelihood.batch_shape + likelihood.event_shape
-        if y is not None and y.shape != expected and not _broadcasts_to(y.shape, expected):
+        if y is not None and y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
             raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
         recorder = sole_recorder()
         if recorder is not None and y is not None:
@@ -225,13 +224,6 @@ class _OwnParameters(Messenger):
             store._params[msg["name"]] = parameter
             store._param_to_name[parameter] = msg["name"]
             store._constraints[msg["name"]] = constraints.real
-
-
-def _broadcasts_to(shape: torch.Size, expected: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(shape, expected) == expected
-    except RuntimeError:
-        return False
 
 
 def _to_pyro_modules(net: nn.Module) -> None:

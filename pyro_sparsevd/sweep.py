@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .distributions import unwrap_independent
 from .plain import evaluation_mode
 from .records import density
 from .summary import sparse_normal_parts, sparsify
@@ -27,7 +28,7 @@ class SweepPoint(NamedTuple):
         threshold: The log α above which weights are dropped, as it was given.
         error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
             squared error; NaN for a prediction without mode or mean.
-        nll: The mean negative log likelihood of a datum, in nats.
+        nll: The mean negative log likelihood of a datum, in nats; what several sites observe of it counts as several.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
     """
@@ -123,11 +124,17 @@ def _observed(trace: Any, latents: Mapping[str, Tensor]) -> list[Any]:
 def _errors(fn: Any, value: Tensor) -> Tensor:
     """Returns the error of each datum, of the batch shape."""
     event_dim = len(fn.event_shape)
+    base: Any = unwrap_independent(fn)
     try:
         errors = (fn.mode != value).double() if fn.support.is_discrete else (fn.mean - value).double() ** 2
     except NotImplementedError:
         return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
-    return errors.flatten(errors.dim() - event_dim).mean(-1) if event_dim else errors
+    if not event_dim:
+        return errors
+    counted = base._mask if isinstance(base, dist.MaskedDistribution) else True
+    counted = torch.as_tensor(counted, device=errors.device).expand_as(errors).flatten(errors.dim() - event_dim)
+    errors = errors.flatten(errors.dim() - event_dim)
+    return torch.where(counted, errors, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
 
 
 class _LatentsMessenger(Messenger):

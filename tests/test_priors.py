@@ -1158,3 +1158,11 @@ def test_frozen_and_strided_parameters_have_names_for_optimisers_and_keep_their_
     optimizer = pyro.optim.Adam(rates)
     optimizer.load(tmp_path / "optimizer.pt")
     assert steps(SVI(model, guide, optimizer, svd.SparseVD_ELBO()), 4) == expected
+
+
+def test_targets_that_would_broadcast_over_a_datum_are_refused(device):
+    bnn = svd.bayesianize(nn.Linear(4, 3), svd.LogUniform(1e-4, 1.0)).to(device)
+    model = svd.Supervised(bnn, lambda out: dist.Normal(out, 1.0).to_event(1), 9)
+    x = torch.ones(5, 4, device=device)
+    with pytest.raises(ValueError, match=re.escape("y: expected targets of shape (5, 3), but got (5, 1)")):
+        model(x, torch.ones(5, 1, device=device))

@@ -307,7 +307,8 @@ def test_the_sweep_scores_data_only_and_those_that_are_not_masked():
 def test_the_sweep_refuses_targets_that_broadcast():
     def model(x, y=None):
         w = pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
-        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+        with pyro.plate("rows", 4):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
     x, y = torch.randn(4, 3), torch.randn(4, 1)
     guide = svd.AutoSparseNormal(model)
@@ -316,3 +317,20 @@ def test_the_sweep_refuses_targets_that_broadcast():
         svd.threshold_sweep(model, guide, [(x, y)], [3.0])
     with pytest.raises(ValueError, match=r"^y: expected a value of shape \(4,\), but got \(4, 1\)"):
         svd.SparseVD_ELBO()(model, guide)(x, y)
+
+
+def test_the_sweep_leaves_masked_parts_of_data_out(device):
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, False], [True, True], [False, False]], device=device)
+    y = torch.tensor([[2.0, 1000.0], [1.0, 3.0], [5.0, 5.0]], device=device)
+
+    def model(y):
+        w = pyro.sample("w", svd.LogUniform().expand([1]).to_event(1).expand(()))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal((0 * w).expand(3, 2), 1.0).mask(mask).to_event(1), obs=y)
+
+    guide = svd.AutoSparseNormal(model)
+    guide(y)
+    (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
+    assert point.error == pytest.approx((4 + 5 + 0) / 3)
+    assert point.nll == pytest.approx((14 / 2 + 3 * math.log(math.sqrt(2 * math.pi))) / 3)
