@@ -171,6 +171,7 @@ def _cifar_split(*files: Path) -> Split:
         records = np.frombuffer(data, np.uint8).reshape(-1, size)
         _require(records[:, 0].max() <= 9, path, "labels from 0 to 9", records[:, 0].max())
         parts.append(records)
+        _require(len(records) == len(parts[0]), path, f"{len(parts[0])} images, as in {files[0].name}", len(records))
     joined = np.concatenate(parts)
     return _to_split(joined[:, 1:].reshape(-1, 3, 32, 32), joined[:, 0])
 

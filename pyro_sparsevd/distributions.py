@@ -87,7 +87,9 @@ class LogUniform(dist.TorchDistribution):
             raise ValueError(f"LogUniform: expected both bounds or neither, but got low={low}, high={high}")
         self.is_proper = low is not None
         if low is not None and high is not None:
-            self.low, self.high = broadcast_all(low, high)
+            low, high = broadcast_all(low, high)
+            dtype = low.dtype if low.is_floating_point() else torch.get_default_dtype()
+            self.low, self.high = low.to(dtype), high.to(dtype)
             if not bool(((self.low > 0) & (self.low < self.high) & self.high.isfinite()).all()):
                 raise ValueError(f"LogUniform: expected 0 < low < high < inf, but got low={low}, high={high}")
         else:

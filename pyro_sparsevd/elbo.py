@@ -42,9 +42,11 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     log-uniform priors, else from one sample with the densities at hand, which a debug-level log says. A latent with
     a closed form has no densities computed.
 
-    Use it with ``pyro.infer.SVI``, or faster, as a torch module with one optimiser for all parameters::
+    Use it with ``pyro.infer.SVI``, or faster, as a torch module with one optimiser for all parameters. Latents that are
+    no attributes of the model have theirs only after a call::
 
         loss = SparseVD_ELBO()(model, guide)
+        loss(x, y)
         optimizer = torch.optim.Adam(loss.parameters())
         loss(x, y).backward()
 
@@ -56,8 +58,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     Args:
         kl: The divergence: ``"approximate"`` (the paper's equation 14), ``"exact"``, or ``"monte_carlo"`` for one
-            sample of every latent; an improper log-uniform prior then counts with the constant of the other two, and
-            the gradient of log \|w\|, of no finite variance, hardly makes anything sparse.
+            sample of every latent, which is infinite where that leaves the bounds of its prior; an improper
+            log-uniform prior then counts with the constant of the other two, and the gradient of log \|w\|, of no
+            finite variance, hardly makes anything sparse.
         kl_weight: c, the weight of the divergence of every latent; an attribute that may be set at every step.
         local_reparam: Whether to sample outputs instead of weights; not where the model differentiates its network
             with ``create_graph=True``, since sampled outputs have no second derivative.

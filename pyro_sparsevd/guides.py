@@ -43,10 +43,11 @@ class AutoSparseNormal(GaussianParameters):
     .. math:: q(w) = \prod_i \mathcal N(w_i \mid \theta_i, \sigma_i^2)
 
     The parameters ``locs`` and ``log_variances`` exist at once for the sites that are attributes of the model, as
-    those of :func:`~.priors.bayesianize`, and for others after the first call; ``load_state_dict`` makes them from
-    the state, without data; ``pyro.get_param_store().load`` before the first call, or before a step of SVI, works as
-    for Pyro's guides. They are never shared with another guide through Pyro's parameter store: a second guide is
-    numbered there. Weight decay must not touch ``log_variances``.
+    those of :func:`~.priors.bayesianize`, and for others after the first call: give a torch optimiser
+    ``parameters()`` after that. ``load_state_dict`` makes them from the state, without data;
+    ``pyro.get_param_store().load`` before the first call, or before a step of SVI, works as for Pyro's guides. They
+    are never shared with another guide through Pyro's parameter store: a second guide is numbered there. Weight decay
+    must not touch ``log_variances``.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -62,8 +63,8 @@ class AutoSparseNormal(GaussianParameters):
             parameters are ``locs`` and ``log_alphas`` and whose gradient in θ is noisier.
 
     Raises:
-        ValueError: If ``parameterization`` is neither of the two or ``init_log_variance`` not between -80 and 80, or,
-            when first called, if the model has a discrete latent.
+        ValueError: If ``parameterization`` is neither of the two ``init_log_variance`` not between -80 and 80, or an
+            initial value of another shape than its site, or, when first called, if the model has a discrete latent.
 
     Example:
         >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
@@ -85,9 +86,9 @@ class AutoSparseNormal(GaussianParameters):
         self.init_loc_fn = init_loc_fn
         others = model.parameters() if isinstance(model, nn.Module) else ()
         self._num_model_parameters = sum(p.numel() for p in others)
-        for name, prior in attribute_sites(model):
-            with torch.no_grad(), helpful_support_errors({"name": name, "fn": prior}):
-                self._add_site(name, prior, init_loc_fn({"name": name, "fn": prior}), ())
+        for site in attribute_sites(model):
+            with torch.no_grad(), helpful_support_errors(site):
+                self._add_site(site["name"], site["fn"], init_loc_fn(site), ())
 
     @property
     def model(self) -> Callable:
@@ -266,6 +267,11 @@ class AutoSparseNormal(GaussianParameters):
         return self.init_loc_fn(site)
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
+        shape = prior.batch_shape + prior.event_shape
+        if value.shape != shape:
+            raise ValueError(
+                f"{name}: expected an initial value of shape {tuple(shape)}, but init_loc_fn gave {tuple(value.shape)}"
+            )
         transform = simplified(biject_to(prior.support))
         loc = transform.inv(value.detach())
         if not bool(loc.isfinite().all()):

@@ -104,13 +104,23 @@ class Latent(NamedTuple):
         return dist.TransformedDistribution(base, [self.transform.with_cache()])
 
 
-def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
-    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
+def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
+    """Yields each sample site that is an attribute of a module of the model, as Pyro records it before it is drawn."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for attribute, prior in getattr(module, "_pyro_samples", {}).items():
             found = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(found, Distribution):
-                yield f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute, found
+                site: dict[str, Any] = {"type": "sample", "fn": found, "value": None, "is_observed": False}
+                site["name"] = f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute
+                yield {
+                    **site,
+                    "args": (),
+                    "kwargs": {},
+                    "infer": {},
+                    "scale": 1.0,
+                    "mask": None,
+                    "cond_indep_stack": (),
+                }
 
 
 def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
@@ -126,7 +136,9 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
         >>> sparsity_of(LogUniform()), sparsity_of(dist.Normal(0.0, 1.0))
         ((True, ()), (False, ()))
     """
-    base = unwrap_independent(prior)
+    base: Any = unwrap_independent(prior)
+    if isinstance(base, dist.MaskedDistribution):
+        base = base.base_dist
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
     if isinstance(base, EmpiricalNormal):

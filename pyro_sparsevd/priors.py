@@ -6,6 +6,7 @@
 
 __all__ = ["Supervised", "bayesianize"]
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -214,6 +215,7 @@ class _OwnParameters(Messenger):
         if not parameter.requires_grad:
             msg["value"], msg["done"], msg["stop"] = parameter, True, True
             return
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
         store = pyro.get_param_store()
         number = 1
         while store._params.get(msg["name"], parameter) is not parameter:

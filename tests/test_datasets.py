@@ -314,3 +314,10 @@ def test_true_mnist_is_read_whole():
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert train.images.mean().item() == pytest.approx(0.1307, abs=5e-5)
     assert train.images.std().item() == pytest.approx(0.3081, abs=5e-5)
+
+
+def test_cifar10_refuses_a_batch_that_ends_early(cifar_files, tmp_path):
+    folder, _ = cifar_files
+    (folder / "data_batch_4.bin").write_bytes(bytes(3073))
+    with pytest.raises(ValueError, match=r"data_batch_4\.bin: expected 2 images, as in data_batch_1\.bin, but got 1"):
+        cifar10(tmp_path)

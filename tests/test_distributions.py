@@ -681,3 +681,8 @@ def test_log_variance_of_either_normal(posterior):
 def test_unwrap_independent_finds_the_innermost_distribution(wrap):
     base = LogUniform().expand([2, 3])
     assert unwrap_independent(wrap(base)) is base
+
+
+def test_bounds_of_integers_are_taken_as_reals(device):
+    prior = LogUniform(torch.tensor(1, device=device), torch.tensor(10, device=device))
+    assert prior.sample().dtype == torch.get_default_dtype()

@@ -1557,3 +1557,43 @@ def test_a_prediction_before_training_leaves_the_targets_of_a_supervised_model_o
     SparseVD_ELBO()(model, guide)(x, y).backward()
     with pytest.raises(ValueError, match=r"^y: expected this latent of the model in the guide"):
         SparseVD_ELBO()(model, guide)(x)
+
+
+def test_initial_values_of_another_shape_are_refused_by_the_name_of_their_site(device):
+    def model():
+        pyro.sample("w", dist.Normal(torch.zeros(3, 4, device=device), 1.0).to_event(2))
+
+    guide = AutoSparseNormal(model, init_loc_fn=lambda site: torch.zeros(1, 4, device=device))
+    with pytest.raises(
+        ValueError, match=r"^w: expected an initial value of shape \(3, 4\), but init_loc_fn gave \(1, 4\)"
+    ):
+        guide()
+    with pytest.raises(
+        ValueError, match=r"^weight: expected an initial value of shape \(2, 3\), but init_loc_fn gave \(\)"
+    ):
+        AutoSparseNormal(bayesianize(nn.Linear(3, 2)), init_loc_fn=lambda site: torch.zeros(()))
+
+
+def test_an_initialisation_sees_the_sites_of_a_network_as_pyro_records_them(device):
+    bnn = bayesianize(nn.Linear(3, 2).to(device))
+    seen = []
+
+    def init(site):
+        seen.append(site)
+        return site["fn"].value
+
+    AutoSparseNormal(bnn, init_loc_fn=init)
+    with pyro.poutine.trace() as trace, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bnn(torch.zeros(1, 3, device=device))
+    recorded = trace.trace.nodes["weight"]
+    assert all(seen[0][key] == recorded[key] for key in ("name", "type", "is_observed", "infer", "scale", "mask"))
+
+
+def test_a_masked_log_uniform_prior_still_makes_its_site_sparse(device):
+    mask = torch.tensor([True, False, True], device=device)
+    guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform().expand([3]).mask(mask).to_event(1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide()
+    assert guide.sparse_sites == ("w",)
