@@ -13,6 +13,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 import pyro
+import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
@@ -63,7 +64,8 @@ def bayesianize(
         The Bayesian network.
 
     Raises:
-        TypeError: If ``net`` is not a module, or ``prior`` or a pattern is of another type than these.
+        TypeError: If ``net`` is not a module, or has a part that Pyro cannot make its own, such as a compiled one; or
+            if ``prior`` or a pattern is of another type than these.
         ValueError: If a pattern matches no parameter, a prior does not fit its parameter, nothing is chosen, or a
             chosen parameter is not initialised, not floating point or hidden behind a parametrisation.
 
@@ -75,6 +77,12 @@ def bayesianize(
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"bayesianize: expected an nn.Module, but got {type(net).__name__}")
+    for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
+            raise TypeError(
+                f"{path or 'net'}: expected a module in Python, but it is compiled or scripted; give bayesianize the "
+                "network before that"
+            )
     chosen = choose(net, include, exclude)
     prior = LogUniform() if prior is None else prior
     if isinstance(prior, Mapping):
@@ -230,13 +238,19 @@ class _OwnParameters(Messenger):
 
 def _to_pyro_modules(net: nn.Module) -> None:
     """Converts all modules in place but those, such as ``nn.ReLU``, to which Pyro's calls would only add time."""
-    for module in reversed(list(net.modules())):
+    for path, module in reversed(list(net.named_modules())):
         order = list(module._modules)
         if isinstance(module, PyroModule):
             for name in order:
                 setattr(module, name, module._modules[name])
         elif not _is_plain_function(module):
-            to_pyro_module_(module, recurse=False)
+            try:
+                to_pyro_module_(module, recurse=False)
+            except TypeError as error:  # such as a class with another metaclass
+                raise TypeError(
+                    f"{path or 'net'}: expected a module that Pyro can make a PyroModule, but {type(module).__name__} "
+                    f"is none ({error}); derive it from nn.Module alone, without abc.ABC and the like"
+                ) from error
         for name in order:  # Pyro puts its own modules last
             module._modules[name] = module._modules.pop(name)
 

@@ -124,7 +124,10 @@ def _to_plain_module_(module: PyroModule) -> None:
     """Undoes ``to_pyro_module_`` for one module."""
     original = next((base for base in type(module).__bases__ if PyroModule[base] is type(module)), None)
     if original is None:
-        raise TypeError(f"{type(module).__name__}: expected a module made Bayesian, but this class is Pyro's own kind")
+        raise TypeError(
+            f"{type(module).__name__}: expected a module that bayesianize made Pyro's own, but its class is that by "
+            "itself, or was made at run time; predict with guide.sparsified(summary), or write it as an nn.Module"
+        )
     module.__class__ = original
     for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
         del module.__dict__[name]

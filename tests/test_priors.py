@@ -1,5 +1,6 @@
 """Networks with priors against the networks themselves; data sets of any size; what is refused, and by what name."""
 
+import abc
 import copy
 import io
 import pickle
@@ -1166,3 +1167,35 @@ def test_targets_that_would_broadcast_over_a_datum_are_refused(device):
     x = torch.ones(5, 4, device=device)
     with pytest.raises(ValueError, match=re.escape("y: expected targets of shape (5, 3), but got (5, 1)")):
         model(x, torch.ones(5, 1, device=device))
+
+
+class _Abstract(nn.Module, abc.ABC):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    @abc.abstractmethod
+    def forward(self, x): ...
+
+
+class _Concrete(_Abstract):
+    def forward(self, x):
+        return self.linear(x)
+
+
+UNFIT = {  # a network, and what is said
+    "metaclass": (
+        lambda: nn.Sequential(_Concrete()),
+        r"^0: expected a module that Pyro can make a PyroModule, but _Conc",
+    ),
+    "compiled": (lambda: torch.compile(nn.Linear(3, 2)), r"^net: expected a module in Python, but it is compiled"),
+    "compiled part": (lambda: nn.Sequential(torch.compile(nn.Linear(3, 2))), r"^0: expected a module in Python"),
+    "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Linear(3, 2))), r"^0: expected a module in Python"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("make", "message"), UNFIT.values(), ids=UNFIT)
+def test_modules_that_pyro_cannot_make_its_own_are_refused_by_name(make, message):
+    with pytest.raises(TypeError, match=message):
+        svd.bayesianize(make())
