@@ -2,10 +2,10 @@
 
 __all__ = ["compression_curves", "threshold_curves", "training_curves"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .drawing import BLUE, ORANGE, figure_or_new, joint_legend, line_styles, plain_numbers
+from .drawing import BLUE, ORANGE, are_wide, figure_or_new, joint_legend, line_styles, plain_numbers
 from .sweep import SweepPoint
 
 
@@ -14,6 +14,7 @@ def training_curves(
     *,
     left: Mapping[str, str] = {"error": "error"},  # not changed
     right: Mapping[str, str] = {"compression": "compression"},
+    fractions: Collection[str] = ("error", "sparsity"),
     baseline: float | None = None,
     title: str = "",
     figure: Any = None,
@@ -21,10 +22,11 @@ def training_curves(
     """Draws quantities against epochs, on two axes, each logarithmic where its quantities differ more than twentyfold.
 
     Args:
-        history: For each epoch its quantities, such as ``error`` and ``compression``; errors are fractions.
+        history: For each epoch its quantities, such as ``error`` and ``compression``.
         left: What to call each of the quantities drawn on the left axis.
         right: The same for the right axis.
-        baseline: The error of a dense network.
+        fractions: The quantities that are fractions of 1, which are drawn in %.
+        baseline: The error of a dense network, a fraction where a quantity on the left axis is.
         title: What to write above.
         figure: Where to draw.
 
@@ -40,18 +42,20 @@ def training_curves(
     figure = figure_or_new(figure)
     axis = figure.subplots()
     other = axis.twinx() if right else axis
-    styles = iter(line_styles())
+    styles = line_styles()
     epochs = range(1, len(history) + 1)
     for side, names in filter(lambda pair: pair[1], ((axis, left), (other, right))):
-        for quantity, name in names.items():
-            color, style = next(styles)
-            side.plot(epochs, [h[quantity] for h in history], color=color, linestyle=style, label=name)
-        side.set(ylabel=", ".join(names.values()))
-        if _are_wide([h[quantity] for h in history for quantity in names]):
+        units = {quantity: (100, ", %") if quantity in fractions else (1, "") for quantity in names}
+        values = {quantity: [scale * h[quantity] for h in history] for quantity, (scale, _) in units.items()}
+        for (quantity, name), style in zip(names.items(), styles, strict=False):
+            side.plot(epochs, values[quantity], color=style.color, linestyle=style.line, label=name)
+        side.set(ylabel=", ".join(name + units[quantity][1] for quantity, name in names.items()))
+        if are_wide(value for drawn in values.values() for value in drawn):
             side.set(yscale="log")
             plain_numbers(side.yaxis)
     if baseline is not None:
-        axis.axhline(baseline, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
+        level = 100 * baseline if any(quantity in fractions for quantity in left) else baseline
+        axis.axhline(level, color="gray", linestyle=":", linewidth=1, label="error of the dense network")
     axis.set(xlabel="epoch", title=title)
     joint_legend(axis, other)
     return figure
@@ -118,8 +122,8 @@ def compression_curves(
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
-    for (method, found), (color, style), marker in zip(errors.items(), line_styles(), "os^vD" * 20, strict=False):
-        axis.plot(compressions, [100 * e for e in found], color=color, linestyle=style, marker=marker, label=method)
+    for (method, found), (color, line, marker) in zip(errors.items(), line_styles(), strict=False):
+        axis.plot(compressions, [100 * e for e in found], color=color, linestyle=line, marker=marker, label=method)
     if baseline is not None:
         axis.axhline(100 * baseline, color="gray", linestyle=":", linewidth=1, label="dense")
     axis.set(xlabel="compression", ylabel="error, %", xscale="log", yscale="log", title=title)
@@ -127,7 +131,3 @@ def compression_curves(
     plain_numbers(axis.yaxis)
     axis.legend(fontsize="small")
     return figure
-
-
-def _are_wide(values: Sequence[float]) -> bool:
-    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)

@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from .comparison import PriorComparison
 from .curve_plots import compression_curves, threshold_curves, training_curves
 from .distributions import LogUniform, SparseNormal
-from .divergence import kl_log_uniform
-from .drawing import BLUE, ORANGE, as_numpy, figure_or_new, line_styles
+from .divergence import kl_log_uniform, log_alpha
+from .drawing import BLUE, ORANGE, Style, are_wide, as_numpy, figure_or_new, line_styles, plain_numbers
 from .weight_plots import animate_weight_images, connections, weight_images
 
 
@@ -59,10 +60,10 @@ def prior_and_posteriors(
     w = torch.linspace(-limit, limit, 2001, dtype=torch.float64)
     prior = LogUniform().log_prob(w).exp() / 4
     axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
-    for (name, (loc, log_variance)), (color, style) in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
+    for (name, (loc, log_variance)), style in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
         q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
         label = f"{name}: log α = {q.log_alpha:.1f}"
-        axis.plot(w, q.log_prob(w).exp(), color=color, linestyle=style, label=label)
+        axis.plot(w, q.log_prob(w).exp(), color=style.color, linestyle=style.line, label=label)
     axis.set(xlabel="weight w", ylabel="density", ylim=(0, 2.5), xlim=(-limit, limit), title=title)
     axis.legend(fontsize="small")
     return figure
@@ -71,7 +72,7 @@ def prior_and_posteriors(
 def divergences(
     *, samples: Mapping[float, float] | None = None, limit: float = 8.0, title: str = "", figure: Any = None
 ) -> Any:
-    """Draws the KL divergence against log α, exact and approximate, and their difference below.
+    """Draws the KL divergence against log α, exact and approximate, and below the difference from the exact one.
 
     Args:
         samples: Monte Carlo estimates of the divergence by log α.
@@ -100,7 +101,7 @@ def divergences(
         below.plot(at, values - kl_log_uniform(one, at, "exact"), "x", color="black")
     below.axhline(0, color="gray", linewidth=0.5)
     above.set(ylabel="KL, nats", title=title)
-    below.set(xlabel="log α", ylabel="minus exact, nats", xlim=(-limit, limit))
+    below.set(xlabel="log α", ylabel="difference from\nthe exact KL, nats", xlim=(-limit, limit))
     above.legend(fontsize="small")
     return figure
 
@@ -125,10 +126,10 @@ def log_alpha_histogram(
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
-    for (name, values), (color, style) in zip(log_alphas.items(), line_styles(), strict=False):
+    for (name, values), (color, line, _) in zip(log_alphas.items(), line_styles(), strict=False):
         clipped = as_numpy(values).ravel().clip(-15, 15)
         bins = {"bins": 90, "range": (-15, 15), "density": True}
-        axis.hist(clipped, histtype="step", label=name, color=color, linestyle=style, **bins)
+        axis.hist(clipped, histtype="step", label=name, color=color, linestyle=line, **bins)
     if threshold is not None:
         axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axis.set(xlabel="log α (clipped to ±15)", ylabel="density", yscale="log", title=title)
@@ -139,37 +140,56 @@ def log_alpha_histogram(
 def mean_and_scale(
     loc: Tensor, log_variance: Tensor, *, threshold: float | None = None, title: str = "", figure: Any = None
 ) -> Any:
-    """Draws the posterior scale of each weight against its mean, and the lines where log α is the threshold.
+    """Draws the posterior scale of each weight against the magnitude of its mean, on logarithmic axes.
+
+    There log α is the threshold on a straight line of slope 1: 2 log σ = 2 log |θ| + threshold.
 
     Args:
         loc: The mean of each weight.
         log_variance: log σ² of each weight.
-        threshold: The log α above which weights are dropped: those above the lines.
+        threshold: The log α above which weights are dropped: those above the line.
         title: What to write above.
         figure: Where to draw.
 
     Returns:
-        The figure.
+        The figure. A mean or a scale of exactly 0, which a logarithmic axis has no place for, is at its lower end, and
+        the legend says how many there are.
 
     Example:
-        >>> len(mean_and_scale(torch.randn(9), torch.randn(9), threshold=3.0).axes[0].get_lines())
-        2
+        >>> figure = mean_and_scale(torch.tensor([0.0, 1.0, 0.1]), torch.tensor([0.0, -4.0, 1.0]), threshold=3.0)
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['dropped: 2', 'kept: 1', 'of them θ = 0 or σ = 0, drawn at the end: 1', 'log α = 3']
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
-    means, scales = as_numpy(loc).ravel(), as_numpy((0.5 * log_variance).exp()).ravel()
-    axis.plot(means, scales, ".", color=BLUE, markersize=2, alpha=0.4, rasterized=True)
+    axis.set(xlabel="magnitude of the mean |θ|", ylabel="standard deviation σ", title=title, xscale="log", yscale="log")
+    means, scales = (as_numpy(v).ravel() for v in (loc.abs(), (0.5 * log_variance).exp()))
+    x, y = _above_zero(means), _above_zero(scales)
+    if threshold is None:
+        _scatter(axis, x, y, BLUE, ".", "weights")
+    else:
+        dropped = (log_alpha(loc, log_variance) > threshold).cpu().numpy().ravel()
+        _scatter(axis, x[dropped], y[dropped], BLUE, ".", "dropped")
+        _scatter(axis, x[~dropped], y[~dropped], ORANGE, "^", "kept")
+    at_end = (means == 0) | (scales == 0)
+    if at_end.any():
+        label = "of them θ = 0 or σ = 0, drawn at the end"
+        _scatter(axis, x[at_end], y[at_end], "black", "o", label, markersize=8, fillstyle="none")
     if threshold is not None:
-        line = np.array([-1.0, 0.0, 1.0]) * (np.abs(means).max() or 1.0)
-        label = f"log α = {threshold:g}: above it, dropped"
-        axis.plot(line, np.abs(line) * math.exp(threshold / 2), color=ORANGE, linestyle="--", label=label)
-        axis.legend(fontsize="small")
-    axis.set(xlabel="mean θ", ylabel="standard deviation σ", ylim=(0, 1.05 * scales.max()), title=title)
+        ends = np.array(
+            axis.get_xlim()
+        )  # fixes the limits before the line is there, which may go far below the weights
+        line = ends * np.exp(threshold / 2)
+        axis.plot(ends, line, "k--", linewidth=1, label=f"log α = {threshold:g}", scalex=False, scaley=False)
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
 
 
 def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: Any = None) -> Any:
     """Draws error and, below, negative log likelihood on test data against compression: a mark per prior and seed.
+
+    The error is that of the network with the weights dropped that make the compression. The likelihood is that of the
+    posterior with all its weights. Marks of about the same compression, on thin lines, stand side by side.
 
     Args:
         comparison: What :func:`~.compare.compare_priors` returns.
@@ -177,27 +197,81 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
         figure: Where to draw.
 
     Returns:
-        The figure. A prior that missed the error level has a hollow mark at 1; one that needs no weights has none.
+        The figure. A prior that missed the error level has a hollow mark at 1, at its error with all weights; one that
+        needs no weights has none.
 
     Example:
         >>> result = svd.comparison.PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
         >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
         3
     """
-    figure = figure_or_new(figure)
+    figure = figure_or_new(figure, size=(8, 5.5))
     axes = figure.subplot_mosaic([["error", "names"], ["nll", "names"]], width_ratios=[2, 1])
-    percent = 100 if comparison.error_name == "error" else 1
-    looks: dict[str, dict[str, str]] = {}
-    for r in comparison.results:
-        color, mark = line_styles()[len(looks)][0], "os^DvP*X<>hp"[len(looks) % 12]
-        look = looks.setdefault(r.prior, {"color": color, "marker": mark, "linestyle": ""})
-        missed = math.isnan(r.compression)
-        for axis, y in (axes["error"], percent * (r.error if missed else r.sparse_error)), (axes["nll"], r.nll):
-            axis.plot(1 if missed else r.compression, y, fillstyle="none" if missed else "full", **look)
-    for prior, look in looks.items():
-        axes["names"].plot([], [], label=prior, **look)
-    axes["names"].set_axis_off()
-    axes["names"].legend(loc="center left", fontsize="small")
-    axes["error"].set(xscale="log", ylabel="error, %" if percent == 100 else "mean squared error", title=title)
-    axes["nll"].set(xscale="log", ylabel="NLL, nats", xlabel="compression at equal validation error")
+    results = comparison.results
+    looks = dict(zip(dict.fromkeys(r.prior for r in results), line_styles(), strict=False))
+    scale, name = (
+        (100, "error once pruned, %") if comparison.error_name == "error" else (1, "mean squared error\nonce pruned")
+    )
+    missed = [math.isnan(r.compression) for r in results]
+    places = [1.0 if none else r.compression for r, none in zip(results, missed, strict=True)]
+    errors = [scale * (r.error if none else r.sparse_error) for r, none in zip(results, missed, strict=True)]
+    shifts = _side_by_side(places, [r.prior for r in results])
+    for axis, values in (axes["error"], errors), (axes["nll"], [r.nll for r in results]):
+        for r, none, x, y, shift in zip(results, missed, places, values, shifts, strict=True):
+            _mark(axis, x, y, shift, looks[r.prior], hollow=none)
+        axis.set(xscale="log", yscale="log" if are_wide(values, ratio=5) else "linear")
+        axis.margins(x=0.14)  # room for the shifts
+        plain_numbers(axis.xaxis)
+        if axis.get_yscale() == "log":
+            plain_numbers(axis.yaxis)
+    _legend_of_priors(axes["names"], looks, any(missed))
+    axes["error"].set(ylabel=name, title=title)
+    place = "compression at equal validation error\n(marks side by side: about equal, at the thin lines)"
+    axes["nll"].set(ylabel="NLL with all weights,\nnats per datum", xlabel=place)
     return figure
+
+
+def _above_zero(values: np.ndarray) -> np.ndarray:
+    """Returns the values with half the smallest positive one in the place of zeros."""
+    positive = values[values > 0]
+    return np.where(values == 0, positive.min() / 2 if len(positive) else 1.0, values)
+
+
+def _scatter(axis: Any, x: np.ndarray, y: np.ndarray, color: str, marker: str, label: str, **look: Any) -> None:
+    look = {"markersize": 4, "alpha": 0.5, "rasterized": True} | look
+    axis.plot(x, y, marker, color=color, label=f"{label}: {len(x)}", **look)
+
+
+def _side_by_side(places: list[float], priors: list[str], width: float = 7.0) -> list[float]:
+    """Returns how many points to shift each mark so that none hides that of another prior at about the same place."""
+    shifts = [0.0] * len(places)
+    groups: list[list[int]] = []
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        # the compressions of a comparison are steps of a ninth: a mark's width where the axis spans two decades
+        if groups and places[index] <= 1.12 * places[groups[-1][-1]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        order = list(dict.fromkeys(priors[index] for index in group))
+        for index in group:
+            shifts[index] = width * (order.index(priors[index]) - (len(order) - 1) / 2)
+    return shifts
+
+
+def _mark(axis: Any, x: float, y: float, shift: float, style: Style, hollow: bool) -> None:
+    fill = "none" if hollow else "full"
+    (mark,) = axis.plot(x, y, linestyle="", color=style.color, marker=style.marker, fillstyle=fill)
+    # only now, since the limits of the axis are those of the numbers
+    mark.set_transform(axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans))
+    if shift and math.isfinite(x):
+        axis.axvline(x, color="lightgray", linewidth=0.5, zorder=0)
+
+
+def _legend_of_priors(axis: Any, looks: Mapping[str, Style], with_hollow: bool) -> None:
+    for prior, style in looks.items():
+        axis.plot([], [], linestyle="", color=style.color, marker=style.marker, label=prior)
+    if with_hollow:
+        axis.plot([], [], linestyle="", color="gray", marker="o", fillstyle="none", label="missed the level, unpruned")
+    axis.set_axis_off()
+    axis.legend(loc="center left", fontsize="small")

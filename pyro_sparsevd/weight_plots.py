@@ -9,19 +9,34 @@ from typing import Any
 
 import numpy as np
 from matplotlib.animation import PillowWriter
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .drawing import BLUE, ORANGE, as_numpy, figure_or_new
+from .drawing import BLUE, ORANGE, SIGNED, as_numpy, figure_or_new
 
 
-def weight_images(weight: Tensor, *, count: int = 36, title: str = "", figure: Any = None) -> Any:
+def weight_images(
+    weight: Tensor,
+    *,
+    count: int = 36,
+    limit: float | None = None,
+    colorbar_label: str | None = "weight",
+    title: str = "",
+    figure: Any = None,
+) -> Any:
     """Draws the incoming weights of units as a grid of images, on one scale symmetric about 0.
+
+    The larger a weight, the lighter: from dark blue, negative, to yellow, positive. Weights of exactly 0, such as those
+    that were dropped, are gray, and no other is.
 
     Args:
         weight: Weights of shape ``(units, height, width)``; a dense layer as one image is ``weight[None]``.
         count: The largest number of units to draw, the first ones.
+        limit: The magnitude at the ends of the scale; by default the largest that is drawn.
+        colorbar_label: What the numbers are, with their unit, beside a bar of the colours; no bar if None.
         title: What to write above.
         figure: Where to draw.
 
@@ -32,51 +47,69 @@ def weight_images(weight: Tensor, *, count: int = 36, title: str = "", figure: A
         ValueError: If ``weight`` is not three-dimensional.
 
     Example:
-        >>> weight_images(torch.randn(4, 5, 5), title="kernels").get_suptitle()
-        'kernels'
+        >>> figure = weight_images(torch.randn(4, 5, 5), title="kernels", colorbar_label="weight, 1/V")
+        >>> figure.get_suptitle(), figure.axes[-1].get_ylabel()
+        ('kernels', 'weight, 1/V')
     """
     if weight.dim() != 3:
         raise ValueError(f"weight: expected shape (units, height, width), but got {tuple(weight.shape)}")
     figure = figure_or_new(figure)
-    images = as_numpy(weight)[:count]
+    images = as_numpy(weight[:count])
     columns = int(np.ceil(np.sqrt(len(images))))
     rows = int(np.ceil(len(images) / columns))
-    limit = float(np.abs(images).max()) or 1.0
+    limit = _largest(images) if limit is None else limit
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.08, "hspace": 0.08})
     for axis in axes.flat:
         axis.set_axis_off()
+    colors = ScalarMappable(Normalize(-limit, limit), SIGNED)
     for axis, image in zip(axes.flat, images, strict=False):
-        axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.imshow(np.ma.masked_equal(image, 0), cmap=colors.cmap, norm=colors.norm, interpolation="nearest")
+    if colorbar_label is not None:
+        bar = figure.colorbar(colors, ax=axes, label=colorbar_label)
+        bar.ax.set_ylim(-limit if (images < 0).any() else 0, limit)  # counts, say, have no lower half
     figure.suptitle(title)
     return figure
 
 
 def animate_weight_images(
-    history: Sequence[Tensor], path: str | Path, *, count: int = 36, title: str = "epoch {}", frames_per_second: int = 5
+    history: Sequence[Tensor],
+    path: str | Path,
+    *,
+    count: int = 36,
+    colorbar_label: str | None = "weight",
+    title: str | Sequence[str] = "epoch {}",
+    frames_per_second: int = 5,
 ) -> None:
-    """Writes :func:`weight_images` over training as an animated GIF.
+    """Writes :func:`weight_images` over training as an animated GIF, all frames on one scale.
 
     Args:
         history: The weights at each frame, of shape ``(units, height, width)``.
         path: The file to write, overwritten if there is one.
         count: The largest number of units to draw, the first ones.
-        title: What to write above, with the number of the frame, from 1, for ``{}``.
+        colorbar_label: As for :func:`weight_images`.
+        title: What to write above: one for each frame, or one for all with the number of the frame, from 1, for ``{}``.
         frames_per_second: How fast to show them.
 
     Raises:
-        ValueError: If ``history`` is empty.
+        ValueError: If ``history`` is empty, or the number of titles is another than that of frames.
 
     Example:
-        >>> animate_weight_images([torch.randn(4, 5, 5) for _ in range(3)], getfixture("tmp_path") / "weights.gif")
+        >>> frames = [torch.randn(4, 5, 5) for _ in range(3)]
+        >>> titles = [f"threshold {threshold}" for threshold in (3, 2, 1)]
+        >>> animate_weight_images(frames, getfixture("tmp_path") / "weights.gif", title=titles)
     """
     if not history:
         raise ValueError("history: expected the weights of at least one frame, but got none")
+    titles = [title.format(n) for n in range(1, len(history) + 1)] if isinstance(title, str) else title
+    if len(titles) != len(history):
+        raise ValueError(f"title: expected one for each of {len(history)} frames, but got {len(titles)}")
+    limit = max(_largest(as_numpy(weight[:count])) for weight in history)
     figure = Figure(figsize=(4, 4), layout="constrained")
     writer = PillowWriter(fps=frames_per_second)
     with writer.saving(figure, str(path), dpi=80):
-        for number, weight in enumerate(history, start=1):
+        for weight, text in zip(history, titles, strict=True):
             figure.clear()
-            weight_images(weight, count=count, title=title.format(number), figure=figure)
+            weight_images(weight, count=count, limit=limit, colorbar_label=colorbar_label, title=text, figure=figure)
             writer.grab_frame()
 
 
@@ -123,3 +156,8 @@ def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = Non
         axis.scatter(np.full(height.shape, layer), height, c=np.where(alive, "black", "lightgray"), s=12, zorder=2)
     axis.set(xticks=range(len(sizes)), xlabel="layer", yticks=[], title=title)
     return figure
+
+
+def _largest(images: np.ndarray) -> float:
+    """Returns the largest magnitude, or 1 where all are 0, for a scale."""
+    return float(np.abs(images).max()) or 1.0
