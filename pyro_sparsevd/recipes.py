@@ -9,10 +9,11 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .datasets import Split
 from .elbo import KL, SparseVD_ELBO
@@ -228,13 +229,11 @@ def choose_threshold(
     batch_size: int,
     tolerance: float | None = None,
 ) -> float:
-    """Returns the smallest threshold whose fine-tuned network predicts held-out data hardly worse than the best.
+    """Returns the smallest threshold whose fine-tuned network predicts held-out data not significantly worse.
 
-    What is compared is the negative log likelihood, which is less noisy than the error. A difference counts if it is
-    larger than the standard error of the smallest one: the one-standard-error rule.
-
-    References:
-        Classification and Regression Trees (Breiman, Friedman, Olshen, Stone, 1984)
+    What is compared with the network of the smallest negative log likelihood is the mean of the differences in that,
+    datum by datum. It is significantly larger than 0 if a one-sided test at the level of 5 % says so: if it is more
+    than 1.645 of its standard errors.
 
     Args:
         model: The model.
@@ -244,8 +243,8 @@ def choose_threshold(
         thresholds: The thresholds to try, at least one.
         epochs: How many epochs to fine-tune for.
         batch_size: The number of data of a step.
-        tolerance: How much larger than the smallest the negative log likelihood may be, as a fraction of it; instead
-            of the standard error.
+        tolerance: How much larger than the smallest the mean negative log likelihood may be, as a fraction of it,
+            instead of the test.
 
     Returns:
         The threshold.
@@ -262,20 +261,22 @@ def choose_threshold(
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
-    nlls: dict[float, tuple[float, float]] = {}
+    nlls = {}
     thresholds = list(thresholds)
     if not thresholds:
         raise ValueError("thresholds: expected at least one, but got none")
     for threshold in thresholds:
         pruned = prune(model.network, guide, sparsify(guide, threshold))
         tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)
-        nlls[threshold] = _negative_log_likelihood(tuned, validation)
-    best, standard_error = min(nlls.values())
-    allowed = standard_error if tolerance is None else tolerance * best
-    return min(t for t, (nll, _) in nlls.items() if nll <= best + allowed)
+        nlls[threshold] = F.cross_entropy(logits(tuned, validation), validation.labels, reduction="none").double()
+    best = min(nlls.values(), key=torch.mean)
+    return min(t for t, nll in nlls.items() if _is_as_good(nll, best, tolerance))
 
 
-def _negative_log_likelihood(network: nn.Module, split: Split) -> tuple[float, float]:
-    """Returns the mean negative log likelihood of the labels, in nats per datum, and its standard error."""
-    of_each = F.cross_entropy(logits(network, split), split.labels, reduction="none")
-    return of_each.mean().item(), of_each.std(correction=0).item() / math.sqrt(len(of_each))
+def _is_as_good(nll: Tensor, best: Tensor, tolerance: float | None) -> bool:
+    """Tells whether negative log likelihoods of data are not, or by the tolerance not much, larger than the best."""
+    difference = nll - best
+    if tolerance is not None:
+        return bool(difference.mean() <= tolerance * best.mean())
+    standard_error = difference.std(correction=0) / math.sqrt(len(difference))
+    return bool(difference.mean() <= NormalDist().inv_cdf(0.95) * standard_error)
