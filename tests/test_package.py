@@ -97,26 +97,90 @@ def test_the_tutorial_shifts_images_in_training_only(monkeypatch):
     assert {which[0] for which in found} == set(corners)
 
 
-def test_the_tutorial_refuses_a_device_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--device cuda: expected a CUDA device"):
-        _script(monkeypatch, "lenet.py", "--device", "cuda")
+@pytest.mark.parametrize(
+    ("pretrained", "title"),
+    [([], "dense network, trained separately"), (["--pretrained"], "weights of the first layer, dense")],
+    ids=["random init", "pretrained"],
+)
+def test_the_tutorial_says_which_network_it_draws_before(pretrained, title, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    figures = []
+    monkeypatch.setattr("classification.write", lambda args, figure, numbers: figures.append(figure))
+    options = ["--epochs", 1, "--batch-size", 1_000, "--threshold", 3, "--out", tmp_path / "x.png", *pretrained]
+    _script(monkeypatch, "lenet.py", *options)
+    ((before, after, *_),) = (figure.subfigs for figure in figures)
+    assert before.get_suptitle().endswith(title)
+    assert after.get_suptitle().endswith("pruned")
 
 
-BAD_OPTIONS = {
-    "shift": (["--shift", "-1"], "argument --shift: expected 0 or a positive integer, but got -1"),
-    "threshold": (["--threshold", "nan"], "argument --threshold: expected a finite number, but got nan"),
-    "epochs": (["--epochs", "0"], "argument --epochs: expected a positive integer, but got 0"),
-    "batch size": (["--batch-size", "-1"], "argument --batch-size: expected a positive integer, but got -1"),
-    "out": (["--out", "no-folder/x.png"], "argument --out: expected a file in a folder that is there"),
-    "device": (["--device", "abacus"], "argument --device: expected a device, such as cpu or cuda, but got abacus"),
-}
+def test_a_script_says_that_a_checkpoint_is_damaged(monkeypatch, tmp_path):
+    (tmp_path / "x.dense.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"--resume: .*x.dense.pt: expected a checkpoint, but it cannot be read"):
+        _script(monkeypatch, "lenet.py", "--out", tmp_path / "x.png", "--resume")
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
-def test_the_tutorial_refuses_bad_options_at_once(monkeypatch, capsys, options, message):
+ENDINGS = "argument --out: expected a file name with one of the endings .eps"
+UNUSABLE = "argument --device: expected a device that torch can use here, but got"
+BAD_OPTIONS = [
+    ("lenet.py", ["--shift", "-1"], "argument --shift: expected 0 or a positive integer, but got -1"),
+    ("lenet.py", ["--threshold", "nan"], "argument --threshold: expected a finite number, but got nan"),
+    ("lenet.py", ["--epochs", "0"], "argument --epochs: expected a positive integer, but got 0"),
+    ("lenet.py", ["--batch-size", "-1"], "argument --batch-size: expected a positive integer, but got -1"),
+    ("lenet.py", ["--seed", "-1"], "argument --seed: expected an integer from 0 to 2^32 - 1, but got -1"),
+    (
+        "lenet.py",
+        ["--seed", "4294967296"],
+        "argument --seed: expected an integer from 0 to 2^32 - 1, but got 4294967296",
+    ),
+    ("lenet.py", ["--fine-tune", "-1"], "argument --fine-tune: expected 0 or a positive integer, but got -1"),
+    ("lenet.py", ["--lr", "0"], "argument --lr: expected a number above 0, but got 0"),
+    ("lenet.py", ["--lr", "-1"], "argument --lr: expected a number above 0, but got -1"),
+    ("lenet.py", ["--init-log-variance", "100"], "argument --init-log-variance: expected a number from -80 to 10"),
+    ("lenet.py", ["--init-log-variance", "-81"], "argument --init-log-variance: expected a number from -80 to 10"),
+    ("lenet.py", ["--device", "abacus"], "argument --device: expected a device, such as cpu or cuda, but got abacus"),
+    ("lenet.py", ["--device", "cuda:99"], f"{UNUSABLE} cuda:99"),
+    ("lenet.py", ["--device", "xpu:99"], f"{UNUSABLE} xpu:99"),
+    ("lenet.py", ["--device", "meta"], f"{UNUSABLE} meta"),
+    ("lenet.py", ["--out", "no-folder/x.png"], "argument --out: expected a file in a folder that is there"),
+    ("lenet.py", ["--out", "folder.png"], "argument --out: expected the name of a file, but folder.png is a folder"),
+    *[("lenet.py", ["--out", name], ENDINGS) for name in ("a.xyz", "a.json", "run.v2", "o", ".", ".png")],
+    ("compress.py", ["--rounds", "0"], "argument --rounds: expected a positive integer, but got 0"),
+    ("compress.py", ["--tolerance", "-1"], "argument --tolerance: expected a number that is not negative, but got -1"),
+    ("kl_cost.py", ["--seeds", "0"], "argument --seeds: expected a positive integer, but got 0"),
+    ("pruning_compared.py", ["--seeds", "0"], "argument --seeds: expected a positive integer, but got 0"),
+    ("pruning_compared.py", ["--fine-tune", "0"], "argument --fine-tune: expected a positive integer, but got 0"),
+    (
+        "parameterizations.py",
+        ["--repeats", "1"],
+        "argument --repeats: expected an integer that is at least 2, but got 1",
+    ),
+    ("random_labels.py", ["--hidden", "0"], "argument --hidden: expected a positive integer, but got 0"),
+    ("random_labels.py", ["--dropout", "1"], "argument --dropout: expected a number from 0 to below 1, but got 1"),
+    (
+        "random_labels.py",
+        ["--dropout", "-0.1"],
+        "argument --dropout: expected a number from 0 to below 1, but got -0.1",
+    ),
+    ("vgg.py", ["--width", "0"], "argument --width: expected a number above 0, but got 0"),
+    ("linear_models.py", ["--batch-size", "10"], "unrecognized arguments: --batch-size 10"),
+    ("linear_models.py", ["--data-dir", "x"], "unrecognized arguments: --data-dir x"),
+    ("compare_priors.py", ["--lr", "0"], "argument --lr: expected a number above 0, but got 0"),
+    ("compare_priors.py", ["--tolerance", "-1"], "argument --tolerance: expected a number that is not negative"),
+    ("compare_priors.py", ["--resume"], "unrecognized arguments: --resume"),
+    (
+        "compare_priors.py",
+        ["--data", "diabetes", "--data-dir", "x"],
+        "argument --data-dir: expected it with --data digits only, but got it with --data diabetes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "message"), BAD_OPTIONS, ids=str)
+def test_a_script_refuses_bad_options_at_once(monkeypatch, tmp_path, capsys, script, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit):
-        _script(monkeypatch, "lenet.py", *options)
+        _script(monkeypatch, script, *options)
     assert message in capsys.readouterr().err
 
 

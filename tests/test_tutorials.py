@@ -1,13 +1,17 @@
 """The scripts run; the notebooks do, in smoke mode, and what they keep is small; their last cells assert."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
+
+from pyro_sparsevd.datasets import Split
 
 TUTORIALS = Path(__file__).parents[1] / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
@@ -38,33 +42,96 @@ def test_every_notebook_is_in_the_table_of_contents():
     assert all(path.name in contents for path in NOTEBOOKS)
 
 
+# How to try each script, and an option with which it must not go on from what it left.
 SCRIPTS = {
-    "random_labels.py": ["--epochs", 3, "--hidden", 20, "--batch-size", 500],
-    "linear_models.py": ["--epochs", 20, "--horseshoe-samples", 2],
-    "kl_cost.py": ["--epochs", 1, "--seeds", 1, "--batch-size", 500],
-    "parameterizations.py": ["--epochs", 1, "--repeats", 3, "--batch-size", 500],
-    "vgg.py": ["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500],
-    "compress.py": ["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1],
-    "compare_priors.py": ["--epochs", 1, "--batch-size", 500],
-    "pruning_compared.py": ["--epochs", 1, "--fine-tune", 1, "--batch-size", 500],
+    "random_labels.py": (["--epochs", 3, "--hidden", 20, "--batch-size", 500], ["--dropout", 0.3]),
+    "linear_models.py": (["--epochs", 20, "--horseshoe-samples", 2], ["--seed", 1]),
+    "kl_cost.py": (["--epochs", 1, "--seeds", 1, "--batch-size", 500], ["--batch-size", 400]),
+    "parameterizations.py": (["--epochs", 1, "--repeats", 3, "--batch-size", 500], ["--seed", 1]),
+    "vgg.py": (["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500], ["--width", 0.04]),
+    "compress.py": (["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1], ["--warm-up", 0.4]),
+    "pruning_compared.py": (["--epochs", 1, "--fine-tune", 1, "--batch-size", 500], ["--batch-size", 400]),
 }
+PRIORS = {data: ["--epochs", 2, "--data", data] for data in ("diabetes", "synthetic")}
+PRIORS["digits"] = ["--epochs", 1, "--batch-size", 500]
 
 
-OTHER_DATA = [("compare_priors.py", ["--epochs", 2, "--data", data]) for data in ("diabetes", "synthetic")]
-
-
-@pytest.mark.parametrize(("name", "options"), [*SCRIPTS.items(), *OTHER_DATA], ids=str)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_script_writes_numbers_and_a_figure(name, options, monkeypatch, tmp_path, request):
-    out = tmp_path / "figure.png"
-    options = [*options, "--device", request.config.getoption("--device"), "--out", out]
+def _run(monkeypatch, name, *options):
     monkeypatch.syspath_prepend(str(TUTORIALS))
     monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-    runpy.run_path(str(TUTORIALS / name), run_name="__main__")
+    return runpy.run_path(str(TUTORIALS / name), run_name="__main__")
+
+
+def _functions(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(TUTORIALS))
+    return runpy.run_path(str(TUTORIALS / name))
+
+
+def _check_output(out):
     assert out.stat().st_size > 10_000
-    assert json.loads(out.with_suffix(".json").read_text())["options"]["seed"] == 0
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert numbers["options"]["seed"] == 0
+    return numbers
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_script_writes_numbers_and_a_figure_and_goes_on_with_the_same_options_only(
+    name, monkeypatch, tmp_path, request
+):
+    options, other = SCRIPTS[name]
+    options = [*options, "--device", request.config.getoption("--device"), "--out", tmp_path / "figure.png"]
+    _run(monkeypatch, name, *options)
+    _check_output(tmp_path / "figure.png")
+    with pytest.raises(SystemExit, match=f"--resume: .* expected a training with {other[0]} {other[1]}, but"):
+        _run(monkeypatch, name, *options, "--resume", *other)
+
+
+@pytest.mark.parametrize("data", PRIORS)
+def test_priors_are_compared(data, monkeypatch, tmp_path, request):
+    out = tmp_path / "figure.png"
+    device = request.config.getoption("--device")
+    _run(monkeypatch, "compare_priors.py", *PRIORS[data], "--device", device, "--out", out)
+    _check_output(out)
+
+
+def test_the_scale_of_the_gaussian_prior_is_chosen_on_held_out_digits(monkeypatch):
+    functions = _functions(monkeypatch, "pruning_compared.py")
+    of_class = [Split(torch.ones(4, 3), torch.full((4,), label)) for label in range(3)]
+    networks = {}
+    for label, scale in enumerate(functions["PRIOR_SCALES"]):
+        networks[scale] = torch.nn.Linear(3, 3)
+        torch.nn.init.zeros_(networks[scale].weight)
+        networks[scale].bias.data = 5 * torch.eye(3)[label]
+    train, validation, test = of_class
+    assert functions["best_held_out"](networks, functions["Data"](train, validation, test)) == 0.3
+
+
+def test_random_labels_draws_what_the_network_with_dropout_memorises(monkeypatch):
+    functions = _functions(monkeypatch, "random_labels.py")
+    dropout = [{"train_error": 0.9, "error": 0.8}, {"train_error": 0.25, "error": 0.75}]
+    sparse = [{"error": 0.9, "sparsity": 0.0}, {"error": 0.9, "sparsity": 0.5}]
+    true, random = functions["draw"]({"true": (dropout, sparse), "random": ([{}, {}], sparse)}).axes
+    assert [list(line.get_ydata()) for line in true.get_lines()] == [[90, 25], [80, 75], [90, 90], [0, 50]]
+    assert "error on training digits" in true.get_lines()[0].get_label()
+    assert math.isnan(random.get_lines()[0].get_ydata()[0])  # a checkpoint without these errors
+
+
+def test_linear_models_are_drawn_on_one_scale_with_the_kept_features_marked(monkeypatch):
+    functions = _functions(monkeypatch, "linear_models.py")
+    coefficients = torch.tensor([2.0, -1.0, 0.5])
+    found = {"coefficients": coefficients, "kept": torch.tensor([True, False, True])}
+    estimates = {
+        kind: {"A": found, "B": {**found, "coefficients": 9 * coefficients}} for kind in ("regression", "logistic")
+    }
+    figure = functions["draw"](dict.fromkeys(estimates, coefficients), estimates)
+    lines = [{line.get_label(): line for line in axis.get_lines()} for axis in figure.axes]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert list(lines[0]["estimate, kept"].get_ydata()) == [2.0, 0.5]
+    assert list(lines[0]["estimate, dropped"].get_xdata()) == [1]
+    assert len({line.get_marker() for line in lines[0].values()}) == 3
 
 
 def test_every_script_is_tried():
-    others = {"classification.py", "common.py", "lenet.py"}
+    others = {"classification.py", "common.py", "compare_priors.py", "lenet.py"}
     assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}

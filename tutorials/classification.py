@@ -2,9 +2,21 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from common import Data, checkpoint, classifier, finite, fraction, positive, tolerance, write
+from common import (
+    Data,
+    checkpoint,
+    classifier,
+    finite,
+    fraction,
+    log_variance,
+    natural,
+    positive,
+    positive_number,
+    tolerance,
+    write,
+)
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -19,29 +31,36 @@ THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
 def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_variance: float = -8.0) -> None:
     """Adds the options of the training and of the threshold to a parser."""
-    options.add_argument("--lr", type=finite, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)")
     options.add_argument(
-        "--init-log-variance", type=finite, default=init_log_variance, help="where log sigma^2 starts (%(default)s)"
+        "--lr", type=positive_number, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)"
+    )
+    options.add_argument(
+        "--init-log-variance",
+        type=log_variance,
+        default=init_log_variance,
+        help="where log sigma^2 starts (%(default)s)",
     )
     options.add_argument(
         "--warm-up", type=fraction, default=0.5, help="part of the epochs after which the KL weight is 1 (%(default)s)"
     )
     options.add_argument("--dense-epochs", type=positive, help="epochs of the dense network (a quarter of --epochs)")
-    options.add_argument("--fine-tune", type=int, help="epochs for the weights that are left (a ninth of --epochs)")
-    options.add_argument("--pretrained", action="store_true", help="start from the dense network, not from chance")
+    options.add_argument("--fine-tune", type=natural, help="epochs for the weights that are left (a ninth of --epochs)")
+    options.add_argument(
+        "--pretrained", action="store_true", help="start from the dense network instead of random initialisation"
+    )
     options.add_argument(
         "--kl", choices=["approximate", "exact", "monte_carlo"], default="exact", help="the KL (%(default)s)"
     )
     options.add_argument(
         "--threshold",
         type=finite,
-        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has a negative "
-        "log likelihood of held-out training data at most --threshold-tolerance above the best)",
+        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has no "
+        "significantly larger negative log likelihood of held-out training data than the best)",
     )
     options.add_argument(
         "--threshold-tolerance",
         type=tolerance,
-        help="how far above the best that may be, as a fraction of it (default: the standard error of the best)",
+        help="how far above the best it may be, as a fraction of it, in the place of a test at the level of 5 %%",
     )
 
 
@@ -68,17 +87,16 @@ def prune_and_tune(
 
 
 def draw(
-    dense: nn.Module,
-    pruned: nn.Module,
+    networks: Mapping[str, nn.Module],
     guide: svd.AutoSparseNormal,
     history: list[dict[str, float]],
     threshold: float,
     baseline: float,
 ) -> Figure:
-    """Draws first-layer weights before and after, log alpha, and the training curves."""
+    """Draws the first-layer weights of two networks, by what to call them, log alpha, and the training curves."""
     figure = Figure(figsize=(13, 10), layout="constrained")
-    before, after, histogram, curves = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat  # type: ignore[union-attr]
-    for part, network, title in ((before, dense, "dense"), (after, pruned, "pruned")):
+    *images, histogram, curves = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat  # type: ignore[union-attr]
+    for part, (title, network) in zip(images, networks.items(), strict=True):
         weight = next(p for p in network.parameters() if p.dim() > 1)
         if weight.dim() == 2:
             side = int(weight.shape[1] ** 0.5)
@@ -94,35 +112,40 @@ def draw(
 
 
 def train(
-    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data
+    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
 ) -> tuple[nn.Module, svd.Supervised, svd.AutoSparseNormal, list[dict[str, float]]]:
-    """Returns a dense network, and the model, the guide and the history of a sparse one."""
+    """Returns a dense network, and the model, the guide and the history of a sparse one.
+
+    The settings are the options that determine the network: a run is resumed with the same ones only.
+    """
     options = {"batch_size": args.batch_size}
     dense_epochs = args.dense_epochs or max(1, args.epochs // 4)
     args.fine_tune = args.epochs // 9 if args.fine_tune is None else args.fine_tune
     dense = new_network()
-    train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense"))
+    train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense", **settings))
     network = dense if args.pretrained else new_network()
     model, guide = classifier(network, len(data.train), args.init_log_variance)
+    of_sparse = {"lr": args.lr, "kl": args.kl, "warm_up": args.warm_up}
+    start = {"pretrained": args.pretrained, "init_log_variance": args.init_log_variance}
     history = train_sparse(
         model,
         guide,
         data.train,
         validation=data.validation,
         epochs=args.epochs,
-        lr=args.lr,
-        kl=args.kl,
-        warm_up=args.warm_up,
-        checkpoint=checkpoint(args, "sparse"),
+        checkpoint=checkpoint(args, "sparse", **settings, **of_sparse, **start),
+        **of_sparse,
         **options,
     )
     return dense, model, guide, history
 
 
-def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data) -> None:
+def run(
+    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
+) -> None:
     """Trains a dense and a sparse network, prunes and fine-tunes, reports the errors, and draws."""
     start = time.perf_counter()
-    dense, model, guide, history = train(args, new_network, data)
+    dense, model, guide, history = train(args, new_network, data, settings)
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
     mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
     errors = {
@@ -138,5 +161,6 @@ def run(args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Da
         print(f"test error of the {name:22s} {100 * value:5.2f} %")
     seconds = time.perf_counter() - start
     print(f"\nthreshold {threshold:g}, {seconds:.0f} s")
-    figure = draw(dense, tuned, guide, history, threshold, error(dense, data.validation))
+    before = "dense" if args.pretrained else "dense network, trained separately"
+    figure = draw({before: dense, "pruned": tuned}, guide, history, threshold, error(dense, data.validation))
     write(args, figure, {"threshold": threshold, "errors": errors, "seconds": seconds, **summary.to_dict()})

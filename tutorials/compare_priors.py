@@ -1,8 +1,8 @@
 """Priors side by side: error, held-out likelihood, calibration, compression at equal error, and time.
 
 The digits train LeNet-300-100. The other data are for regression: scikit-learn's diabetes data, standardised, and a
-small network; or 200 features, 20 of which matter, and a linear model, of which the best compression is 10. A run that
-was killed starts again, with --resume as without.
+small network; or 200 features, 20 of which matter, and a linear model, of which the best compression is 10. There
+is no --resume: the comparison is one call that keeps no checkpoints, so a run that was killed starts again.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from common import Data, finite, load, parser, positive, prepare, write
+from common import Data, add_data_options, bare_parser, load, positive, positive_number, prepare, tolerance, write
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
@@ -83,23 +83,33 @@ def problem(args: argparse.Namespace) -> tuple[Data, Callable[[], nn.Module], An
     if args.tolerance is None:  # on the digits hardly any prior but the best one is within a tenth of it
         args.tolerance = 1.0 if args.data == "digits" else 0.1
     if args.data == "digits":
-        args.lr = args.lr or 3e-3
+        args.lr = 3e-3 if args.lr is None else args.lr
         return load(args), lenet_300_100, lambda logits: dist.Categorical(logits=logits)
-    args.batch_size, args.lr = args.batch_size or 20, args.lr or 1e-2
+    args.batch_size = 20 if args.batch_size is None else args.batch_size
+    args.lr = 1e-2 if args.lr is None else args.lr
     if args.data == "diabetes":
         return prepare(args, diabetes, held_out=66), perceptron, GaussianNoise()
     return prepare(args, synthetic, held_out=100), linear, GaussianNoise()
 
 
-def main() -> None:
-    """Runs the experiment."""
-    options = parser(str(__doc__), epochs=60, out="compare_priors.png")
+def parse_args() -> argparse.Namespace:
+    """Reads the options."""
+    options = bare_parser(str(__doc__), epochs=60, out="compare_priors.png")
+    add_data_options(options)
     options.add_argument("--data", choices=("digits", "diabetes", "synthetic"), default="digits", help="(%(default)s)")
     options.add_argument("--seeds", type=positive, default=1, help="how many, from --seed (%(default)s)")
-    options.add_argument("--lr", type=finite, help="learning rate (3e-3 for the digits, else 1e-2)")
-    tolerance = "validation error of the sparse networks over the best whole one's, minus 1 (digits 1, else 0.1)"
-    options.add_argument("--tolerance", type=finite, help=tolerance)
+    options.add_argument("--lr", type=positive_number, help="learning rate (3e-3 for the digits, else 1e-2)")
+    level = "validation error of the sparse networks over the best whole one's, minus 1 (digits 1, else 0.1)"
+    options.add_argument("--tolerance", type=tolerance, help=level)
     args = options.parse_args()
+    if args.data_dir is not None and args.data != "digits":
+        options.error(f"argument --data-dir: expected it with --data digits only, but got it with --data {args.data}")
+    return args
+
+
+def main() -> None:
+    """Runs the experiment."""
+    args = parse_args()
     data, network, likelihood = problem(args)
     found = compare_priors(
         network,

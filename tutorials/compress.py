@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 import torch
 from classification import add_options, prune_and_tune, train
-from common import Data, finite, load, parser, write
+from common import Data, load, parser, positive, start, tolerance, write
 from lenet import NETS
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
@@ -43,9 +43,9 @@ def parse_args() -> argparse.Namespace:
     options = parser(str(__doc__), epochs=54, out="compress.png")
     options.add_argument("--net", choices=NETS, default="lenet-300-100")
     options.add_argument(
-        "--tolerance", type=finite, default=0.001, help="what quantisation may add to the held-out NLL, in nats"
+        "--tolerance", type=tolerance, default=0.001, help="what quantisation may add to the held-out NLL, in nats"
     )
-    options.add_argument("--rounds", type=int, default=9, help="of the timings, in turns (%(default)s)")
+    options.add_argument("--rounds", type=positive, default=9, help="of the timings, in turns (%(default)s)")
     add_options(options, lr=3e-3)
     args = options.parse_args()
     args.pretrained = True
@@ -148,7 +148,7 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     data = load(args)
-    dense, model, guide, _ = train(args, lambda: NETS[args.net]().to(args.device), data)
+    dense, model, guide, _ = train(args, lambda: NETS[args.net]().to(args.device), data, {"net": args.net})
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
     # The steps are chosen on validation images that this network was not tuned on.
     held = fine_tune(pruned, data.train, epochs=args.fine_tune, batch_size=args.batch_size)
@@ -207,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from common import checkpoint, classifier, finite, load, parser, write
+from common import checkpoint, classifier, finite, load, parser, positive, start, write
 from matplotlib.figure import Figure
 
 import pyro_sparsevd as svd
@@ -47,7 +47,7 @@ def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, r
 def main() -> None:
     """Runs the experiment."""
     options = parser(str(__doc__), epochs=60, out="kl_cost.png")
-    options.add_argument("--seeds", type=int, default=3, help="how many, from --seed (%(default)s)")
+    options.add_argument("--seeds", type=positive, default=3, help="how many, from --seed (%(default)s)")
     options.add_argument("--threshold", type=finite, default=2.0, help="log alpha above which weights are dropped")
     args = options.parse_args()
     data = load(args)
@@ -61,7 +61,7 @@ def main() -> None:
             torch.manual_seed(seed)
             model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
             common = {"epochs": args.epochs, "batch_size": args.batch_size}
-            path = checkpoint(args, f"{form}-{seed}")
+            path = checkpoint(args, f"{form}-{seed}", seed=seed)
             history = train_sparse(
                 model, guide, data.train, validation=data.validation, kl=form, checkpoint=path, **common
             )
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

