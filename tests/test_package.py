@@ -179,6 +179,8 @@ BAD_OPTIONS = [
 def test_a_script_refuses_bad_options_at_once(monkeypatch, tmp_path, capsys, script, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
+    monkeypatch.setattr("common.prepare", None)  # so that a script that goes on fails rather than trains
     with pytest.raises(SystemExit):
         _script(monkeypatch, script, *options)
     assert message in capsys.readouterr().err
