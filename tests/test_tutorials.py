@@ -45,7 +45,7 @@ def test_every_notebook_is_in_the_table_of_contents():
 # How to try each script, and an option with which it must not go on from what it left.
 SCRIPTS = {
     "random_labels.py": (["--epochs", 3, "--hidden", 20, "--batch-size", 500], ["--dropout", 0.3]),
-    "linear_models.py": (["--epochs", 20, "--horseshoe-samples", 2], ["--seed", 1]),
+    "linear_models.py": (["--epochs", 20, "--batch-size", 500, "--horseshoe-samples", 2], ["--seed", 1]),
     "kl_cost.py": (["--epochs", 1, "--seeds", 1, "--batch-size", 500], ["--batch-size", 400]),
     "parameterizations.py": (["--epochs", 1, "--repeats", 3, "--batch-size", 500], ["--seed", 1]),
     "vgg.py": (["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500], ["--width", 0.04]),

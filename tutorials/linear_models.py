@@ -3,8 +3,8 @@
 1,000 objects have 10 features that matter and 990 that are noise. A log-uniform prior on the coefficients and SVI
 tell which to keep; beside it stand the Lasso with its penalty cross-validated and, unless --horseshoe-samples is 0,
 a horseshoe prior under NUTS, where a feature counts as kept if the central 90 % of its samples exclude 0. --device and
---resume concern the first; the others run on the CPU, from the start. An epoch is one step on all objects; there are no
-data to read and no batches.
+--resume concern the first, as --epochs and --batch-size do; the others run on the CPU, from the start. By default an
+epoch is one step on all objects. --data-dir is there as in the other scripts: the data are made, not read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import add_resume, bare_parser, checkpoint, finite, natural, start, write
+from common import checkpoint, finite, natural, parser, start, write
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
@@ -49,7 +49,7 @@ def sparse_model(kind: str) -> Callable:
         bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
         coefficients = pyro.sample("coefficients", svd.LogUniform().expand([1, x.shape[1]]).to_event(2))
         fn = likelihood(kind, F.linear(x, coefficients)[:, 0] + bias)
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", OBJECTS, subsample=x):
             pyro.sample("y", fn, obs=y)
 
     return model
@@ -103,7 +103,7 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
             loss,
             split,
             epochs=args.epochs,
-            batch_size=len(x),
+            batch_size=args.batch_size,
             optimizer=optimizer,
             scheduler=constant_then_linear(optimizer, args.epochs),
             before_epoch=before_epoch,
@@ -174,8 +174,9 @@ def draw(truths: dict[str, Tensor], estimates: dict[str, dict[str, dict[str, Any
 
 def main() -> None:
     """Runs the experiment."""
-    options = bare_parser(str(__doc__), epochs=3_000, out="linear_models.png")
-    add_resume(options)
+    options = parser(
+        str(__doc__), epochs=3_000, out="linear_models.png", batch_size=OBJECTS, data_dir="not read: the data are made"
+    )
     options.add_argument("--threshold", type=finite, default=3.0, help="log alpha above which features are dropped")
     options.add_argument("--horseshoe-samples", type=natural, default=300, help="and as many to warm up (%(default)s)")
     args = options.parse_args()
