@@ -43,6 +43,7 @@ Data walks down this list of modules, and a module imports only from those above
     tensor_codes     tensors of every dtype as bytes, and back
     storage          save_sparse, load_sparse: a network as one small file
     export           export_onnx: a network for runtimes without torch
+    checkpoints      files that a training goes on from
     training         a loop that goes on where it was killed
     metrics          how good and how sure the predictions of a classifier are
     recipes          from data to a sparse classifier, as it was measured to work

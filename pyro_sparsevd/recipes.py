@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import Checkpoint
 from .datasets import Split
 from .elbo import KL, SparseVD_ELBO
 from .guides import AutoSparseNormal
@@ -22,7 +23,7 @@ from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .summary import sparsify
-from .training import Checkpoint, CrossEntropy, constant_then_linear, error, fit, logits
+from .training import CrossEntropy, constant_then_linear, error, fit, logits
 
 
 def train_dense(

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, training
+from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, checkpoints
+from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
 from pyro_sparsevd.datasets import Split
 from pyro_sparsevd.training import (
-    Checkpoint,
-    CheckpointError,
     CrossEntropy,
     batches,
     constant_then_linear,
@@ -210,17 +209,17 @@ def test_the_random_numbers_of_a_cuda_device_are_gone_on_with(monkeypatch):
     generators = {torch.device("cuda", 1): torch.tensor([1, 2], dtype=torch.uint8)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", generators.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.__setitem__(device, state))
-    kept = training._random_states(torch.device("cuda", 1))
+    kept = checkpoints._random_states(torch.device("cuda", 1))
     expected = torch.rand(3)
     generators[torch.device("cuda", 1)] = torch.tensor([3, 4], dtype=torch.uint8)
-    training._set_random_states(kept, torch.device("cuda", 1))
+    checkpoints._set_random_states(kept, torch.device("cuda", 1))
     assert generators[torch.device("cuda", 1)].tolist() == [1, 2]
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_checkpoint_of_a_cpu_is_gone_on_from_on_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", None)
-    kept = training._random_states(torch.device("cpu"))
+    kept = checkpoints._random_states(torch.device("cpu"))
     expected = torch.rand(3)
-    training._set_random_states(kept, torch.device("cuda"))
+    checkpoints._set_random_states(kept, torch.device("cuda"))
     assert torch.equal(torch.rand(3), expected)

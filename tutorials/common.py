@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
+from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
 from pyro_sparsevd.datasets import Split, digits, hold_out, mnist
-from pyro_sparsevd.training import Checkpoint, CheckpointError
 
 
 @dataclass

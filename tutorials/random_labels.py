@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
+from pyro_sparsevd.checkpoints import Checkpoint
 from pyro_sparsevd.datasets import Split
 from pyro_sparsevd.recipes import train_sparse
-from pyro_sparsevd.training import Checkpoint, CrossEntropy, constant_then_linear, error, fit, logits
+from pyro_sparsevd.training import CrossEntropy, constant_then_linear, error, fit, logits
 
 
 def network(hidden: int, dropout: float = 0.0) -> nn.Sequential:
