@@ -142,7 +142,7 @@ def mean_and_scale(
 ) -> Any:
     """Draws the posterior scale of each weight against the magnitude of its mean, on logarithmic axes.
 
-    There log α is the threshold on a straight line of slope 1: 2 log σ = 2 log |θ| + threshold.
+    There log α is the threshold on a straight line of slope 1: ``2 log σ = 2 log |θ| + threshold``.
 
     Args:
         loc: The mean of each weight.
