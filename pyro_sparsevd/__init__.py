@@ -15,10 +15,10 @@ Data walks down this list of modules, and a module imports only from those above
     records          the sample sites of a run, and their densities
     hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
     selection        which parameters to give one
+    store_names      names of a model's or guide's own in Pyro's parameter store
     priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
     latents          what a guide learns about the latents of a model, and where it starts
     masking          the posterior with dropped weights at zero
-    store_names      names of a guide's own in Pyro's parameter store
     parameters       the parameters of a factorised Gaussian guide
     guides           AutoSparseNormal
     schedules        KL weights as pure functions of the step

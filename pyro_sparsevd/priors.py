@@ -6,7 +6,6 @@
 
 __all__ = ["Supervised", "bayesianize"]
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -14,11 +13,9 @@ from typing import Any, TypeAlias
 
 import pyro
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -28,6 +25,7 @@ from .plain import copied
 from .records import sole_recorder
 from .selection import Pattern, choose, matches
 from .sites import EverySite, SharedSite, SitePrior
+from .store_names import OwnParameters
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
 Prior: TypeAlias = WeightPriors | Mapping[str, WeightPriors] | Callable[[str, nn.Parameter], WeightPriors]
@@ -170,7 +168,7 @@ class Supervised(PyroModule):
                 likelihood differ.
         """
         size = self._batch_size(x, y)
-        with _OwnParameters():
+        with OwnParameters():
             with self.network._pyro_context:
                 output = self.network(x)
                 self._draw_every_site(self.network)
@@ -205,35 +203,6 @@ class Supervised(PyroModule):
                 f"num_data: expected the size of the whole data set, but got {self.num_data} and a batch of {size}"
             )
         return size
-
-
-class _OwnParameters(Messenger):
-    """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
-
-    ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
-    make a frozen parameter trainable, which is therefore no parameter to Pyro, and copy one that is not contiguous,
-    which is therefore put into the store here.
-    """
-
-    def _pyro_param(self, msg: Any) -> None:
-        name, *init = msg["args"]
-        if not init or not isinstance(init[0], nn.Parameter):
-            return
-        parameter = init[0]
-        if not parameter.requires_grad:
-            msg["value"], msg["done"], msg["stop"] = parameter, True, True
-            return
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
-        store = pyro.get_param_store()
-        number = 1
-        while store._params.get(msg["name"], parameter) is not parameter:
-            number += 1
-            msg["name"] = f"{name}_{number}"
-        msg["args"] = (msg["name"], parameter)
-        if not parameter.is_contiguous():
-            store._params[msg["name"]] = parameter
-            store._param_to_name[parameter] = msg["name"]
-            store._constraints[msg["name"]] = constraints.real
 
 
 def _to_pyro_modules(net: nn.Module) -> None:

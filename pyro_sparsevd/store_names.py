@@ -1,15 +1,54 @@
-"""The names under which a guide's parameters stand in Pyro's parameter store: its own, never another guide's."""
+"""The names under which parameters stand in Pyro's store: a model's or guide's own, never those of another."""
 
-__all__ = ["claim_name", "mark_as_taken", "parameters_are_seen"]
+__all__ = ["OwnParameters", "claim_name", "mark_as_taken", "parameters_are_seen"]
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
+from pyro.distributions import constraints
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class OwnParameters(Messenger):
+    """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
+
+    ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
+    make a frozen parameter trainable, which is therefore no parameter to Pyro, and copy one that is not contiguous,
+    which is therefore put into the store here.
+
+    Example:
+        >>> frozen = PyroModule[nn.Linear](2, 1).requires_grad_(False)
+        >>> with OwnParameters():
+        ...     output = frozen(torch.zeros(1, 2))
+        >>> frozen.weight.requires_grad, list(pyro.get_param_store())
+        (False, [])
+    """
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *init = msg["args"]
+        if not init or not isinstance(init[0], nn.Parameter):
+            return
+        parameter = init[0]
+        if not parameter.requires_grad:
+            msg["value"], msg["done"], msg["stop"] = parameter, True, True
+            return
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
+        store = pyro.get_param_store()
+        number = 1
+        while store._params.get(msg["name"], parameter) is not parameter:
+            number += 1
+            msg["name"] = f"{name}_{number}"
+        msg["args"] = (msg["name"], parameter)
+        if not parameter.is_contiguous():
+            store._params[msg["name"]] = parameter
+            store._param_to_name[parameter] = msg["name"]
+            store._constraints[msg["name"]] = constraints.real
 
 
 def parameters_are_seen() -> bool:
