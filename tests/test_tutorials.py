@@ -135,3 +135,14 @@ def test_linear_models_are_drawn_on_one_scale_with_the_kept_features_marked(monk
 def test_every_script_is_tried():
     others = {"classification.py", "common.py", "compare_priors.py", "lenet.py"}
     assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}
+
+
+def test_training_in_bfloat16_uses_the_weights_of_each_step(monkeypatch):
+    precision = _functions(monkeypatch, "vgg.py")["precision"]
+    layer, x = torch.nn.Linear(2, 1), torch.ones(1, 2)
+    with precision(torch.device("cpu"), True):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        assert (layer(x) - before).item() == pytest.approx(2.0, abs=0.05)
+        assert before.dtype == torch.bfloat16

@@ -51,19 +51,26 @@ def load(args: argparse.Namespace) -> Data:
     return prepare(args, lambda: (small[0], small[1]), held_out=500)
 
 
+def precision(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager:
+    """Returns the context to train in."""
+    if not bfloat16:
+        return contextlib.nullcontext()
+    # The cache would keep the weights of the first step until the context ends.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
 def main() -> None:
     """Runs the tutorial."""
     args = parse_args()
     torch.manual_seed(args.seed)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    autocast = torch.autocast(args.device.type, torch.bfloat16) if args.bfloat16 else contextlib.nullcontext()
 
     def network() -> nn.Module:
         net = nn.Sequential(RandomFlip(), vgg_like(args.width))
         return net.to(args.device, memory_format=layout)  # type: ignore[call-overload]
 
     settings = {"width": args.width, "bfloat16": args.bfloat16, "channels_last": args.channels_last}
-    with autocast:
+    with precision(args.device, args.bfloat16):
         run(args, network, load(args), settings)
 
 
