@@ -5,6 +5,7 @@ Data walks down this list of modules, and a module imports only from those above
     kernels          the divergences and their slopes as functions of 1/α: torch only
     divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
     workspace        memory that is used again: torch only
+    geometry         sizes, padding and patches of convolutions: torch only
     distributions    LogUniform, SparseNormal
     weight_priors    other priors of weights, and what a Gaussian costs under them
     plain            plain networks: checks, and evaluation mode for a while
@@ -23,6 +24,7 @@ Data walks down this list of modules, and a module imports only from those above
     guides           AutoSparseNormal
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
+    site_divergence  KL of latents: in closed form where one is known, else sampled
     elbo             SparseVD_ELBO
     tables           of text, as characters and as HTML
     summary          sparsify: which weights matter

@@ -1,33 +1,22 @@
 """The evidence lower bound with closed-form divergences and local reparameterisation."""
 
-__all__ = ["KL", "SparseVD_ELBO"]
+__all__ = ["SparseVD_ELBO"]
 
-import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, get_args
 
 import torch
-from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.elbo import ELBO
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
-from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
-from .divergence import Form
 from .latents import unchanged_buffers_on_error
-from .lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
+from .lazy_weight import RepeatedUseError
 from .local_reparam import LocalReparamMessenger
-from .masking import kept_parts
 from .records import SampleSites, Sites, log_prob, scored
+from .site_divergence import KL, Terms, divergences
 from .workspace import Workspace
-
-logger = logging.getLogger(__name__)
-
-KL = Literal["approximate", "exact", "monte_carlo"]
-Terms: TypeAlias = list[tuple[str, Tensor]]  # names of sites and what they add to a bound
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -208,8 +197,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
         nlls: Terms = []
-        divergences: Terms = []
-        lazy: dict[float, list[LazyWeight]] = {}
+        latents = []
         for name, site in model_sites.items():
             check_plates(name, site)
             if site["is_observed"]:
@@ -220,70 +208,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                     f"{name}: expected this latent of the model in the guide, which has no such site; a model whose "
                     "passes use different layers of a network must be a Supervised"
                 )
-            q = guide_sites[name]
-            check_latent(name, q, site)
-            prior = unwrap_independent(site["fn"])
-            if self.kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, site):
-                lazy.setdefault(q["scale"], []).append(q["value"])
-                if prior.is_proper:
-                    divergences.append((name, prior.log_normalizer.sum() * q["scale"]))
-            else:
-                divergences.append((name, self._divergence(name, q, site)))
-        for scale, weights in lazy.items():
-            names = ", ".join(weight.site for weight in weights)
-            divergences.append((names, scale * kl_log_uniform_total(weights, cast(Form, self.kl))))
+            check_latent(name, guide_sites[name], site)
+            latents.append((name, guide_sites[name], site))
+        of_latents = divergences(latents, self.kl)
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
             check_plates(name, guide_sites[name])
-            divergences.append((name, log_prob(guide_sites[name])))
-        return nlls, divergences
-
-    def _divergence(self, name: str, q: Any, p: Any) -> Tensor:
-        if self.kl != "monte_carlo":
-            if _have_same_scale_and_mask(q, p):
-                kl = _closed_form(q, p, self.kl)
-                if kl is not None:
-                    return scale_and_mask(kl, q["scale"], q["mask"]).sum()
-            logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
-        q, p = kept_parts(q, p)
-        try:
-            return log_prob(q) - log_prob(p)
-        except NotImplementedError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-
-def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
-    return (
-        type(q["value"]) is LazyWeight
-        and prior.batch_shape == q["value"].base_dist.batch_shape
-        and isinstance(q["scale"], float)
-        and q["mask"] is None
-        and _have_same_scale_and_mask(q, p)
-    )
-
-
-def _have_same_scale_and_mask(q: Any, p: Any) -> bool:
-    return _are_same(q["scale"], p["scale"]) and _are_same(q["mask"], p["mask"])
-
-
-def _are_same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or torch.equal(first, second)
-    return type(first) is type(second) and first == second
-
-
-def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
-    """Returns the divergence of a site with its batch shape, or None where no closed form is known."""
-    base_q, base_p = unwrap_independent(q["fn"]), unwrap_independent(p["fn"])
-    if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
-        return sum_rightmost(kl_normal_log_uniform(base_q, base_p, form), len(p["fn"].event_shape))
-    if isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
-        return None
-    q, p = kept_parts(q, p)
-    try:
-        return kl_divergence(q["fn"], p["fn"])
-    except NotImplementedError:
-        return None
+            of_latents.append((name, log_prob(guide_sites[name])))
+        return nlls, of_latents
 
 
 def _sum(terms: Terms) -> Tensor:

@@ -2,7 +2,6 @@
 
 __all__ = ["AutoSparseNormal"]
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +10,6 @@ import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.nn import PyroModule
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
@@ -212,22 +210,6 @@ class AutoSparseNormal(GaussianParameters):
         result = super().__call__(*args, **kwargs)
         mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
         return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own would take the model from the live guide too.
-        state = dict(PyroModule.__getstate__(self))
-        state.update(_model=None, master=None)
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AutoSparseNormal":
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(PyroModule.__getstate__(self), memo))
-        return new
-
-    def copy_with_same_model(self) -> "AutoSparseNormal":
-        """Returns a copy that shares the model, where ``copy.deepcopy`` copies that too."""
-        return copy.deepcopy(self, {id(self._model): self._model})
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)

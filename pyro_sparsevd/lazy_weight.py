@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import divergence
 from .distributions import log_variance_of
+from .geometry import pad_same, per_dim
 from .kernels import KERNELS
 from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
 from .sites import in_backward_pass
@@ -187,14 +188,14 @@ def _local_convolution(
 ) -> Any:
     if not _can_integrate_out(input, weight):
         return NotImplemented
-    stride, dilation, output_padding = (_per_dim(v, dims) for v in (stride, dilation, output_padding))
+    stride, dilation, output_padding = (per_dim(v, dims) for v in (stride, dilation, output_padding))
     batched = input.dim() == dims + 2
     x = input if batched else input.unsqueeze(0)
     if padding == "same":
         if any(s != 1 for s in stride):
             raise RuntimeError(f"padding='same': expected a stride of 1, but got {stride}")
-        x, padding = _pad_same(x, weight.shape[2:], dilation)
-    padding = _per_dim(0 if padding == "valid" else padding, dims)
+        x, padding = pad_same(x, weight.shape[2:], dilation)
+    padding = per_dim(0 if padding == "valid" else padding, dims)
     geometry = stride, padding, dilation, transposed, output_padding, groups
     is_grey = LocalGreyConvolution.applies(x, weight.base_dist.loc.shape, geometry)
     output = weight.integrate_out(LocalGreyConvolution if is_grey else LocalConvolution, x, bias, *geometry)
@@ -235,19 +236,6 @@ def _outside_of_transforms() -> AbstractContextManager:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
-
-
-def _per_dim(value: Any, dims: int) -> list[int]:
-    value = [value] if isinstance(value, int) else list(value)
-    return value * dims if len(value) == 1 else value
-
-
-def _pad_same(batch: Tensor, kernel: torch.Size, dilation: list[int]) -> tuple[Tensor, list[int]]:
-    """Returns the batch, padded where the total is odd, and the symmetric padding that is left to do."""
-    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(total % 2 for total in totals):
-        batch = F.pad(batch, [side for total in reversed(totals) for side in (0, total % 2)])
-    return batch, [total // 2 for total in totals]
 
 
 def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:

@@ -5,11 +5,11 @@ __all__ = ["Integral", "LocalConvolution", "LocalGreyConvolution", "LocalLinear"
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergence
+from .geometry import output_size, patches_of, wastes_channels
 from .kernels import exp
 from .workspace import Workspace, is_channels_last
 
@@ -100,7 +100,7 @@ class LocalConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         workspace = integral.workspace
         integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
-        inputs = _channels_last(x, workspace) if _wastes_channels(x, loc, geometry) else x
+        inputs = _channels_last(x, workspace) if wastes_channels(x, loc, geometry) else x
         squares = torch.mul(inputs, inputs, out=workspace.empty_like(inputs))
         output = torch.convolution(inputs, loc, bias, *geometry)
         r = _add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
@@ -157,7 +157,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         """
         *_, transposed, _, groups = geometry
         is_grey = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not (transposed or x.requires_grad)
-        return is_grey and shape[2:].numel() <= 2 * shape[0] and min(_output_size(x, shape[2:], geometry)) > 0
+        return is_grey and shape[2:].numel() <= 2 * shape[0] and min(output_size(x, shape[2:], geometry)) > 0
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
@@ -171,7 +171,7 @@ class LocalGreyConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         workspace = integral.workspace
         integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
-        patches = _patches(x, loc.shape[2:], geometry, workspace)
+        patches = patches_of(x, loc.shape[2:], geometry, workspace)
         squares = torch.mul(patches, patches, out=workspace.empty_like(patches))  # made again in the backward pass
         shape = len(x), len(loc), patches.shape[2]
         output, output_variance = (
@@ -184,7 +184,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         ctx.save_for_backward(patches, loc, variance, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
-        return output.view(*shape[:2], *_output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
+        return output.view(*shape[:2], *output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
 
     @staticmethod
     @once_differentiable
@@ -206,13 +206,6 @@ class LocalGreyConvolution(torch.autograd.Function):
         return None, grad_loc, grad_log_variance, grad_bias, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _wastes_channels(x: Tensor, weight: Tensor, geometry: tuple) -> bool:
-    """Tells whether oneDNN would pad channels to a multiple of 16, at up to twice the time of a channels-last input."""
-    *_, groups = geometry
-    is_image = x.is_cpu and x.dim() == 4 and x.dtype == torch.float32 and groups == 1
-    return is_image and x.is_contiguous() and any(channels % 16 for channels in weight.shape[:2])
-
-
 def _channels_last(x: Tensor, workspace: Workspace) -> Tensor:
     return workspace.empty_channels_last(x.shape, x).copy_(x)
 
@@ -226,26 +219,6 @@ def _convolution_gradients(
 
 def _sum_of_channels(grad: Tensor) -> Tensor:
     return grad.sum([dim for dim in range(grad.dim()) if dim != 1])
-
-
-def _output_size(x: Tensor, kernel: torch.Size, geometry: tuple) -> list[int]:
-    stride, padding, dilation, *_ = geometry
-    sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
-    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
-
-
-def _patches(x: Tensor, kernel: torch.Size, geometry: tuple, workspace: Workspace) -> Tensor:
-    """Returns what each element of the kernel meets, of shape (images, elements, pixels of the output)."""
-    stride, padding, dilation, *_ = geometry
-    windows = len(x), *kernel, *_output_size(x, kernel, geometry)
-    if any(padding):
-        x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
-    of_image, _, *of_pixel = x.stride()
-    steps = [s * d for s, d in zip(of_pixel, dilation, strict=True)] + [
-        s * t for s, t in zip(of_pixel, stride, strict=True)
-    ]
-    patches = workspace.empty(windows, x).copy_(x.as_strided(windows, (of_image, *steps)))
-    return patches.flatten(3).flatten(1, 2)
 
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:

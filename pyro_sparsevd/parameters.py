@@ -2,6 +2,7 @@
 
 __all__ = ["GaussianParameters", "Parameterization"]
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -87,6 +88,22 @@ class GaussianParameters(AutoGuide):
         """
         site = self._sites.get(name)
         return value if site is None else site.transform(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own would take the model from the live guide too.
+        state = dict(PyroModule.__getstate__(self))
+        state.update(_model=None, master=None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GaussianParameters":
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(PyroModule.__getstate__(self), memo))
+        return new
+
+    def copy_with_same_model(self) -> "GaussianParameters":
+        """Returns a copy that shares the model, where ``copy.deepcopy`` copies that too."""
+        return copy.deepcopy(self, {id(self._model): self._model})
 
     def _set_parameters(self, name: str, loc: Tensor, event_dim: int) -> None:
         if name in self._site_names():

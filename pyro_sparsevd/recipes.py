@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
 from .datasets import Split
-from .elbo import KL, SparseVD_ELBO
+from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
+from .site_divergence import KL
 from .summary import sparsify
 from .training import CrossEntropy, constant_then_linear, error, fit, logits
 
