@@ -18,6 +18,8 @@ Data walks down this list of modules, and a module imports only from those above
     selection        which parameters to give one
     store_names      names of a model's or guide's own in Pyro's parameter store
     priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
+    likelihoods      GaussianLikelihood
+    common_priors    ten priors to compare
     latents          what a guide learns about the latents of a model, and where it starts
     masking          the posterior with dropped weights at zero
     parameters       the parameters of a factorised Gaussian guide
@@ -37,7 +39,7 @@ Data walks down this list of modules, and a module imports only from those above
     layer_sizes      units, parameters and multiply-adds of each layer, before and after
     shrinking        shrink: a sparse network without its dead units
     sparse_layers    to_sparse: linear layers that multiply only the weights that are left
-    nets, datasets   the paper's networks; readers for MNIST, CIFAR-10 and bundled digits
+    nets, datasets   the paper's networks; readers for MNIST, CIFAR-10, bundled digits; data of regressions
     range_coder      integers of known probabilities as few bits
     coding           models of where the weights of a sparse matrix are, and how large
     container        the file of a sparse network
@@ -73,6 +75,7 @@ from .guides import AutoSparseNormal as AutoSparseNormal
 from .hierarchical import group_normal_jeffreys as group_normal_jeffreys
 from .hierarchical import horseshoe as horseshoe
 from .latents import init_to_weights as init_to_weights
+from .likelihoods import GaussianLikelihood as GaussianLikelihood
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize

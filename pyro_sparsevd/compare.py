@@ -8,8 +8,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +18,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
+from .checkpoints import Checkpoint
 from .comparison import PriorComparison, PriorResult
 from .datasets import Split
 from .elbo import SparseVD_ELBO
@@ -45,6 +46,7 @@ def compare_priors(
     num_samples: int = 20,
     error_level: float | None = None,
     tolerance: float = 0.1,
+    checkpoints: str | Path | None = None,
 ) -> PriorComparison:
     r"""Trains a network under each of several priors, all else equal, and measures it on held-out data.
 
@@ -82,6 +84,7 @@ def compare_priors(
         error_level: The largest validation error that a sparse network may have; by default, for each seed,
             (1 + tolerance) times the smallest that any prior has with nothing dropped.
         tolerance: See there.
+        checkpoints: A folder, made if need be, for a file of each training, to go on from where it is there.
 
     Returns:
         The comparison. Torch's generators and Pyro's parameter store are as they were before.
@@ -90,6 +93,7 @@ def compare_priors(
         TypeError: If an argument is of another type than these.
         ValueError: If there is no prior or seed, a seed is twice, a split is empty, a number is out of range, or a
             prior does not fit the network; all before anything is trained.
+        CheckpointError: If what is found in ``checkpoints`` is of other priors or options.
         ImportError: If the likelihood is categorical and torchmetrics is not installed.
 
     Example:
@@ -108,15 +112,18 @@ def compare_priors(
         {"tolerance": tolerance, **({} if error_level is None else {"error_level": error_level})},
         seeds,
     )
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    settings = {"batch_size": batch_size, "lr": lr, "init_log_variance": init_log_variance, "num_data": len(train)}
+    kept = partial(_checkpoint, checkpoints, settings)
     make = partial(_model_and_guide, network, likelihood, train, init_log_variance)
     results: list[PriorResult] = []
     with same_random_numbers(), pyro.get_param_store().scope():
         error_name = _try_all(make, priors, seeds[0], validation)
         for seed in seeds:
-            runs = []
+            runs: list[_Run] = []
             for name, prior in priors.items():
                 model, guide = make(prior, seed)
-                seconds = _train(model, guide, train, epochs, batch_size, lr)
+                seconds = _train(model, guide, train, options, kept(len(runs), seed, name))
                 points = _sweep(model, guide, validation, _thresholds(guide))
                 runs.append(_Run(name, model, guide, seconds, points))
             errors = [run.points[math.inf].error for run in runs]
@@ -190,17 +197,31 @@ def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, spli
     return "error" if likelihood.support.is_discrete else "mean squared error"
 
 
-def _train(model: Supervised, guide: AutoSparseNormal, split: Split, epochs: int, batch_size: int, lr: float) -> float:
+def _checkpoint(
+    folder: str | Path | None, settings: dict[str, float], number: int, seed: int, prior: str
+) -> Checkpoint | None:
+    if folder is None:
+        return None
+    Path(folder).mkdir(exist_ok=True)
+    return Checkpoint(Path(folder) / f"{number}-{seed}.pt", {"prior": prior, **settings})
+
+
+def _train(
+    model: Supervised, guide: AutoSparseNormal, split: Split, options: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> float:
     """Fits the posterior; returns the seconds of a step."""
-    times = [time.perf_counter()]
+    before = time.perf_counter()
 
     def after_epoch(epoch: int) -> dict[str, float]:
-        times.append(time.perf_counter())
-        return {}
+        nonlocal before
+        now, start = time.perf_counter(), before
+        before = now
+        return {"seconds": now - start}
 
     elbo = SparseVD_ELBO(kl="exact")
-    fit_posterior(elbo, model, guide, split, epochs=epochs, batch_size=batch_size, lr=lr, after_epoch=after_epoch)
-    return statistics.median(end - start for start, end in pairwise(times)) / math.ceil(len(split) / batch_size)
+    history = fit_posterior(elbo, model, guide, split, **options, after_epoch=after_epoch, checkpoint=checkpoint)
+    steps = math.ceil(len(split) / options["batch_size"])
+    return statistics.median(epoch["seconds"] for epoch in history) / steps
 
 
 def _thresholds(guide: AutoSparseNormal) -> list[float]:

@@ -28,7 +28,7 @@ class PriorResult:
             where only all the weights reach that level; NaN where no number of them does.
         threshold: The log α above which weights are dropped for it; NaN likewise.
         sparse_error: As ``error``, of the network with these weights dropped; NaN likewise.
-        seconds_per_step: The time of a training step, the median over the epochs.
+        seconds_per_step: The time of a training step, the median over the epochs, checkpoints included.
     """
 
     prior: str

@@ -1,6 +1,6 @@
-"""MNIST, CIFAR-10 and a small set of digits, from local files: nothing is downloaded, unpickled or left unchecked."""
+"""Images from local files, and data of regressions: nothing is downloaded, unpickled or left unchecked."""
 
-__all__ = ["Split", "cifar10", "digits", "hold_out", "mnist"]
+__all__ = ["Split", "cifar10", "diabetes", "digits", "hold_out", "mnist", "sparse_regression"]
 
 import gzip
 import math
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images with their labels: one part, such as the training set, of a data set.
+    """Images with their labels, or features with their targets: one part, such as the training set, of a data set.
 
     Args:
-        images: float32 in [0, 1], of shape ``(N, channels, height, width)``.
-        labels: int64, of shape ``(N,)``.
+        images: float32 in [0, 1], of shape ``(N, channels, height, width)``; or features of any shape ``(N, ...)``.
+        labels: int64, of shape ``(N,)``; or targets.
 
     Raises:
         ValueError: If there are not as many labels as images.
@@ -112,6 +112,54 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
     if not 0.5 < test_fraction * len(split) < len(split) - 0.5:
         raise ValueError(f"digits: expected test_fraction such that neither set is empty, but got {test_fraction!r}")
     return hold_out(split, round(test_fraction * len(split)), seed)
+
+
+def diabetes() -> tuple[Split, Split]:
+    """Returns 442 patients: 10 features, and how far their diabetes went within a year, from scikit-learn.
+
+    References:
+        | Least Angle Regression (Efron, Hastie, Johnstone, Tibshirani, 2004)
+        | https://arxiv.org/abs/math/0406456
+
+    Returns:
+        332 patients to train on and 110 to test on, features and targets in units of the standard deviations, and
+        from the means, of the former.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+
+    Example:
+        >>> train, test = diabetes()
+        >>> train.images.shape, len(test)
+        (torch.Size([332, 10]), 110)
+    """
+    try:
+        from sklearn.datasets import load_diabetes
+    except ImportError as error:
+        raise ImportError("diabetes: expected scikit-learn; pip install scikit-learn installs it") from error
+    found = load_diabetes(scaled=False)
+    x, y = (torch.tensor(found[name], dtype=torch.float32) for name in ("data", "target"))
+    train, test = hold_out(Split(x, y), 110)
+    (x, x_scale), (y, y_scale) = ((t.mean(0), t.std(0)) for t in (train.images, train.labels))
+    train, test = (Split((s.images - x) / x_scale, (s.labels - y) / y_scale) for s in (train, test))
+    return train, test
+
+
+def sparse_regression() -> tuple[Split, Split]:
+    """Returns data of a linear model of known truth: of 200 features, 20 have a coefficient of ±1 or ±½, the rest none.
+
+    Returns:
+        400 data to train on and 1,000 to test on, always the same; the noise of the targets is 1.
+
+    Example:
+        >>> train, test = sparse_regression()
+        >>> train.images.shape, len(test)
+        (torch.Size([400, 200]), 1000)
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(shape, generator=generator) for shape in ((1400, 200), (1400,)))
+    y = x[:, :20] @ torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(5) + noise
+    return Split(x[:400], y[:400]), Split(x[400:], y[400:])
 
 
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:

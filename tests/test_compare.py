@@ -13,34 +13,19 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
+from pyro_sparsevd.checkpoints import CheckpointError
+from pyro_sparsevd.common_priors import common_priors
 from pyro_sparsevd.compare import compare_priors
 from pyro_sparsevd.comparison import PriorComparison, PriorResult
 from pyro_sparsevd.datasets import Split
 
 PRIORS = {
-    "log-uniform": svd.LogUniform(),
+    **common_priors(),
     "default": None,
-    "relevance": svd.EmpiricalNormal(),
-    "scale learnt": svd.EmpiricalNormal(()),
-    "normal": dist.Normal(0.0, 1.0),
-    "fan-in": svd.fan_in_normal(),
-    "laplace": dist.Laplace(0.0, 1.0),
-    "student": dist.StudentT(3.0, 0.0, 1.0),
-    "mixture": svd.scale_mixture(),
-    "horseshoe": svd.horseshoe(),
-    "group jeffreys": svd.group_normal_jeffreys(),
+    "group normal-Jeffreys, weights": svd.group_normal_jeffreys(),
     "by name": {"0.*": svd.LogUniform(), "*": dist.Normal(0.0, 1.0)},
 }
 UNTRAINED = {"epochs": 1, "batch_size": 50, "lr": 0.0, "init_log_variance": -60.0, "num_samples": 2}
-
-
-class Noise(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(()))
-
-    def forward(self, mean):
-        return dist.Normal(mean, self.log_scale.exp())
 
 
 def unit_noise(mean):
@@ -184,7 +169,7 @@ def test_a_level_that_no_network_or_only_the_whole_or_even_the_empty_one_reaches
 
 def test_all_priors_of_a_seed_have_the_level_of_the_best(device):
     splits = [regression(device) for _ in range(3)]
-    priors = {name: PRIORS[name] for name in ("log-uniform", "fan-in", "student")}
+    priors = {name: PRIORS[name] for name in ("log-uniform", "normal by fan-in", "Student's t")}
     found = compare_priors(linear, priors, unit_noise, *splits, epochs=5, batch_size=20, seeds=(0, 1), tolerance=0.5)
     for seed in (0, 1):
         runs = [result for result in found.results if result.seed == seed]
@@ -212,7 +197,7 @@ def test_a_result_does_not_depend_on_the_other_priors(device):
 
 
 def test_nothing_else_is_changed(device):
-    net, noise, split = linear().to(device), Noise().to(device), regression(device)
+    net, noise, split = linear().to(device), svd.GaussianLikelihood().to(device), regression(device)
     pyro.param("mine", torch.ones(2))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
@@ -245,7 +230,15 @@ def _fail(mean):
 def test_every_prior_learns(device, name):
     splits = [regression(device, count) for count in (100, 50, 200)]
     found = of_one(
-        linear, {name: PRIORS[name]}, Noise(), *splits, epochs=30, batch_size=20, lr=3e-2, seeds=[0], num_samples=10
+        linear,
+        {name: PRIORS[name]},
+        svd.GaussianLikelihood(),
+        *splits,
+        epochs=30,
+        batch_size=20,
+        lr=3e-2,
+        seeds=[0],
+        num_samples=10,
     )
     assert found.error < 1.0  # the targets have variance 5.1
     assert found.nll < 1.5
@@ -260,7 +253,7 @@ def test_a_sparsifying_prior_finds_what_matters_and_a_normal_one_does_not(device
     network = lambda: nn.Sequential(nn.Linear(40, 1), nn.Flatten(0))  # noqa: E731
     priors = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0)}
     sparse, normal = compare_priors(
-        network, priors, Noise(), *splits, epochs=60, batch_size=20, lr=2e-2, seeds=[0]
+        network, priors, svd.GaussianLikelihood(), *splits, epochs=60, batch_size=20, lr=2e-2, seeds=[0]
     ).results
     assert sparse.compression == pytest.approx(20.0)
     assert sparse.sparse_error < sparse.error < normal.error
@@ -299,6 +292,68 @@ def test_a_likelihood_without_a_mean_has_no_error_and_no_compression(device):
     assert all(math.isnan(getattr(comparison.results[0], name)) for name in ("error", "compression", "sparse_error"))
     assert math.isfinite(comparison.results[0].nll)
     assert "-" in str(comparison)
+
+
+NUMBERS = ("error", "nll", "validation_error", "compression", "threshold", "sparse_error")
+
+
+def test_a_comparison_goes_on_where_it_was_killed_and_finds_the_same(device, tmp_path):
+    splits = [regression(device) for _ in range(3)]
+    priors = {"a": None, "b": svd.horseshoe()}
+    options = {"epochs": 4, "batch_size": 20, "seeds": [0, 1]}
+    whole = compare_priors(linear, priors, svd.GaussianLikelihood(), *splits, **options)
+    killed = _Killed(after=9)
+    with pytest.raises(KeyboardInterrupt):
+        compare_priors(linear, priors, killed, *splits, checkpoints=tmp_path / "kept", **options)
+    assert 0 < len(list((tmp_path / "kept").iterdir())) < 4
+    found = compare_priors(linear, priors, svd.GaussianLikelihood(), *splits, checkpoints=tmp_path / "kept", **options)
+    for first, second in zip(whole.results, found.results, strict=True):
+        assert [getattr(first, name) for name in NUMBERS] == [getattr(second, name) for name in NUMBERS]
+        assert second.seconds_per_step > 0
+    again = compare_priors(linear, priors, svd.GaussianLikelihood(), *splits, checkpoints=tmp_path / "kept", **options)
+    assert again == found
+
+
+class _Killed(svd.GaussianLikelihood):
+    def __init__(self, after):
+        super().__init__()
+        self.calls = [0, after]  # shared by the copies that are trained
+
+    def __deepcopy__(self, memo):
+        copied = _Killed(self.calls[1])
+        copied.calls = self.calls
+        return copied
+
+    def forward(self, mean):
+        self.calls[0] += mean.shape == (20,)
+        if self.calls[0] > self.calls[1]:
+            raise KeyboardInterrupt
+        return super().forward(mean)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"lr": 0.5}, "lr"), ({"batch_size": 30}, "batch_size"), ({"init_log_variance": -7.0}, "init_log_variance")],
+)
+def test_checkpoints_of_other_options_are_refused(device, tmp_path, change, named):
+    split = regression(device)
+    options = {"epochs": 1, "batch_size": 20, "seeds": [0], "checkpoints": tmp_path}
+    compare_priors(linear, {"a": None}, unit_noise, split, split, split, **options)
+    with pytest.raises(CheckpointError, match=f"expected a training with {named} "):
+        compare_priors(linear, {"a": None}, unit_noise, split, split, split, **(options | change))
+    with pytest.raises(CheckpointError, match="expected a training with prior b"):
+        compare_priors(linear, {"b": None}, unit_noise, split, split, split, **options)
+    more = regression(device, 70)
+    with pytest.raises(CheckpointError, match="expected a training with num_data 70"):
+        compare_priors(linear, {"a": None}, unit_noise, more, split, split, **options)
+
+
+def test_common_priors_are_made_anew(device):
+    first, second = common_priors(), common_priors()
+    assert list(first) == list(second)
+    assert len(first) == 10
+    first.clear()
+    assert len(common_priors()) == 10
 
 
 def test_the_time_is_that_of_a_step(device):

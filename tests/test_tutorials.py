@@ -96,11 +96,14 @@ def test_random_labels_of_images_in_colour_are_one_picture(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("data", PRIORS)
-def test_priors_are_compared(data, monkeypatch, tmp_path, request):
-    out = tmp_path / "figure.png"
-    device = request.config.getoption("--device")
-    _run(monkeypatch, "compare_priors.py", *PRIORS[data], "--device", device, "--out", out)
-    _check_output(out)
+def test_priors_are_compared_and_the_comparison_goes_on_with_the_same_options_only(
+    data, monkeypatch, tmp_path, request
+):
+    options = [*PRIORS[data], "--device", request.config.getoption("--device"), "--out", tmp_path / "figure.png"]
+    _run(monkeypatch, "compare_priors.py", *options)
+    _check_output(tmp_path / "figure.png")
+    with pytest.raises(SystemExit, match=r"--resume: .* expected a training with lr 0\.5, but"):
+        _run(monkeypatch, "compare_priors.py", *options, "--resume", "--lr", 0.5)
 
 
 def test_the_scale_of_the_gaussian_prior_is_chosen_on_held_out_digits(monkeypatch):

@@ -1,0 +1,35 @@
+"""The priors of weights that are in common use, to be compared."""
+
+__all__ = ["common_priors"]
+
+import pyro.distributions as dist
+
+from .distributions import LogUniform
+from .hierarchical import group_normal_jeffreys, horseshoe
+from .priors import Prior
+from .weight_priors import EmpiricalNormal, fan_in_normal, scale_mixture
+
+
+def common_priors() -> dict[str, Prior]:
+    """Returns priors for :func:`~.priors.bayesianize` by what to call them: those that make weights sparse, and others.
+
+    Returns:
+        Ten priors. The scales of those that have a fixed one are of the order of 1; the groups of the last are the
+        inputs of each layer.
+
+    Example:
+        >>> list(common_priors())[:4]
+        ['log-uniform', 'relevance (ARD)', 'normal, scale learnt', 'normal']
+    """
+    return {
+        "log-uniform": LogUniform(),
+        "relevance (ARD)": EmpiricalNormal(),
+        "normal, scale learnt": EmpiricalNormal(()),
+        "normal": dist.Normal(0.0, 1.0),
+        "normal by fan-in": fan_in_normal(),
+        "Laplace": dist.Laplace(0.0, 1.0),
+        "Student's t": dist.StudentT(3.0, 0.0, 1.0),
+        "scale mixture": scale_mixture(),
+        "horseshoe": horseshoe(),
+        "group normal-Jeffreys, inputs": group_normal_jeffreys((1,)),
+    }
