@@ -165,7 +165,7 @@ _METADATA: set[Any] = {
 # A local form has the signature of the function whose output it samples. It leaves to that function, with the weight
 # drawn, what is not a linear operation on a plain input by a weight that is not drawn yet.
 def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 # as in torch
-    if not _can_integrate_out(input, weight) or weight.base_dist.loc.dim() != 2:
+    if not _can_integrate_out(input, weight, bias) or weight.base_dist.loc.dim() != 2:
         return NotImplemented
     if input.dim() == 2:
         return weight.integrate_out(LocalLinear, input, bias)
@@ -186,7 +186,7 @@ def _local_convolution(
     transposed: bool = False,
     output_padding: Any = 0,
 ) -> Any:
-    if not _can_integrate_out(input, weight):
+    if not _can_integrate_out(input, weight, bias):
         return NotImplemented
     stride, dilation, output_padding = (per_dim(v, dims) for v in (stride, dilation, output_padding))
     batched = input.dim() == dims + 2
@@ -218,10 +218,16 @@ def _local_transposed_convolution(
     )
 
 
-def _can_integrate_out(x: Any, weight: Any) -> bool:
+def _can_integrate_out(x: Any, weight: Any, bias: Any) -> bool:
     is_undrawn = type(weight) is LazyWeight and weight._drawn is None
     is_dense = type(x) is not LazyWeight and x.layout is torch.strided and not x.is_nested and x.dim() > 0
-    return is_undrawn and is_dense and not _in_transform()
+    return is_undrawn and is_dense and _have_same_dtype(x, weight, bias) and not _in_transform()
+
+
+def _have_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tells whether torch will not refuse these operands, as it says best itself."""
+    is_same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
+    return is_same or torch.is_autocast_enabled(x.device.type)
 
 
 def _in_transform() -> bool:

@@ -365,6 +365,25 @@ def test_a_convolution_computes_no_gradient_of_an_input_that_needs_none(device):
     assert not any(needs_x for needs_x, *_ in masks)
 
 
+@pytest.mark.parametrize("other", ["x", "bias"])
+@pytest.mark.parametrize("operation", ONE_OF_EACH)
+def test_operands_of_two_dtypes_are_refused_or_taken_as_by_torch(operation, other, device):
+    inputs = _inputs(operation, device)
+    dtype = torch.float32 if inputs.x.dtype == torch.float64 else torch.float64
+    x, loc, log_variance, bias = inputs._replace(**{other: getattr(inputs, other).detach().to(dtype)})
+    weight = LazyWeight(dist.Normal(loc, (0.5 * log_variance).exp()), "w", Workspace())
+    of_torch, found = (_error_or_dtype(operation, x, w, bias) for w in (loc, weight))
+    assert found == of_torch
+    assert other == "bias" or "expected" in found or "must have the same dtype" in found
+
+
+def _error_or_dtype(operation, *operands):
+    try:
+        return operation.call(*operands).dtype
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("operation", [*ONE_OF_EACH, CHANNELS_LAST])
 def test_inputs_of_zeros_give_the_bias_and_finite_gradients(operation, dtype, device):
