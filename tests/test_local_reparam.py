@@ -374,7 +374,7 @@ def test_operands_of_two_dtypes_are_refused_or_taken_as_by_torch(operation, othe
     weight = LazyWeight(dist.Normal(loc, (0.5 * log_variance).exp()), "w", Workspace())
     of_torch, found = (_error_or_dtype(operation, x, w, bias) for w in (loc, weight))
     assert found == of_torch
-    assert other == "bias" or "expected" in found or "must have the same dtype" in found
+    assert other == "bias" or isinstance(found, str)
 
 
 def _error_or_dtype(operation, *operands):
