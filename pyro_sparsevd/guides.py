@@ -207,9 +207,10 @@ class AutoSparseNormal(GaussianParameters):
             with self._pyro_context:
                 for name in self._sites:  # which makes what the store was loaded with the guide's
                     self._parameters_of(name)
-        result = super().__call__(*args, **kwargs)
-        mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
-        return result
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:  # after an error, too: what the store holds by then is this guide's
+            mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)

@@ -1597,3 +1597,19 @@ def test_a_masked_log_uniform_prior_still_makes_its_site_sparse(device):
         warnings.simplefilter("ignore")
         guide()
     assert guide.sparse_sites == ("w",)
+
+
+@pytest.mark.parametrize("outputs", [3, 1], ids=["same-shape", "other-shape"])
+def test_a_guide_after_one_whose_first_pass_failed_starts_at_its_own_weights(outputs, device):
+    def model_and_guide(network, likelihood):
+        model = svd.Supervised(svd.bayesianize(network.to(device)), likelihood, num_data=60)
+        return model, svd.AutoSparseNormal(model)
+
+    x, y = torch.randn(60, 4, device=device), torch.zeros(60, device=device)
+    failed, guide_of_failed = model_and_guide(nn.Linear(4, 3), lambda logits: dist.Categorical(logit=logits))
+    with pytest.raises(TypeError):
+        svd.SparseVD_ELBO()(failed, guide_of_failed)(x, y)
+    network = nn.Linear(4, outputs)
+    model, guide = model_and_guide(network, lambda logits: dist.Categorical(logits=logits))
+    svd.SparseVD_ELBO()(model, guide)(x, y)
+    assert torch.equal(guide.posteriors["weight"].loc, network.weight)
