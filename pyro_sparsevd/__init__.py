@@ -39,7 +39,7 @@ Data walks down this list of modules, and a module imports only from those above
     layer_sizes      units, parameters and multiply-adds of each layer, before and after
     shrinking        shrink: a sparse network without its dead units
     sparse_layers    to_sparse: linear layers that multiply only the weights that are left
-    nets, datasets   the paper's networks; readers for MNIST, CIFAR-10, bundled digits; data of regressions
+    nets, datasets   the paper's networks; readers for MNIST, CIFAR-10, bundled digits; regression data sets
     range_coder      integers of known probabilities as few bits
     coding           models of where the weights of a sparse matrix are, and how large
     container        the file of a sparse network

@@ -4,6 +4,7 @@ __all__ = ["compare_priors"]
 
 import copy
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from .metrics import uncertainty
 from .plain import evaluation_mode, same_random_numbers
 from .priors import Prior, Supervised, bayesianize
 from .recipes import fit_posterior
-from .sweep import SweepPoint, threshold_sweep
+from .sweep import SweepPoint, threshold_grid, threshold_sweep
 
 
 def compare_priors(
@@ -84,7 +85,7 @@ def compare_priors(
         error_level: The largest validation error that a sparse network may have; by default, for each seed,
             (1 + tolerance) times the smallest that any prior has with nothing dropped.
         tolerance: See there.
-        checkpoints: A folder, made if need be, for a file of each training, to go on from where it is there.
+        checkpoints: A folder, made if need be, for a checkpoint of each training. One that is there is gone on from.
 
     Returns:
         The comparison. Torch's generators and Pyro's parameter store are as they were before.
@@ -93,7 +94,8 @@ def compare_priors(
         TypeError: If an argument is of another type than these.
         ValueError: If there is no prior or seed, a seed is twice, a split is empty, a number is out of range, or a
             prior does not fit the network; all before anything is trained.
-        CheckpointError: If what is found in ``checkpoints`` is of other priors or options.
+        CheckpointError: If what is found in ``checkpoints`` is of other priors, options or data, or of a network or a
+            likelihood that gives the data another density before it is trained.
         ImportError: If the likelihood is categorical and torchmetrics is not installed.
 
     Example:
@@ -112,9 +114,10 @@ def compare_priors(
         {"tolerance": tolerance, **({} if error_level is None else {"error_level": error_level})},
         seeds,
     )
-    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    settings = {"batch_size": batch_size, "lr": lr, "init_log_variance": init_log_variance, "num_data": len(train)}
-    kept = partial(_checkpoint, checkpoints, settings)
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": float(lr)}
+    folder = None if checkpoints is None else Path(checkpoints)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     make = partial(_model_and_guide, network, likelihood, train, init_log_variance)
     results: list[PriorResult] = []
     with same_random_numbers(), pyro.get_param_store().scope():
@@ -123,8 +126,12 @@ def compare_priors(
             runs: list[_Run] = []
             for name, prior in priors.items():
                 model, guide = make(prior, seed)
-                seconds = _train(model, guide, train, options, kept(len(runs), seed, name))
-                points = _sweep(model, guide, validation, _thresholds(guide))
+                kept = None
+                if folder is not None:
+                    settings = _settings(name, prior, model, guide, train, options)
+                    kept = Checkpoint(folder / f"{len(runs)}-{seed}.pt", settings)
+                seconds = _train(model, guide, train, options, kept)
+                points = _sweep(model, guide, validation, threshold_grid(guide))
                 runs.append(_Run(name, model, guide, seconds, points))
             errors = [run.points[math.inf].error for run in runs]
             best = min((error for error in errors if not math.isnan(error)), default=math.nan)
@@ -197,13 +204,21 @@ def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, spli
     return "error" if likelihood.support.is_discrete else "mean squared error"
 
 
-def _checkpoint(
-    folder: str | Path | None, settings: dict[str, float], number: int, seed: int, prior: str
-) -> Checkpoint | None:
-    if folder is None:
-        return None
-    Path(folder).mkdir(exist_ok=True)
-    return Checkpoint(Path(folder) / f"{number}-{seed}.pt", {"prior": prior, **settings})
+def _settings(
+    name: str, prior: Prior | None, model: Supervised, guide: AutoSparseNormal, train: Split, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a training must have in common with that of a checkpoint."""
+    prior_text = re.sub(r" at 0x[0-9a-f]+", "", repr(prior))  # where a function lies differs from run to run
+    batches = _batches(Split(train.images[:100], train.labels[:100]), model)
+    with same_random_numbers():
+        nll, _ = _scores(model, guide, batches, 1)
+    return {
+        "prior": f"{name}: {prior_text}",
+        **options,
+        "init_log_variance": float(guide.init_log_variance),
+        "num_data": len(train),
+        "untrained_nll": f"{nll:.4g}",
+    }
 
 
 def _train(
@@ -224,21 +239,10 @@ def _train(
     return statistics.median(epoch["seconds"] for epoch in history) / steps
 
 
-def _thresholds(guide: AutoSparseNormal) -> list[float]:
-    """Returns thresholds at which ever fewer weights are kept: all, then a tenth fewer each time, at last none."""
-    log_alphas = torch.cat([guide.site_log_alphas[name].detach().flatten() for name in guide.real_sites]).sort().values
-    steps = range(1 + math.ceil(math.log(len(log_alphas)) / -math.log(0.9)))
-    kept = dict.fromkeys(math.ceil(len(log_alphas) * 0.9**step) for step in steps)
-    found = log_alphas[torch.tensor(list(kept), device=log_alphas.device) - 1].tolist()
-    return list(dict.fromkeys([math.inf, *found, -math.inf]))
-
-
-def _sweep(
-    model: Supervised, guide: AutoSparseNormal, split: Split, thresholds: list[float]
-) -> dict[float, SweepPoint]:
+def _sweep(model: Supervised, guide: AutoSparseNormal, split: Split, tried: list[float]) -> dict[float, SweepPoint]:
     """Returns what is left at each threshold; all weights are the network's, whatever their prior."""
-    points = threshold_sweep(model, guide, _batches(split, model), [{"*": threshold} for threshold in thresholds])
-    return dict(zip(thresholds, points, strict=True))
+    points = threshold_sweep(model, guide, _batches(split, model), [{"*": threshold} for threshold in tried])
+    return dict(zip(tried, points, strict=True))
 
 
 def _result(run: _Run, seed: int, level: float, test: Split, num_samples: int) -> PriorResult:

@@ -1,4 +1,4 @@
-"""Images from local files, and data of regressions: nothing is downloaded, unpickled or left unchecked."""
+"""Images from local files, and regression data sets: nothing is downloaded, unpickled or left unchecked."""
 
 __all__ = ["Split", "cifar10", "diabetes", "digits", "hold_out", "mnist", "sparse_regression"]
 
@@ -115,15 +115,15 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
 
 
 def diabetes() -> tuple[Split, Split]:
-    """Returns 442 patients: 10 features, and how far their diabetes went within a year, from scikit-learn.
+    """Returns 442 patients: 10 features, and how far their diabetes progressed within a year, from scikit-learn.
 
     References:
         | Least Angle Regression (Efron, Hastie, Johnstone, Tibshirani, 2004)
         | https://arxiv.org/abs/math/0406456
 
     Returns:
-        332 patients to train on and 110 to test on, features and targets in units of the standard deviations, and
-        from the means, of the former.
+        332 patients to train on and 110 to test on, features and targets standardised with the means and standard
+        deviations of the former.
 
     Raises:
         ImportError: If scikit-learn is not installed.

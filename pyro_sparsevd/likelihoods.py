@@ -2,8 +2,10 @@
 
 __all__ = ["GaussianLikelihood"]
 
+import math
+
 import torch
-from pyro.distributions import Normal
+from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
 
 
@@ -28,22 +30,23 @@ class GaussianLikelihood(nn.Module):
 
     def __init__(self, init_scale: float = 1.0) -> None:
         super().__init__()
-        if not 0 < init_scale < float("inf"):
+        if not 0 < init_scale < math.inf:
             raise ValueError(f"init_scale: expected a positive number, but got {init_scale}")
-        self.log_scale = nn.Parameter(torch.tensor(float(init_scale)).log())
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
 
     @property
     def scale(self) -> Tensor:
         """The standard deviation s, a scalar."""
         return self.log_scale.exp()
 
-    def forward(self, mean: Tensor) -> Normal:
+    def forward(self, mean: Tensor) -> TorchDistribution:
         """Returns the distribution of the targets.
 
         Args:
-            mean: The outputs of the network, of the shape of the targets.
+            mean: The outputs of the network, of the shape of the targets: ``(N,)``, or ``(N, ...)`` where a datum has
+                several.
 
         Returns:
-            A normal distribution of that shape.
+            A normal distribution of N data.
         """
-        return Normal(mean, self.scale)
+        return Normal(mean, self.scale).to_event(mean.dim() - 1)

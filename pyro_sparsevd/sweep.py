@@ -1,6 +1,6 @@
 """Error, likelihood and compression against the threshold."""
 
-__all__ = ["SweepPoint", "threshold_sweep"]
+__all__ = ["SweepPoint", "threshold_grid", "threshold_sweep"]
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .distributions import unwrap_independent
+from .guides import AutoSparseNormal
 from .plain import evaluation_mode
 from .records import density
 from .summary import sparse_normal_parts, sparsify
@@ -38,6 +39,28 @@ class SweepPoint(NamedTuple):
     nll: float
     sparsity: float
     compression: float
+
+
+def threshold_grid(guide: AutoSparseNormal) -> list[float]:
+    """Returns thresholds at which ever fewer weights are kept: all, then a tenth fewer each time, at last none.
+
+    Args:
+        guide: A guide with weights that are real numbers.
+
+    Returns:
+        The thresholds, for all of its weights together: ``{"*": threshold}``, whatever their prior.
+
+    Example:
+        >>> guide = svd.AutoSparseNormal(lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1)))
+        >>> samples = guide()
+        >>> [svd.sparsify(guide, {"*": t}).masks["w"].sum().item() for t in threshold_grid(guide)]
+        [3, 3, 2, 1, 0]
+    """
+    log_alphas = torch.cat([guide.site_log_alphas[name].detach().flatten() for name in guide.real_sites]).sort().values
+    steps = range(1 + math.ceil(math.log(len(log_alphas)) / -math.log(0.9)))
+    kept = dict.fromkeys(math.ceil(len(log_alphas) * 0.9**step) for step in steps)
+    found = log_alphas[torch.tensor(list(kept), device=log_alphas.device) - 1].tolist()
+    return list(dict.fromkeys([math.inf, *found, -math.inf]))
 
 
 @torch.no_grad()

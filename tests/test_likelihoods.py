@@ -38,6 +38,19 @@ def test_it_keeps_the_default_dtype_at_its_making_and_follows_to(device):
     assert likelihood(torch.zeros(2, dtype=torch.float64, device=device)).scale.dtype == torch.float64
 
 
+def test_a_datum_may_have_several_targets(device):
+    network = svd.bayesianize(nn.Linear(3, 2)).to(device)
+    model = svd.Supervised(network, svd.GaussianLikelihood(), num_data=50).to(device)
+    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
+    assert loss(torch.randn(10, 3, device=device), torch.randn(10, 2, device=device)).isfinite()
+    assert svd.GaussianLikelihood()(torch.zeros(10, 2)).batch_shape == (10,)
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e39])
+def test_a_scale_that_single_precision_has_not_is_kept_by_its_logarithm(scale):
+    assert svd.GaussianLikelihood(scale).log_scale.item() == pytest.approx(math.log(scale))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_a_scale_that_is_not_positive_is_refused(scale):
     with pytest.raises(ValueError, match="init_scale: expected a positive number, but got"):

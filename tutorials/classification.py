@@ -29,8 +29,14 @@ from pyro_sparsevd.training import error
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
 
-def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_variance: float = -8.0) -> None:
-    """Adds the options of the training and of the threshold to a parser."""
+def add_options(
+    options: argparse.ArgumentParser,
+    *,
+    lr: float,
+    init_log_variance: float = -8.0,
+    dense_epochs: str = "a quarter of --epochs",
+) -> None:
+    """Adds the options of the training and of the threshold to a parser, whose help says how long the dense one is."""
     options.add_argument(
         "--lr", type=positive_number, default=lr, help="Adam's: constant, then linear to 0 (%(default)s)"
     )
@@ -43,7 +49,7 @@ def add_options(options: argparse.ArgumentParser, *, lr: float, init_log_varianc
     options.add_argument(
         "--warm-up", type=fraction, default=0.5, help="part of the epochs after which the KL weight is 1 (%(default)s)"
     )
-    options.add_argument("--dense-epochs", type=positive, help="epochs of the dense network (a quarter of --epochs)")
+    options.add_argument("--dense-epochs", type=positive, help=f"epochs of the dense network ({dense_epochs})")
     options.add_argument("--fine-tune", type=natural, help="epochs for the weights that are left (a ninth of --epochs)")
     options.add_argument(
         "--pretrained", action="store_true", help="start from the dense network instead of random initialisation"

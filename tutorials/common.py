@@ -71,7 +71,7 @@ def add_data_options(
 ) -> None:
     """Adds the options of a script that reads data and trains on batches of them to a parser."""
     options.add_argument("--data-dir", type=Path, help=data_dir)
-    default = "500 for MNIST, 100 for the bundled digits" if batch_size is None else batch_size
+    default = "500 for MNIST, 128 for CIFAR-10, 100 for the bundled digits" if batch_size is None else batch_size
     options.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
 
 

@@ -5,7 +5,6 @@ small network; or 200 features, 20 of which matter, and a linear model, of which
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +63,8 @@ def main() -> None:
     args = parse_args()
     data, network, likelihood = problem(args)
     checkpoints = args.out.with_suffix(".checkpoints")
-    if not args.resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    for left in () if args.resume else checkpoints.glob("*.pt"):
+        left.unlink()
     found = compare_priors(
         network,
         common_priors(),

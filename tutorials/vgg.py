@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     options.add_argument("--width", type=positive_number, default=1.0, help="the paper's k (%(default)s)")
     options.add_argument("--bfloat16", action="store_true", help="train under autocast")
     options.add_argument("--channels-last", action="store_true", help="the order of images and kernels in memory")
-    add_options(options, lr=1e-3, init_log_variance=-10.0)
+    add_options(options, lr=1e-3, init_log_variance=-10.0, dense_epochs="as --epochs")
     args = options.parse_args()
     args.dense_epochs = args.dense_epochs or args.epochs
     return args
