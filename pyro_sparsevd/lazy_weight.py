@@ -226,8 +226,8 @@ def _can_integrate_out(x: Any, weight: Any, bias: Any) -> bool:
 
 def _have_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tells whether torch will not refuse these operands, as it says best itself."""
-    is_same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
-    return is_same or torch.is_autocast_enabled(x.device.type)
+    dtypes = {x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
+    return len(dtypes) == 1 or (torch.float64 not in dtypes and torch.is_autocast_enabled(x.device.type))
 
 
 def _in_transform() -> bool:

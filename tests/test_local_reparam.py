@@ -365,14 +365,16 @@ def test_a_convolution_computes_no_gradient_of_an_input_that_needs_none(device):
     assert not any(needs_x for needs_x, *_ in masks)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("other", ["x", "bias"])
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
-def test_operands_of_two_dtypes_are_refused_or_taken_as_by_torch(operation, other, device):
+def test_operands_of_two_dtypes_are_refused_or_taken_as_by_torch(operation, other, autocast, device):
     inputs = _inputs(operation, device)
     dtype = torch.float32 if inputs.x.dtype == torch.float64 else torch.float64
     x, loc, log_variance, bias = inputs._replace(**{other: getattr(inputs, other).detach().to(dtype)})
     weight = LazyWeight(dist.Normal(loc, (0.5 * log_variance).exp()), "w", Workspace())
-    of_torch, found = (_error_or_dtype(operation, x, w, bias) for w in (loc, weight))
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+        of_torch, found = (_error_or_dtype(operation, x, w, bias) for w in (loc, weight))
     assert found == of_torch
     assert other == "bias" or isinstance(found, str)
 
