@@ -2,7 +2,6 @@
 
 __all__ = ["check_steps", "from_multiples", "quantization_steps", "quantized", "to_multiples"]
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 
@@ -11,6 +10,7 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
 from .distributions import SparseNormal
+from .plain import check_plain, copied
 from .summary import sparse_normal_parts
 
 
@@ -88,6 +88,7 @@ def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
         The rounded network.
 
     Raises:
+        TypeError: If ``net`` is not a plain module.
         ValueError: If a name is not that of a floating-point parameter, a step not positive and finite, or a
             parameter not finite or more than 2^24 steps from zero.
 
@@ -97,8 +98,9 @@ def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
         >>> quantized(net, {"weight": 0.25}).weight.data
         tensor([[ 0.2500, -1.0000]])
     """
+    check_plain(net)
     check_steps(net, steps)
-    net = copy.deepcopy(net)
+    net = copied(net)
     for name, step in steps.items():
         parameter = net.get_parameter(name)
         parameter.copy_(from_multiples(to_multiples(name, parameter, step), step, parameter.dtype))
@@ -106,23 +108,25 @@ def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
 
 
 def check_steps(net: nn.Module, steps: Mapping[str, float]) -> None:
-    """Refuses steps for what is not a parameter of a network.
+    """Refuses steps that are no steps, or for what is not a parameter of a network.
 
     Args:
         net: The network.
         steps: The steps by the names of the parameters.
 
     Raises:
-        ValueError: If a name is not that of a parameter; of one that modules share, the first name counts.
+        ValueError: If a name is not that of a parameter; of one that modules share, the first name counts. Or if a
+            step is not positive and finite, as float32.
 
     Example:
         >>> check_steps(nn.Linear(2, 1), {"weight": 0.25})
     """
     known = dict(net.named_parameters())
-    for name in steps:
+    for name, step in steps.items():
         if name not in known:
             names = ", ".join(known) or "none"
             raise ValueError(f"steps: expected parameters of the network, of {names}, but got {name!r}")
+        _checked_step(name, step)
 
 
 def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
@@ -145,9 +149,7 @@ def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
     """
     if not values.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor to quantise, but got {values.dtype}")
-    step = _as_float32(step)
-    if not 0 < step < math.inf:
-        raise ValueError(f"{name}: expected a positive and finite step, but got {step}")
+    step = _checked_step(name, step)
     multiples = (values.detach().double() / step).round()
     if not (multiples.abs() < 2**24).all():
         largest = float(values.detach().abs().max())
@@ -174,6 +176,15 @@ def from_multiples(multiples: Tensor, step: float, dtype: torch.dtype) -> Tensor
         tensor([ 0.2500, -1.0000])
     """
     return (multiples.double() * _as_float32(step)).to(dtype)
+
+
+def _checked_step(name: str, step: float) -> float:
+    step = _as_float32(step)
+    if not 0 < step < math.inf:
+        raise ValueError(
+            f"{name}: expected a positive and finite step, but got {step}; leave the name out to keep its values"
+        )
+    return step
 
 
 def _as_float32(number: float) -> float:

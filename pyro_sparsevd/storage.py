@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .container import DTYPES, Entry, read_payload, read_table, write_file
 from .nets import lenet_5_caffe, lenet_300_100, vgg_like
+from .plain import check_plain
 from .quantization import check_steps
 from .range_coder import StorageError
 from .tensor_codes import decode_tensors, encode_tensors
@@ -32,8 +33,8 @@ def save_sparse(
     Args:
         net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
         path: The file. It holds its old content or all of the new at any moment.
-        values: How the parameters are stored: as they are; rounded to a floating-point dtype, where theirs is wider;
-            or rounded to multiples of steps, a number for each name, as from
+        values: How the parameters are stored: as they are; rounded to float16, bfloat16, float32 or float64, where
+            theirs is wider; or rounded to multiples of steps, a number for each name, as from
             :func:`~.quantization.quantization_steps`. Parameters without a step and all buffers stay as they are.
         architecture: The name that :func:`register_architecture` was given for the function that makes such a
             network, or "lenet-300-100", "lenet-5-caffe" or "vgg-like", which are known. Then the file can be loaded
@@ -41,7 +42,7 @@ def save_sparse(
 
     Raises:
         ImportError: If constriction is not installed.
-        TypeError: If ``net`` is not a module, ``values`` not of these kinds, or the state has more than tensors.
+        TypeError: If ``net`` is not a plain module, ``values`` not of these kinds, or the state has more than tensors.
         ValueError: If a parameter is not finite or cannot be stored like this, or the network is not of the
             architecture. The message names the tensor.
         OSError: If the file cannot be written.
@@ -81,7 +82,7 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
 
     Raises:
         ImportError: If constriction is not installed.
-        TypeError: If ``net`` is neither a module nor None.
+        TypeError: If ``net`` is neither a plain module nor None.
         FileNotFoundError: If there is no such file.
         StorageError: If the file is damaged, of an unknown format or architecture, or of another network. The message
             names the file and, where there is one, the tensor.
@@ -144,6 +145,7 @@ _ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "lenet-5-caffe": lenet_5_caffe,
     "vgg-like": vgg_like,
 }
+_FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 _SLACK = 2**16  # bytes: what tiny tensors may take more than four times their size
 _ADVICE = "load into a network like the one that was saved"
 
@@ -160,8 +162,7 @@ def _build(architecture: str) -> nn.Module:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net: expected a network, but got {type(net).__name__}")
+    check_plain(net)
     state = net.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -179,8 +180,9 @@ def _state(net: nn.Module) -> dict[str, Tensor]:
 def _entries(net: nn.Module, state: dict[str, Tensor], values: torch.dtype | Mapping[str, float] | None) -> list[Entry]:
     if isinstance(values, Mapping):
         check_steps(net, values)
-    elif not (values is None or (isinstance(values, torch.dtype) and values.is_floating_point)):
-        raise TypeError(f"values: expected a floating-point dtype, steps or None, but got {values!r}")
+    elif not (values is None or any(values is dtype for dtype in _FLOATS)):
+        known = ", ".join(map(str, _FLOATS))
+        raise TypeError(f"values: expected a floating-point dtype, of {known}, steps or None, but got {values!r}")
     parameters = dict(net.named_parameters())
     entries: list[Entry] = []
     first: dict[tuple, int] = {}

@@ -150,6 +150,18 @@ def test_bad_steps_are_refused(steps, message):
         quantized(net, steps)
 
 
+def test_a_bayesian_network_is_refused(device):
+    bnn = svd.bayesianize(nn.Linear(3, 2).to(device))
+    with pytest.raises(TypeError, match="net: expected a plain network, but it is Bayesian; prune it first"):
+        quantized(bnn, {})
+
+
+def test_a_network_that_keeps_what_it_computed_is_rounded(device):
+    net = nn.Linear(3, 2).to(device)
+    net.last = net(torch.ones(1, 3, device=device))
+    assert torch.equal(quantized(net, {}).last, net.last)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_refused(value):
     net = nn.Linear(3, 2)

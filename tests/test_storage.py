@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyro_sparsevd as svd
 from pyro_sparsevd import container, storage
 from pyro_sparsevd.coding import code_array
 from pyro_sparsevd.container import Entry
@@ -238,15 +239,25 @@ BAD_NETS = {
     "large": (lambda: _with(1e6), {"values": torch.float16}, ValueError, r"0\.weight: expected values up to 65504"),
     "narrow": (lambda: _with(1e6), {"values": {"0.weight": 1e-3}}, ValueError, r"0\.weight: expected values below"),
     "step": (_mlp, {"values": {"0.weight": -1.0}}, ValueError, r"0\.weight: expected a positive and finite step"),
+    "zero step": (_mlp, {"values": {"0.weight": 0.0}}, ValueError, r"0\.weight: expected a positive and finite step"),
+    "tiny step": (_mlp, {"values": {"0.weight": 1e-60}}, ValueError, r"0\.weight: expected a positive and finite step"),
+    "huge step": (_mlp, {"values": {"0.weight": 1e39}}, ValueError, r"0\.weight: expected a positive and finite step"),
     "steps": (_mlp, {"values": {"weight": 1.0}}, ValueError, "steps: expected parameters of the network"),
     "tied": (Tied, {"values": {"output.weight": 1.0}}, ValueError, "of embedding.weight, but got 'output.weight'"),
     "dtype": (_mlp, {"values": torch.int8}, TypeError, r"values: expected a floating-point dtype, .* torch\.int8"),
+    "narrow dtype": (
+        _mlp,
+        {"values": torch.float8_e4m3fn},
+        TypeError,
+        r"values: expected .* of torch\.float32, .*torch\.bfloat16, steps or None, but got torch\.float8_e4m3fn",
+    ),
     "word": (_mlp, {"values": "half"}, TypeError, "values: expected a floating-point dtype, .* 'half'"),
     "extra": (lambda: Extra(2, 2), {}, TypeError, "_extra_state: expected a tensor, but .* has a dict"),
     "lazy": (lambda: nn.LazyLinear(3), {}, TypeError, "weight: expected a tensor of a known shape"),
     "meta": (lambda: nn.Linear(2, 2, device="meta"), {}, TypeError, "weight: expected a dense tensor"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, TypeError, "weight: expected a dense tensor"),
-    "no network": (lambda: {"weight": torch.ones(2)}, {}, TypeError, "net: expected a network, but got dict"),
+    "no network": (lambda: {"weight": torch.ones(2)}, {}, TypeError, "net: expected an nn.Module, but got dict"),
+    "Bayesian": (lambda: svd.bayesianize(_mlp()), {}, TypeError, "net: expected a plain network, but it is Bayesian"),
     "name": (lambda: nn.ModuleDict({"a\nb": nn.Linear(1, 1)}), {}, ValueError, "expected a printable name"),
 }
 
@@ -333,7 +344,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(StorageError, match="expected a file"):
         load_sparse(tmp_path / "pipe", _mlp())
     save_sparse(_mlp(), tmp_path / "net.svd")
-    with pytest.raises(TypeError, match="net: expected a network, but got str"):
+    with pytest.raises(TypeError, match=r"net: expected an nn\.Module, but got str"):
         load_sparse(tmp_path / "net.svd", "net")
 
 
