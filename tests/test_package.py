@@ -161,6 +161,17 @@ BAD_OPTIONS = [
         ["--dropout", "-0.1"],
         "argument --dropout: expected a number from 0 to below 1, but got -0.1",
     ),
+    ("random_labels.py", ["--labels", "wrong"], "argument --labels: invalid choice: 'wrong'"),
+    (
+        "random_labels.py",
+        ["--width", "0.5"],
+        "argument --width: expected no such option with --data digits, but got 0.5",
+    ),
+    (
+        "random_labels.py",
+        ["--data", "cifar10", "--hidden", "7"],
+        "argument --hidden: expected no such option with --data cifar10, but got 7",
+    ),
     ("vgg.py", ["--width", "0"], "argument --width: expected a number above 0, but got 0"),
     ("linear_models.py", ["--batch-size", "0"], "argument --batch-size: expected a positive integer, but got 0"),
     ("compare_priors.py", ["--lr", "0"], "argument --lr: expected a number above 0, but got 0"),
