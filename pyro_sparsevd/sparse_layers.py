@@ -1,15 +1,16 @@
 """Linear layers that store and multiply only the weights that are left."""
 
-__all__ = ["SparseLinear", "to_sparse"]
+__all__ = ["SparseLinear", "check_indices", "to_sparse"]
 
-import copy
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .plain import check_plain
+from .plain import check_plain, copied
 
 
 class SparseLinear(nn.Module):
@@ -40,21 +41,22 @@ class SparseLinear(nn.Module):
         self.register_buffer("col_indices", weight.col_indices().int())
         self.register_buffer("values", weight.values().clone())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-        self.register_load_state_dict_post_hook(_check)
         self.train(linear.training)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew, for modules that read that of a layer of theirs."""
-        return self._csr().to_dense()
+        return self._csr(self.values).to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the outputs, of shape ``(..., out_features)``, for inputs of shape ``(..., in_features)``."""
-        # Rows of sparse weights times columns of dense inputs, each whole in memory, are the fast way round.
-        columns = x.reshape(-1, x.shape[-1]).T.contiguous()
-        weight, bias = self._csr(), self.bias
-        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-        return y.T.reshape(*x.shape[:-1], self.out_features).contiguous()
+        if (dtype := _half_precision(x, self.values)) is None:
+            return self._multiplied(x, self.values, self.bias)
+        # Autocast does not know such weights, and CPUs have no kernels for them in half precision.
+        inner = torch.float32 if x.device.type == "cpu" else dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(inner)
+            return self._multiplied(x.to(inner), self.values.to(inner), bias).to(dtype)
 
     def extra_repr(self) -> str:
         """Returns the sizes, for ``repr``."""
@@ -64,10 +66,46 @@ class SparseLinear(nn.Module):
         super().__setstate__(state)
         _warn_unheard()
 
-    def _csr(self, check: bool = False) -> Tensor:
+    def _multiplied(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        # Rows of sparse weights times columns of dense inputs, each whole in memory, are the fast way round.
+        columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).T.contiguous()
+        weight = self._csr(values)
+        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+        return y.T.reshape(*x.shape[:-1], self.out_features).contiguous()
+
+    def _csr(self, values: Tensor) -> Tensor:
         # Made at each call, in microseconds: torch neither copies nor converts a module that holds one.
-        parts, size = (self.crow_indices, self.col_indices, self.values), (self.out_features, self.in_features)
-        return torch.sparse_csr_tensor(*parts, size, check_invariants=check)
+        size = self.out_features, self.in_features
+        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, values, size, check_invariants=False)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        try:
+            self._check_state(state_dict, prefix)
+        except ValueError as error:
+            lists[-1].append(str(error))  # of which load_state_dict makes an error
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
+    def _check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Refuses indices out of bounds, which torch would read and write at."""
+        own = {name: self.get_buffer(name) for name in ("crow_indices", "col_indices", "values")}
+        parts = {name: state.get(prefix + name, buffer) for name, buffer in own.items()}
+        for name, part in parts.items():
+            if part.shape != own[name].shape:
+                raise ValueError(
+                    f"{prefix}{name}: expected shape {tuple(own[name].shape)}, but got {tuple(part.shape)}; "
+                    "load the state of a layer with as many weights left"
+                )
+        rows, columns = (parts[name].to(self.values.device, torch.int64) for name in ("crow_indices", "col_indices"))
+        size = self.out_features, self.in_features
+        try:
+            torch.sparse_csr_tensor(rows, columns, self.values, size, check_invariants=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{prefix}col_indices: expected indices within a weight of {size[0]} x {size[1]}, but {error}"
+            ) from error
 
 
 def to_sparse(net: nn.Module, layout: str = "csr") -> nn.Module:
@@ -96,13 +134,49 @@ def to_sparse(net: nn.Module, layout: str = "csr") -> nn.Module:
     check_plain(net)
     if layout != "csr":
         raise ValueError(f'layout: expected "csr", but got {layout!r}')
-    linear = (m for m in net.modules() if type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks))
-    return copy.deepcopy(net, {id(m): SparseLinear(m) for m in linear})
+    net = copied(net)
+    for module in net.modules():
+        if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
+            _to_sparse_(module)
+    return net
 
 
-def _check(layer: SparseLinear, keys: Any) -> None:
-    """Refuses indices out of bounds, which torch would read and write at."""
-    layer._csr(check=True)
+def check_indices(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuses a state whose sparse layers point outside of their weights, as ``load_state_dict`` does when it loads it.
+
+    Args:
+        net: The network.
+        state: The state, whole or in part.
+
+    Raises:
+        ValueError: If a layer does, which the message names.
+
+    Example:
+        >>> net = to_sparse(nn.Linear(4, 3))
+        >>> check_indices(net, {"col_indices": net.col_indices + 1})
+        Traceback (most recent call last):
+            ...
+        ValueError: col_indices: expected indices within a weight of 3 x 4, but ...
+    """
+    for name, module in net.named_modules():
+        if isinstance(module, SparseLinear):
+            module._check_state(state, f"{name}." if name else "")
+
+
+def _to_sparse_(layer: Any) -> None:
+    """Makes a sparse layer of a dense one in place, so that all of a network that refers to it gets the sparse one."""
+    layer.__dict__, layer.__class__ = SparseLinear(layer).__dict__, SparseLinear
+
+
+def _half_precision(x: Tensor, values: Tensor) -> torch.dtype | None:
+    """Returns the half precision that a dense layer would compute in, if it has to be dealt with here."""
+    device, dtypes = x.device.type, {x.dtype, values.dtype}
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if dtypes <= {torch.float32, *_HALVES} else None
+    return x.dtype if device == "cpu" and x.dtype in _HALVES and len(dtypes) == 1 else None
+
+
+_HALVES = torch.float16, torch.bfloat16
 
 
 def _warn_unheard() -> None:

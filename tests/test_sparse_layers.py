@@ -189,8 +189,57 @@ def test_a_state_that_points_outside_of_the_weight_is_refused(device, name):
     sparse = to_sparse(_sparse(nn.Linear(6, 4), 0.5).to(device))
     state = {key: value.clone() for key, value in sparse.state_dict().items()}
     state[name][-1] = 10**6
+    before = {key: value.clone() for key, value in sparse.state_dict().items()}
     with pytest.raises(RuntimeError, match=name):
         sparse.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in sparse.state_dict().items())
+
+
+def test_a_state_of_a_layer_with_more_weights_left_is_refused_and_changes_nothing(device):
+    linear = _sparse(nn.Linear(6, 4), 0.5).to(device)
+    sparse = to_sparse(linear)
+    linear.weight.data[0] += 1
+    before = {key: value.clone() for key, value in sparse.state_dict().items()}
+    with pytest.raises(RuntimeError, match="col_indices: expected shape"):
+        sparse.load_state_dict(to_sparse(linear).state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in sparse.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_it_multiplies_in_half_precision(device, dtype, bias):
+    linear = _sparse(nn.Linear(6, 4, bias=bias), 0.3).to(device, dtype)
+    x = torch.randn(5, 6, device=device, dtype=dtype)
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(to_sparse(linear)(x), linear(x), rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("layer_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_it_multiplies_under_autocast_as_the_dense_layer_does(device, dtype, layer_dtype):
+    linear = _sparse(nn.Linear(6, 4), 0.3).to(device, layer_dtype)
+    x = torch.randn(5, 6, device=device, dtype=layer_dtype)
+    tolerance = torch.finfo(dtype).eps
+    with torch.autocast(device.type, dtype):
+        torch.testing.assert_close(to_sparse(linear)(x), linear(x), rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)])
+def test_empty_layers_multiply(device, sizes):
+    linear = nn.Linear(*sizes).to(device)
+    for shape in ((), (2,), (2, 3), (0,)):
+        x = torch.rand(*shape, sizes[0], device=device)
+        assert torch.equal(to_sparse(linear)(x), linear(x))
+
+
+def test_a_network_that_keeps_what_it_computed_is_copied(device):
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).to(device)
+    net.layers = [net[0]]
+    net.last = net(torch.randn(5, 6, device=device))
+    sparse = to_sparse(net)
+    assert torch.equal(sparse.last, net.last)
+    assert sparse.layers[0] is sparse[0]
 
 
 BAD = {
