@@ -14,6 +14,7 @@ from .nets import lenet_5_caffe, lenet_300_100, vgg_like
 from .plain import check_plain
 from .quantization import check_steps
 from .range_coder import StorageError
+from .sparse_layers import check_indices
 from .tensor_codes import decode_tensors, encode_tensors
 
 
@@ -84,8 +85,9 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
         ImportError: If constriction is not installed.
         TypeError: If ``net`` is neither a plain module nor None.
         FileNotFoundError: If there is no such file.
-        StorageError: If the file is damaged, of an unknown format or architecture, or of another network. The message
-            names the file and, where there is one, the tensor.
+        StorageError: If the file is damaged, of an unknown format or architecture, or of another network, which may be one
+            whose dtypes cannot hold its values, or that has one tensor where the file has several. The message names
+            the file and, where there is one, the tensor.
 
     Example:
         >>> import tempfile
@@ -107,10 +109,8 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
             _check_match(entries, state)
             sizes = (entry.size * entry.stored.itemsize for entry in entries if not entry.is_tied)
             tensors = decode_tensors(read_payload(file, _SLACK + 4 * sum(sizes)), entries)
-        values = {name: tensor.to(state[name]) for name, tensor in tensors.items()}
-        for name, _ in net.named_parameters(remove_duplicate=False):
-            if name in values:
-                _require_finite(name, values[name], StorageError)
+        values = {name: _converted(name, tensor, state[name]) for name, tensor in tensors.items()}
+        _check_values(net, state, values)
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from error
     net.load_state_dict(values)
@@ -185,21 +185,27 @@ def _entries(net: nn.Module, state: dict[str, Tensor], values: torch.dtype | Map
         raise TypeError(f"values: expected a floating-point dtype, of {known}, steps or None, but got {values!r}")
     parameters = dict(net.named_parameters())
     entries: list[Entry] = []
-    first: dict[tuple, int] = {}
+    first = _first_names(state)
+    numbers = {name: number for number, name in enumerate(state)}
     for name, tensor in state.items():
-        key = (
-            (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if tensor.numel()
-            else (name,)
-        )
-        index = first.setdefault(key, len(entries))
         dtype, stored, step = tensor.dtype, tensor.dtype, 0.0
         if name in parameters and isinstance(values, Mapping) and name in values:
             stored, step = torch.int32, float(values[name])
         elif name in parameters and isinstance(values, torch.dtype) and values.itemsize < dtype.itemsize:
             stored = values
-        entries.append(Entry(name, dtype, tuple(tensor.shape), stored, step, index if index < len(entries) else -1))
+        same_as = -1 if first[name] == name else numbers[first[name]]
+        entries.append(Entry(name, dtype, tuple(tensor.shape), stored, step, same_as))
     return entries
+
+
+def _first_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """Returns, for each tensor, the first name that it has in the state."""
+    first: dict[tuple, str] = {}
+    names = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        names[name] = first.setdefault(place if tensor.numel() else (name,), name)
+    return names
 
 
 def _check_match(entries: list[Entry], state: dict[str, Tensor]) -> None:
@@ -215,6 +221,34 @@ def _check_match(entries: list[Entry], state: dict[str, Tensor]) -> None:
             )
         if entry.dtype.is_floating_point != tensor.is_floating_point():
             raise StorageError(f"{entry.name}: expected the network's {tensor.dtype}, but got {entry.dtype}; {_ADVICE}")
+
+
+def _converted(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns a tensor of the file on the device and in the dtype of the network's."""
+    result = tensor.to(like)
+    if not (tensor.is_floating_point() or torch.equal(result.long(), tensor.to(like.device).long())):
+        raise StorageError(f"{name}: expected values of the network's {like.dtype}, but some are beyond it; {_ADVICE}")
+    return result
+
+
+def _check_values(net: nn.Module, state: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, _ in net.named_parameters(remove_duplicate=False):
+        if name in values:
+            _require_finite(name, values[name], StorageError)
+    for name, first in _first_names(state).items():
+        if not _are_equal(values[name], values[first]):
+            raise StorageError(
+                f"{name}: expected the values of {first}, as the network has one tensor for both, but the file has "
+                f"others; {_ADVICE}"
+            )
+    try:
+        check_indices(net, values)
+    except ValueError as error:
+        raise StorageError(str(error)) from error
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _require_finite(name: str, tensor: Tensor, error: type[ValueError]) -> None:

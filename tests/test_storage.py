@@ -160,6 +160,57 @@ def test_a_tied_tensor_is_stored_once_and_stays_tied(path):
     _assert_same(load_sparse(path, copy.deepcopy(loaded)), loaded)
 
 
+def test_a_file_of_tensors_that_are_one_in_the_network_is_refused(path, device):
+    untied = Tied().to(device)
+    untied.output.weight = nn.Parameter(untied.output.weight.detach() + 1)
+    save_sparse(untied, path)
+    net = Tied().to(device)
+    before = copy.deepcopy(net)
+    with pytest.raises(StorageError, match=r"output\.weight: expected the values of embedding\.weight, .* has others"):
+        load_sparse(path, net)
+    _assert_same(net, before)
+    untied.output.weight.data -= 1
+    untied.embedding.weight.data = untied.output.weight.data.clone()
+    save_sparse(untied, path)
+    _assert_same(load_sparse(path, net), untied)
+    assert net.output.weight is net.embedding.weight
+
+
+def _counted(*counts, dtype=torch.int64):
+    net = nn.Linear(2, 2)
+    net.register_buffer("counts", torch.tensor(counts, dtype=dtype))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(300, torch.uint8), (-1, torch.uint8), (2**31, torch.int32), (2, torch.bool)], ids=str
+)
+def test_integers_beyond_the_dtype_of_the_network_are_refused(value, dtype, path, device):
+    save_sparse(_counted(1, value).to(device), path)
+    net = _counted(0, 1, dtype=dtype).to(device)
+    before = copy.deepcopy(net)
+    with pytest.raises(StorageError, match=r"counts: expected values of the network's torch\..*, but some are beyond"):
+        load_sparse(path, net)
+    _assert_same(net, before)
+    save_sparse(_counted(1, 0).to(device), path)
+    assert load_sparse(path, net).counts.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
+def test_indices_outside_of_a_sparse_layer_are_refused(name, path, device):
+    net = svd.to_sparse(_sparse(_mlp, 0.5)).to(device)
+    wrong = copy.deepcopy(net)
+    wrong[3].get_buffer(name)[-1] = 10**6
+    wrong[0].bias += 1
+    save_sparse(wrong, path)
+    before = copy.deepcopy(net)
+    with pytest.raises(StorageError, match=rf"{path}: 3\.col_indices: expected indices within .*{name}"):
+        load_sparse(path, net)
+    _assert_same(net, before)
+    save_sparse(before, path)
+    _assert_same(load_sparse(path, net), before)
+
+
 def test_a_file_loads_into_another_dtype(path):
     net = _sparse(_mlp)
     save_sparse(net, path)
