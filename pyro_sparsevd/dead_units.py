@@ -88,7 +88,7 @@ def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
     if recorder.stale:
         names = ", ".join(recorder.stale)
         return Liveness({}, {}, (f"{names}: reads a tensor changed in place; all of the network is left whole",))
-    return _Walk(graph, recorder.shapes, example_input.device).liveness()
+    return _Walk(graph, recorder, example_input.device).liveness()
 
 
 class _Step(NamedTuple):
@@ -101,9 +101,10 @@ class _Step(NamedTuple):
 class _Walk:
     """Follows the units of a network, operation by operation, forwards and back."""
 
-    def __init__(self, graph: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], device: torch.device) -> None:
+    def __init__(self, graph: fx.GraphModule, recorder: Recorder, device: torch.device) -> None:
         self._graph = graph
-        self._shapes = shapes
+        self._shapes = recorder.shapes
+        self._dtypes = recorder.dtypes
         self._device = device
         self._uses = WeightUses(graph)
         self._ties = Ties()
@@ -164,6 +165,8 @@ class _Walk:
             self._leave_whole(node, module, inputs, reason or "units cannot be followed through it")
             output = None if shape is None else Units.whole(shape, self._device)
         if output is not None:
+            # What is too large for the network's own precision is not for double precision.
+            output.known[output.known.to(self._dtypes[node]).isinf()] *= torch.inf
             self._units[node] = output
         return _Step(node, operation, inputs, output)
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
-from .unit_flow import Channelwise, Concatenation, Flattening, Layer, Operation, WeightedSum
+from .unit_flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
 
 
 class Recorder(fx.Interpreter):
-    """Runs a traced network and keeps the shapes of its tensors.
+    """Runs a traced network and keeps the shapes and dtypes of its tensors.
 
     Args:
         graph: The traced network.
@@ -30,6 +31,7 @@ class Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
         self.stale: list[str] = []
         self._versions: dict[fx.Node, int] = {}
 
@@ -40,6 +42,7 @@ class Recorder(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
+            self.dtypes[n] = result.dtype
             self._versions[n] = result._version
         return result
 
@@ -105,11 +108,11 @@ def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Nod
     if what in _ELEMENTWISE or _is_number_division(node) or _is_idle_dropout(node):
         return Channelwise(_Run(node, module), None)
     if what in _POOLINGS:
-        return Channelwise(_Run(node, module), _POOLINGS[what])
+        return Pooling(_Run(node, module), _POOLINGS[what], adaptive="adaptive" in what.__name__.lower())
     if what in _NORMS and ndim in _NORMS[what] and getattr(module, "running_mean", None) is not None:
         return Channelwise(_Run(node, module), ndim)
     if what in _MEANS and _is_spatial(_argument(node, 1, "dim", None), ndim):
-        return Channelwise(_Run(node, module), ndim)
+        return Pooling(_Run(node, module), ndim, adaptive=True)
     return None
 
 
@@ -156,7 +159,7 @@ def reads_batch_size(node: fx.Node) -> bool:
 
 
 class _Run:
-    """Does what a node does, with other inputs."""
+    """Does what a node does, with other inputs, in double precision."""
 
     def __init__(self, node: fx.Node, module: nn.Module | None) -> None:
         self._node = node
@@ -166,7 +169,8 @@ class _Run:
         given = dict(zip(self._node.all_input_nodes, inputs, strict=True))
         args, kwargs = fx.node.map_arg((self._node.args, self._node.kwargs), given.__getitem__)
         if self._module is not None:
-            return self._module(*args, **kwargs)
+            state = {name: value.double() for name, value in self._module.state_dict().items()}
+            return functional_call(self._module, state, args, kwargs)
         if self._node.op == "call_method":
             return getattr(args[0], str(self._node.target))(*args[1:], **kwargs)
         function: Any = self._node.target

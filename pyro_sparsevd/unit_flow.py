@@ -1,6 +1,9 @@
 """How units pass through one operation of a network: torch only."""
 
-__all__ = ["Channelwise", "Concatenation", "Flattening", "Layer", "Operation", "WeightedSum", "by_group", "folded"]
+__all__ = [
+    *("Channelwise", "Concatenation", "Flattening", "Layer", "Operation", "Pooling", "WeightedSum"),
+    *("by_group", "folded"),
+]
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .units import Ties, Units
+from .units import Ties, Units, same
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -35,7 +38,7 @@ class WeightedSum:
 
     Example:
         >>> sums = WeightedSum(nn.Linear(2, 1))
-        >>> hidden = Units.along(1, torch.tensor([[math.nan, 0.5]]), torch.tensor([1, 2]))
+        >>> hidden = Units.along(1, torch.tensor([[math.nan, 0.5]]).double(), torch.tensor([1, 2]))
         >>> output = sums.forward([hidden], (1, 1), Ties())
         >>> output.need(torch.tensor([True]))
         >>> sums.backward([hidden], output)
@@ -55,8 +58,7 @@ class WeightedSum:
         At the border of zero padding a unit that is a constant is not one, but for zero.
         """
         constants = units.constants(self.dim(units))
-        exact = isinstance(self.layer, nn.Linear) or self.layer.padding_mode != "zeros" or not _padded(self.layer)
-        return constants if exact else torch.where(constants == 0, constants, math.nan)
+        return torch.where(constants == 0, constants, math.nan) if _on_padding(self.layer).any() else constants
 
     def reads(self, units: Units, outputs: Tensor) -> Tensor:
         """Returns the units that some outputs depend on, other than as constants."""
@@ -75,7 +77,7 @@ class WeightedSum:
         if groups > 1:
             for part in (ids, units.ids_along(dim)):
                 ties.tie(part.view(groups, -1), ids.view(groups, -1)[:, :1].expand(groups, len(part) // groups))
-        return Units.along(dim, self._sums(units), ids)
+        return Units.along(dim, self._sums(units), ids, self._varies(units))
 
     def backward(self, inputs: Sequence[Units], output: Units) -> None:
         """Needs what the needed outputs read."""
@@ -83,18 +85,26 @@ class WeightedSum:
 
     def _sums(self, units: Units) -> Tensor:
         dim, constants, weight = self.dim(units), self.constants(units), self.layer.weight
-        rest = torch.where(_aligned(constants.isnan(), dim, units.known), units.known, 0).to(weight.dtype)
-        unbiased = {} if self.layer.bias is None else {"bias": torch.zeros_like(self.layer.bias)}
-        reads = weight.ne(0).to(weight.dtype)
-        unknown = functional_call(self.layer, {"weight": reads, **unbiased}, (rest.isnan().to(weight.dtype),)) > 0.5
-        sums = functional_call(self.layer, {"weight": weight, **unbiased}, (rest.nan_to_num(),))
-        sums = sums + _aligned(folded(self.layer, constants).to(weight.dtype), dim, sums)
-        return torch.where(unknown, math.nan, sums)
+        rest = torch.where(_aligned(constants.isnan(), dim, units.known), units.known, 0)
+        unknown = self._unbiased(weight.ne(0).float(), rest.isnan().float()) > 0.5
+        sums = self._unbiased(weight.double(), torch.where(rest.isnan(), 0, rest))
+        return torch.where(unknown, math.nan, sums + _aligned(folded(self.layer, constants), dim, sums))
+
+    def _unbiased(self, weight: Tensor, x: Tensor) -> Tensor:
+        bias = {} if self.layer.bias is None else {"bias": torch.zeros_like(self.layer.bias, dtype=weight.dtype)}
+        output: Tensor = functional_call(self.layer, {"weight": weight, **bias}, (x,))
+        return output
+
+    def _varies(self, units: Units) -> Tensor:
+        used = by_group(self.layer).cpu().ne(0)
+        rest = self.constants(units).isnan().cpu().view(len(used), 1, -1, 1)
+        varies = units.varies_along(self.dim(units)).view_as(rest) | _on_padding(self.layer)
+        return (used & rest & varies).flatten(2).any(-1).flatten()
 
 
 @dataclass(frozen=True, eq=False)
 class Channelwise:
-    """An operation whose output has a unit for each of its inputs': an activation, a pooling, a sum of tensors.
+    """An operation whose output has a unit for each of its inputs': an activation, a norm, a sum of tensors.
 
     Args:
         run: Returns the output for a batch of one; NaN must stay NaN within a unit.
@@ -102,9 +112,9 @@ class Channelwise:
             elementwise.
 
     Example:
-        >>> hidden = Units.along(1, torch.tensor([[math.nan, -0.5]]), torch.tensor([1, 2]))
+        >>> hidden = Units.along(1, torch.tensor([[math.nan, -0.5]]).double(), torch.tensor([1, 2]))
         >>> Channelwise(torch.relu, None).forward([hidden], (1, 2), Ties()).known
-        tensor([[nan, 0.]])
+        tensor([[nan, 0.]], dtype=torch.float64)
     """
 
     run: Callable[..., Tensor]
@@ -119,7 +129,7 @@ class Channelwise:
         assert dim is not None
         if dims or not all(self._follows(units, dim, shape) for units in inputs):
             return None
-        known = self.run(*(units.known.clone() for units in inputs))
+        known = self.run(*(units.known.clone() for units in inputs)).double()
         if known.shape[1:] != shape[1:]:
             return None
         for units in inputs:
@@ -129,7 +139,7 @@ class Channelwise:
         ids, *others = (units.ids_along(dim) for units in inputs)
         for other in others:
             ties.tie(ids, other)
-        return Units.along(dim, known, ids)
+        return Units.along(dim, known, ids, torch.stack([units.varies_along(dim) for units in inputs]).any(0))
 
     def backward(self, inputs: Sequence[Units], output: Units) -> None:
         """Needs the units that are needed."""
@@ -139,9 +149,38 @@ class Channelwise:
 
     def _follows(self, units: Units, dim: int, shape: Sequence[int]) -> bool:
         ndim = len(shape) if self.ndim is None else self.ndim
-        if units.known.dim() != ndim or not units.fits(dim) or units.known.shape[dim] != shape[dim]:
+        if units.known.dim() != ndim or not units.fits(dim) or not (self.ndim is None or dim == 1):
             return False
-        return self.ndim is None or dim == 1
+        return units.known.shape[dim] == shape[dim]
+
+
+@dataclass(frozen=True, eq=False)
+class Pooling(Channelwise):
+    """A pooling or a mean over places.
+
+    Args:
+        run: See :class:`Channelwise`.
+        ndim: See :class:`Channelwise`.
+        adaptive: Whether what is pooled depends on the size of the tensor, as in a mean over all places.
+
+    Example:
+        >>> hidden = Units.along(1, torch.tensor([[[2.0, 2.0], [1.0, 2.0]]]).double(), torch.tensor([1, 2]))
+        >>> Pooling(nn.AdaptiveAvgPool1d(1), 3, adaptive=True).forward([hidden], (1, 2, 1), Ties()).known.flatten()
+        tensor([2., nan], dtype=torch.float64)
+    """
+
+    adaptive: bool
+
+    def forward(self, inputs: Sequence[Units], shape: Sequence[int], ties: Ties) -> Units | None:
+        """Returns the units of the input; if adaptive, only constants are known."""
+        output = super().forward(inputs, shape, ties)
+        if output is not None and output.dim is not None:
+            before = inputs[0].constants(1)
+            if self.adaptive:
+                output.known[:, before.isnan()] = math.nan
+            # What pads a window changes a constant.
+            output.varies |= (before.isfinite() & ~same(output.constants(1), before)).cpu()
+        return output
 
 
 class Flattening:
@@ -193,7 +232,8 @@ class Concatenation:
         if not all(units.fits(dim) for units in inputs):
             return None
         known = torch.cat([units.known for units in inputs], dim)
-        return Units.along(dim, known, torch.cat([units.ids_along(dim) for units in inputs]))
+        ids = torch.cat([units.ids_along(dim) for units in inputs])
+        return Units.along(dim, known, ids, torch.cat([units.varies_along(dim) for units in inputs]))
 
     def backward(self, inputs: Sequence[Units], output: Units) -> None:
         """Needs the units of each input that are needed."""
@@ -246,7 +286,14 @@ def _aligned(units: Tensor, dim: int, like: Tensor) -> Tensor:
     return units.view(*(-1 if i == dim else 1 for i in range(like.dim())))
 
 
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    if isinstance(layer.padding, str):
-        return layer.padding == "same" and any(size > 1 for size in layer.kernel_size)
-    return any(layer.padding)
+def _on_padding(layer: Layer) -> Tensor:
+    """Returns which places of the kernel may come to lie on zero padding, whatever the size of the input."""
+    inside = torch.ones(1, dtype=torch.bool)
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding == "valid":
+        return ~inside
+    for i, (size, dilation) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        places = dilation * torch.arange(size)
+        before = int(places[-1]) // 2 if layer.padding == "same" else int(layer.padding[i])
+        after = int(places[-1]) - before if layer.padding == "same" else before
+        inside = (inside[:, None] & (places >= before) & (places.flip(0) >= after)).flatten()
+    return ~inside

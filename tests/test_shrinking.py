@@ -416,6 +416,66 @@ def test_it_removes_what_a_repeated_search_removes(seed, device):
     assert widths(shrink(net.to(device), x)) == [max(1, int(units.sum())) for units in alive]
 
 
+class Pooled(nn.Module):
+    """A unit that is constant but for padding, a pooling, and a linear layer."""
+
+    def __init__(self, padded, pool):
+        super().__init__()
+        self.first, self.padded, self.pool, self.last = nn.Conv2d(1, 2, 3, padding=1), padded, pool, nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.last(self.pool(self.padded(self.first(x).relu()).relu()).flatten(1))
+
+
+def convolution(weight, **options):
+    """A depthwise convolution with one weight that is not zero."""
+    layer = nn.Conv2d(2, 2, 3, groups=2, **options)
+    with torch.no_grad():
+        layer.weight[:, :, [i for i in range(3) if i != weight]] = 0
+    return layer
+
+
+ANY_SIZE = {
+    "a global mean": (lambda: Pooled(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1)), 4, [2, 2, 1]),
+    "a mean over places": (lambda: Pooled(nn.Conv2d(2, 2, 3, padding="same"), Mean()), 4, [2, 2, 1]),
+    "a maximum": (lambda: Pooled(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveMaxPool2d(1)), 1, [2, 2, 1]),
+    "one place alone": (lambda: Pooled(nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1)), 1, [2, 2, 1]),
+    "a padded average": (lambda: Pooled(nn.AvgPool2d(3, 2, padding=1), nn.AdaptiveAvgPool2d(1)), 2, [2, 1]),
+    "padding at the end of some sizes": (
+        lambda: Pooled(convolution(2, padding=1, stride=2), nn.AdaptiveAvgPool2d(1)), 4, [2, 2, 1],
+    ),
+    "a kernel that no padding meets": (
+        lambda: Pooled(convolution(1, padding=(1, 0)), nn.AdaptiveAvgPool2d(1)), 4, [1, 1, 1],
+    ),
+    "nothing padded": (lambda: Pooled(nn.Conv2d(2, 2, 3), nn.AdaptiveAvgPool2d(1)), 4, [1, 1, 1]),
+}  # fmt: skip
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_outputs_are_the_same_for_inputs_of_other_sizes(name, device):
+    make, size, expected = ANY_SIZE[name]
+    net = make().to(device).eval()
+    with torch.no_grad():
+        net.first.weight[0], net.first.bias[0] = 0, 1
+        net.last.weight[:] = 1
+        for layer in net.padded.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.abs_()
+                layer.bias.fill_(0.1)
+                if layer.groups == 1:
+                    layer.weight[0, 1] = layer.weight[1, 0] = 0
+    smaller = shrink(net, torch.rand(1, 1, size, size, device=device))
+    assert widths(smaller) == expected
+    for other in (3, 4, 8, 9, 32):
+        x = torch.rand(2, 1, other, other, device=device)
+        close(smaller(x), net(x))
+
+
 def test_positions_that_nobody_reads_are_left_out(device):
     net, x = made("lenet-5", device, density=1.0, whole_units=0.0)
     with torch.no_grad():
@@ -641,10 +701,77 @@ def test_numbers_too_large_stay_too_large(device):
     assert net(x).isinf().all()
 
 
+def test_numbers_too_large_for_half_precision_are_so_in_between(device):
+    class Large(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[1](x * 1e3 * 1e3 * 1e-6)
+
+    net = with_weights(Large(nn.Linear(2, 2), nn.Linear(2, 1)), [[0, 0], [1, 1]], [[0.1, 0.1]]).to(device).half()
+    x = torch.ones(3, 2, device=device).half()
+    assert torch.equal(shrink(net, x)(x), net(x))
+    assert net(x).isinf().all()
+
+
 def test_constants_are_so_up_to_rounding():
-    units = Units.along(1, torch.tensor([[[0.1, 0.1 + 1e-8], [0.1, 0.1 + 1e-6]]]), torch.tensor([1, 2]))
+    known = torch.tensor([[[0.1, 0.1 + 1e-15], [0.1, 0.1 + 1e-6]]], dtype=torch.float64)
+    units = Units.along(1, known, torch.tensor([1, 2]))
     assert units.known[0, 0, 0] != units.known[0, 0, 1]
     assert units.constants(1).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_small_difference_at_the_border_is_one(dtype, device):
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 1, 3)
+    )
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight.zero_()
+            layer.bias.zero_()
+        net[0].weight[1], net[0].bias[0] = 1, 1
+        net[2].weight[0, 0], net[2].weight[0, 0, 1, 1], net[2].weight[1, 1] = 0.05, 4, 1
+        net[4].weight[:] = 1
+    net, x = net.to(device, dtype), torch.rand(1, 1, 6, 6, device=device, dtype=dtype)
+    smaller = shrink(net, x)
+    assert widths(smaller) == [2, 2, 1]
+    assert torch.equal(smaller(x), net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_beside_what_is_not_followed(dtype, device):
+    class Net(Sized):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.last(self.norm(self.fc(x) + x))
+
+    net, x = Net().to(device, dtype).eval(), torch.randn(4, 3, device=device, dtype=dtype)
+    smaller, report = shrink_with_report(net, x)
+    assert report.notes == ()
+    assert torch.equal(smaller(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (lambda x: x.mean(-1), (2, 5, 4)),
+        (lambda x: x.mean((2, 3)), (2, 5, 1, 4)),
+        (lambda x: F.max_pool1d(x, 6), (2, 5, 4)),
+    ],
+)
+def test_what_pools_over_units_stays_whole(pool, shape, device):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[1](pool(self[0](x).relu()).flatten(1))
+
+    net, x = Net(nn.Linear(4, 6), nn.Linear(5, 2)).to(device), torch.rand(shape, device=device)
+    mask(net, 0.5, 0.3)
+    smaller = shrink(net, x)
+    assert widths(smaller) == [6, 2]
+    close(smaller(x), net(x))
 
 
 def test_a_function_cannot_make_a_constant_of_the_unknown():
