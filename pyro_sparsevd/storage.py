@@ -85,9 +85,9 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
         ImportError: If constriction is not installed.
         TypeError: If ``net`` is neither a plain module nor None.
         FileNotFoundError: If there is no such file.
-        StorageError: If the file is damaged, of an unknown format or architecture, or of another network: one whose dtypes
-            cannot hold its values, or that has one tensor where the file has several, is another. The message names
-            the file and, where there is one, the tensor.
+        StorageError: If the file is damaged, of an unknown format or architecture, or of another network: one whose
+            dtypes cannot hold its values, or that has one tensor where the file has several, is another. The message
+            names the file and, where there is one, the tensor.
 
     Example:
         >>> import tempfile
