@@ -27,8 +27,8 @@ class SweepPoint(NamedTuple):
 
     Args:
         threshold: The log α above which weights are dropped, as it was given.
-        error: The fraction of targets that are not the mode of their prediction, or for continuous targets the mean
-            squared error; NaN for a prediction without mode or mean.
+        error: The fraction of targets that are not the mode of their prediction, a vector such as a one-hot one as a
+            whole, or for continuous targets the mean squared error; NaN for a prediction without mode or mean.
         nll: The mean negative log likelihood of a datum, in nats; what several sites observe of it counts as several.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
@@ -149,15 +149,24 @@ def _errors(fn: Any, value: Tensor) -> Tensor:
     event_dim = len(fn.event_shape)
     base: Any = unwrap_independent(fn)
     try:
-        errors = (fn.mode != value).double() if fn.support.is_discrete else (fn.mean - value).double() ** 2
+        errors = _wrong(fn.mode, value) if fn.support.is_discrete else (fn.mean - value).double() ** 2
     except NotImplementedError:
         return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
+    if own_dim := len(base.event_shape):  # the elements of one value, of which a discrete one is right or wrong whole
+        elements = errors.flatten(errors.dim() - own_dim)
+        errors = elements.amax(-1) if fn.support.is_discrete else elements.mean(-1)
+        event_dim -= own_dim
     if not event_dim:
         return errors
     counted = base._mask if isinstance(base, dist.MaskedDistribution) else True
     counted = torch.as_tensor(counted, device=errors.device).expand_as(errors).flatten(errors.dim() - event_dim)
     errors = errors.flatten(errors.dim() - event_dim)
     return torch.where(counted, errors, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
+
+
+def _wrong(mode: Tensor, value: Tensor) -> Tensor:
+    # Torch's mode of a Bernoulli distribution with p = 1/2 is NaN: of equals, the first counts, as for a categorical.
+    return (torch.where(mode.isnan(), 0, mode) != value).double()
 
 
 class _LatentsMessenger(Messenger):

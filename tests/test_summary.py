@@ -191,6 +191,53 @@ def test_the_sweep_of_a_regression_gives_the_mean_squared_error(device):
     assert point.nll == pytest.approx(-dist.Normal(prediction, 0.5).log_prob(y).mean().item(), rel=1e-5)
 
 
+def _swept(likelihood, outputs, y, device):
+    """The only point of a sweep at a threshold that keeps all, and the outputs of the network."""
+    model = svd.Supervised(svd.bayesianize(nn.Linear(4, outputs).to(device)), likelihood, num_data=len(y))
+    guide, x = svd.AutoSparseNormal(model), torch.randn(len(y), 4, device=device)
+    (point,) = svd.threshold_sweep(model, guide, [(x, y)], [math.inf])
+    return point, svd.prune(model.network, guide, svd.sparsify(guide, math.inf))(x)
+
+
+def test_a_one_hot_target_is_right_or_wrong_as_a_whole(device):
+    labels = torch.randint(3, (40,), device=device)
+    y = nn.functional.one_hot(labels, 3).float()
+    point, logits = _swept(lambda f: dist.OneHotCategorical(logits=f), 3, y, device)
+    assert point.error == pytest.approx((logits.argmax(-1) != labels).double().mean().item())
+
+
+def test_the_error_of_several_one_hot_targets_is_their_mean(device):
+    labels = torch.randint(3, (40, 2), device=device)
+    y = nn.functional.one_hot(labels, 3).float()
+    point, logits = _swept(lambda f: dist.OneHotCategorical(logits=f.reshape(-1, 2, 3)).to_event(1), 6, y, device)
+    assert point.error == pytest.approx((logits.reshape(-1, 2, 3).argmax(-1) != labels).double().mean().item())
+
+
+def test_the_error_of_a_vector_is_the_mean_of_its_elements(device):
+    y = torch.randn(20, 2, device=device)
+    eye = torch.eye(2, device=device)
+    point, mean = _swept(lambda f: dist.MultivariateNormal(f, eye), 2, y, device)
+    assert point.error == pytest.approx((mean - y).square().mean().item(), rel=1e-5)
+
+
+def test_masked_vectors_are_left_out(device):
+    y, seen = torch.randn(20, 3, 2, device=device), torch.arange(60, device=device).reshape(20, 3) % 3 > 0
+    eye = torch.eye(2, device=device)
+
+    def likelihood(f):
+        return dist.MultivariateNormal(f.reshape(20, 3, 2), eye).mask(seen).to_event(1)
+
+    point, mean = _swept(likelihood, 6, y, device)
+    expected = (mean.reshape(20, 3, 2) - y).square().mean(-1)[seen].mean()
+    assert point.error == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_of_two_equally_probable_values_the_first_is_predicted(device):
+    y = torch.tensor([[0.0], [1.0], [1.0], [1.0]], device=device)
+    point, _ = _swept(lambda f: dist.Bernoulli(probs=0 * f + 0.5).to_event(1), 1, y, device)
+    assert point.error == 0.75
+
+
 def _scaled_rows(x, y=None, subsample=None):
     """One log-uniform scale for each datum, in a plate that may be subsampled."""
     with pyro.plate("rows", 12, subsample=subsample, device=x.device) as rows:
