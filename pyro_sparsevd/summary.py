@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
@@ -52,7 +52,7 @@ class SiteSparsity:
         return _compression(self.kept, self.total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparsitySummary:
     """What :func:`sparsify` found: masks, and a table when printed.
 
@@ -114,11 +114,16 @@ class SparsitySummary:
         """Returns the table as plain numbers, for a file.
 
         Returns:
-            A dictionary with an entry for each site and for both totals.
+            A dictionary with an entry for each site and for both totals. What is infinite, which JSON cannot hold, is
+            None: a threshold, and the compression where nothing is kept.
+
+        Example:
+            >>> SparsitySummary((), {}, num_parameters=110).to_dict()["all_parameters"]
+            {'kept': 110, 'total': 110, 'sparsity': 0.0, 'compression': 1.0}
         """
         rows = {site.name: _row(site.kept, site.total) for site in self.sites}
         for site in self.sites:
-            rows[site.name].update(shape=list(site.shape), threshold=site.threshold)
+            rows[site.name].update(shape=list(site.shape), threshold=_finite(site.threshold))
         return {
             "sites": rows,
             "sparse_weights": _row(self.kept, self.total),
@@ -159,14 +164,14 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
         guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
         threshold: The largest log α of a weight that is kept: one for all sites whose prior makes them sparse, as
             the log-uniform one does and the normal one does not; or a mapping from the names of sites, with any
-            prior, or globs on them to thresholds (the first that matches counts), which keeps the sites that it
-            leaves out whole.
+            prior, or globs on them to thresholds (the first that is the name or matches it counts), which keeps the
+            sites that it leaves out whole.
 
     Returns:
         The summary.
 
     Raises:
-        TypeError: If the guide has no factorised Gaussian part.
+        TypeError: If the guide has no factorised Gaussian part, or a threshold is not a number.
         ValueError: If a threshold is NaN, or no site of real numbers is of a name in the mapping.
 
     Example:
@@ -215,8 +220,12 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
     """Returns a threshold for each site to sparsify: those of a sparsifying prior, and those that are named."""
     sparse = [name for part in parts for name in part.sparse_sites]
     real = [name for part in parts for name in part.real_sites]
+    if not isinstance(threshold, Mapping | SupportsFloat):
+        raise TypeError(f"threshold: expected a number or a mapping, but got {threshold!r}")
     found = _by_glob(threshold, real) if isinstance(threshold, Mapping) else dict.fromkeys(sparse, threshold)
     for name, value in found.items():
+        if not isinstance(value, SupportsFloat):
+            raise TypeError(f"threshold: expected a number for {name}, but got {value!r}")
         if math.isnan(value):
             raise ValueError(f"threshold: expected a number for {name}, but got NaN")
     return {name: float(found.get(name, math.inf)) for name in real if name in found or name in sparse}
@@ -224,11 +233,15 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
 
 def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
     for glob in thresholds:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(_matches(name, glob) for name in names):
             known = ", ".join(names) or "none"
             raise ValueError(f"threshold: expected sites of real numbers, of {known}, but got {glob!r}")
-    first = {name: next((glob for glob in thresholds if fnmatchcase(name, glob)), None) for name in names}
+    first = {name: next((glob for glob in thresholds if _matches(name, glob)), None) for name in names}
     return {name: thresholds[glob] for name, glob in first.items() if glob is not None}
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name == glob or fnmatchcase(name, glob)
 
 
 _HEADER = ("site", "shape", "kept", "of weights", "dropped %", "compression", "log alpha <=")
@@ -249,8 +262,12 @@ def _row(kept: int, total: int) -> dict[str, Any]:
         "kept": kept,
         "total": total,
         "sparsity": _sparsity(kept, total),
-        "compression": _compression(kept, total),
+        "compression": _finite(_compression(kept, total)),
     }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _numbers(kept: int, total: int) -> tuple[str, ...]:

@@ -102,6 +102,27 @@ def test_the_dictionary_is_plain_data(fitted):
     assert read["sites"]["0.weight"]["shape"] == [5, 6]
 
 
+def test_the_dictionary_is_json_where_numbers_are_infinite(fitted):
+    _, guide = fitted
+    read = json.loads(json.dumps(svd.sparsify(guide, {"0.weight": -math.inf}).to_dict(), allow_nan=False))
+    assert read["sites"]["0.weight"]["compression"] is None
+    assert read["sites"]["3.weight"]["threshold"] is None
+
+
+def test_summaries_of_one_guide_can_be_compared(fitted):
+    _, guide = fitted
+    summary = svd.sparsify(guide)
+    assert summary == summary
+    assert summary != svd.sparsify(guide)
+
+
+def test_a_name_with_brackets_can_be_given(device):
+    guide = svd.AutoSparseNormal(lambda: [pyro.sample(f"w[{i}]", svd.LogUniform(1e-4, 1e2)) for i in range(2)])
+    guide.to(device)()
+    summary = svd.sparsify(guide, {"w[1]": -100.0})
+    assert [site.threshold for site in summary.sites] == [math.inf, -100.0]
+
+
 def test_everything_dropped_is_infinite_compression(fitted):
     _, guide = fitted
     summary = svd.sparsify(guide, -math.inf)
@@ -121,6 +142,21 @@ def test_everything_dropped_is_infinite_compression(fitted):
 )
 def test_bad_thresholds_are_refused(fitted, threshold, message):
     with pytest.raises(ValueError, match=message):
+        svd.sparsify(fitted[1], threshold)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        (None, "threshold: expected a number or a mapping, but got None"),
+        ("3", "threshold: expected a number or a mapping, but got '3'"),
+        ([3.0], r"threshold: expected a number or a mapping, but got \[3.0\]"),
+        ({"3.*": None}, r"threshold: expected a number for 3\.weight, but got None"),
+    ],
+    ids=str,
+)
+def test_thresholds_that_are_no_numbers_are_refused(fitted, threshold, message):
+    with pytest.raises(TypeError, match=message):
         svd.sparsify(fitted[1], threshold)
 
 
