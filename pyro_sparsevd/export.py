@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .plain import check_finite, check_plain, evaluation_mode
+from .sparse_layers import SparseLinear
 
 
 @torch.no_grad()
@@ -77,6 +78,11 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
 
 
 def _check_dense(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, SparseLinear):
+            raise ValueError(
+                f"{name or 'net'}: expected dense weights, but got a SparseLinear; export the dense network"
+            )
     for name, value in chain(net.named_parameters(), net.named_buffers()):
         if value.layout != torch.strided:
             raise ValueError(f"{name}: expected dense weights, but got {value.layout}; export the dense network")

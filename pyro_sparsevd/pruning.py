@@ -92,7 +92,7 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
             hook.remove()
         with torch.no_grad():
             for weight, mask in masks:
-                weight.mul_(mask)
+                weight.masked_fill_(~mask, 0)  # a product would leave NaN as it is
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:

@@ -185,6 +185,18 @@ BAD = {
     "weight": (_bad_weight, X, ValueError, r"1\.weight: expected finite numbers, but 1 of 16"),
     "buffer": (_bad_buffer, X, ValueError, "running_mean: expected finite numbers"),
     "layout": (_sparse_weight, X, ValueError, r"weight: expected dense weights, but got torch\.sparse_coo"),
+    "sparse layer": (
+        lambda: svd.to_sparse(nn.Linear(4, 4)),
+        X,
+        ValueError,
+        "net: expected dense weights, but got a SparseLinear; export the dense network",
+    ),
+    "sparse layers": (
+        lambda: svd.to_sparse(nn.Sequential(nn.ReLU(), nn.Linear(4, 4))),
+        X,
+        ValueError,
+        "1: expected dense weights, but got a SparseLinear",
+    ),
     "no tensor": (nn.Identity, [1.0], TypeError, "example_input: expected a tensor, but got list"),
     "no batch": (nn.Identity, torch.tensor(1.0), ValueError, r"example_input: expected one or more .* shape \(\)"),
     "empty": (nn.Identity, X[:0], ValueError, r"example_input: expected one or more inputs, but got shape \(0, 4\)"),

@@ -232,6 +232,16 @@ def test_masks_are_let_go_when_training_fails(device):
     assert sorted(net.state_dict()) == ["bias", "weight"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_held_weights_are_zero_even_where_training_left_no_number(value, device):
+    net = nn.Linear(2, 2).to(device)
+    net.weight.data[0, 0] = 0
+    before = net.weight.detach().clone()
+    with masks_held(net):
+        net.weight.data[0, 0] = value
+    assert torch.equal(net.weight, before)
+
+
 def test_the_guide_of_a_network_of_other_shapes_is_refused():
     bnn, other = (svd.bayesianize(nn.Sequential(nn.Linear(4, n), nn.Linear(n, 3))) for n in (8, 6))
     guide = svd.AutoSparseNormal(other)
