@@ -2,7 +2,6 @@
 
 __all__ = ["LayerSize", "ShrinkReport", "layer_sizes"]
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tables
+from .plain import copied
 from .unit_flow import Layer
 
 
@@ -111,17 +111,17 @@ def layer_sizes(net: nn.Module, example_input: Tensor) -> dict[str, LayerSize]:
         >>> layer_sizes(nn.Sequential(nn.Linear(3, 2)), torch.rand(5, 3))
         {'0': LayerSize(units=2, parameters=8, multiply_adds=6)}
     """
-    net = copy.deepcopy(net).eval()
+    net = copied(net).eval()
     layers = {name: module for name, module in net.named_modules() if isinstance(module, Layer)}
     positions = dict.fromkeys(layers.values(), 0)
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, Layer)
-        positions[module] += output.numel() // len(module.weight)
+        positions[module] += output.numel() // max(1, len(module.weight))
 
     for layer in positions:
         layer.register_forward_hook(count)
-    net(example_input)
+    net(example_input.clone())
     return {
         name: LayerSize(
             units=len(layer.weight),

@@ -68,6 +68,8 @@ class WeightUses:
 
     def reason_against(self, module: nn.Module) -> str:
         """Returns why a module must stay as it is; nothing if there is no reason."""
+        if isinstance(module, Layer) and not module.weight.numel():
+            return "has no weights"
         if module._forward_hooks or module._forward_pre_hooks:
             return "has hooks"
         if module.state_dict() and self._calls[id(module)] > 1:
@@ -93,6 +95,8 @@ def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Nod
         >>> type(operation_of(list(graph.nodes)[1], nn.Flatten(), {})).__name__
         'Flattening'
     """
+    if not node.op.startswith("call_"):
+        return None
     # A subclass may do anything.
     what: Any = node.target if module is None else type(module)
     if isinstance(module, Layer) and what in _LAYERS:
@@ -130,6 +134,8 @@ def sources(node: fx.Node) -> list[fx.Node]:
         >>> sources(list(graph.nodes)[1])
         [input_1]
     """
+    if node.op == "call_module":
+        return node.all_input_nodes
     if node.target in _CONCATENATIONS and node.args and isinstance(node.args[0], list | tuple):
         return [i for i in node.args[0] if isinstance(i, fx.Node)]
     return node.all_input_nodes[:1] if node.target in _RESHAPINGS else node.all_input_nodes
@@ -208,7 +214,7 @@ _RESHAPINGS = {torch.reshape, "view", "reshape"}
 
 def _is_number_division(node: fx.Node) -> bool:
     # What nothing needs may become zero, and must not divide.
-    divides = node.target in (operator.truediv, torch.div, "div")
+    divides = node.op != "call_module" and node.target in (operator.truediv, torch.div, "div")
     return divides and len(node.args) == 2 and isinstance(node.args[1], int | float) and not node.kwargs
 
 

@@ -2,7 +2,6 @@
 
 __all__ = ["SelectFeatures", "shrink", "shrink_with_report"]
 
-import copy
 import math
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .dead_units import LayerUnits, Liveness, liveness
 from .layer_sizes import ShrinkReport, layer_sizes
-from .plain import check_finite
+from .plain import check_finite, copied
 from .unit_flow import Layer, by_group, folded
 
 
@@ -125,45 +124,44 @@ class SelectFeatures(nn.Module):
 _COPY_COST, _CALL_COST = 8, 4_000
 
 
+@torch.inference_mode(False)  # which would not tell of changes in place
+@torch.no_grad()
 def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected a torch module, but got {type(net).__name__}")
     if not isinstance(example_input, Tensor):
         raise TypeError(f"example_input: expected a tensor, but got {type(example_input).__name__}")
     check_finite(net)
-    reference = copy.deepcopy(net).eval()
+    reference = copied(net).eval()
     try:
-        with torch.no_grad():
-            reference(example_input.clone())
+        reference(example_input.clone())
     except Exception as error:  # a network's forward may raise anything
         raise ValueError(
             f"example_input: expected an input that the network accepts, but got one of shape "
             f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}: {error}"
         ) from error
     found = liveness(reference, example_input)
-    smaller = copy.deepcopy(net)
+    smaller = copied(net)
     _cut(smaller, found)
     if not found.layers or _agree(reference, smaller, example_input):
         return smaller, found.notes
     note = "the network: its own code depends on the sizes of layers; all of it is left whole"
-    return copy.deepcopy(net), (*found.notes, note)
+    return copied(net), (*found.notes, note)
 
 
-@torch.no_grad()
 def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
     # Rounding is far below this bound, an error of structure far above it.
     tolerance = math.sqrt(torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
     expected = reference(x.clone())
     try:
         torch.testing.assert_close(
-            copy.deepcopy(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
+            copied(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
         )
     except Exception:  # as above; also where an output is of a type that cannot be compared
         return False
     return True
 
 
-@torch.no_grad()
 def _cut(net: nn.Module, found: Liveness) -> None:
     for name, channels in found.norms.items():
         norm = net.get_submodule(name)

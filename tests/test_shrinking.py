@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -541,6 +542,90 @@ def test_the_network_is_left_as_it_was(name, device):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
     own = {p.data_ptr() for p in net.state_dict().values()}
     assert not own & {p.data_ptr() for p in smaller.state_dict().values() if p.numel()}
+
+
+def test_the_example_input_is_left_as_it_was(device):
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)).to(device)
+    x = torch.tensor([[-1.0, 0.0, 1.0]], device=device)
+    shrink_with_report(net, x)
+    assert x.tolist() == [[-1, 0, 1]]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_it_shrinks_in_inference_mode(inside, device):
+    make, weights, shape, expected = CASES["constants of constants"]
+    with torch.inference_mode(inside):
+        net, x = with_weights(make(), *weights).to(device), torch.randn(shape, device=device)
+    with torch.inference_mode():
+        smaller, report = shrink_with_report(net, x)
+        assert (widths(smaller), report.notes) == (expected, ())
+        close(smaller(x), net(x))
+    smaller(x.clone()).sum().backward()
+
+
+def test_a_network_that_keeps_what_it_computes(device):
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.last = self[0](x)
+            return self[1](self.last.relu())
+
+    net, x = Keeping(nn.Linear(3, 4), nn.Linear(4, 2)).to(device), torch.randn(5, 3, device=device)
+    mask(net, 0.0, 0.0)
+    net(x)
+    smaller, report = shrink_with_report(net, x)
+    assert (widths(smaller), report.notes) == ([1, 2], ())
+    assert net.last.requires_grad
+    close(smaller(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("sizes", [(4, 0, 2), (0, 3, 2), (4, 0, 0, 2)])
+def test_layers_without_weights_stay(sizes, device):
+    net = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes))).to(device)
+    x = torch.rand(2, sizes[0], device=device)
+    smaller, report = shrink_with_report(net, x)
+    assert widths(smaller) == list(sizes[1:])
+    assert report.notes[0] == "0 (Linear): has no weights; left whole"
+    assert torch.equal(smaller(x), net(x))
+
+
+NAMES = ("flatten", "relu", "add", "mean", "view", "reshape", "div", "cat", "size")
+
+
+class Named(nn.Module):
+    """Layers whose other parts have the names of tensors' methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_and_buffers_have_any_name(name, device):
+    class Net(Named):
+        exec(f"def forward(self, {name}): return self.last(self.first({name}).relu() * self.{name})")
+
+    net = Net().eval()
+    net.register_buffer(name, torch.ones(1, 3))
+    net, x = mask(net, 1.0, 0.3).to(device), torch.rand(4, 3, device=device)
+    smaller, report = shrink_with_report(net, x)
+    assert (widths(smaller), report.notes) == ([3, 3, 2], ())
+    close(smaller(x), net(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_have_any_name(name, device):
+    class Net(Named):
+        def forward(self, x):
+            return self.last(getattr(self, name)(self.first(x), self.other(x)))
+
+    net = Net()
+    net.add_module(name, nn.Bilinear(3, 3, 3))
+    net, x = net.to(device), torch.rand(4, 3, device=device)
+    smaller, report = shrink_with_report(net, x)
+    assert not any("the network" in note for note in report.notes)
+    assert widths(smaller) == [3, 3, 2]
+    close(smaller(x), net(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
