@@ -95,20 +95,22 @@ def check_plain(net: Any) -> None:
 
 
 def check_finite(net: nn.Module) -> None:
-    """Refuses parameters and buffers that are not finite.
+    """Refuses parameters and statistics that are not finite, and other buffers with NaN.
 
     Args:
-        net: The network.
+        net: The network. A buffer that is no statistic of a normalisation may be infinite, as masks of attention are.
 
     Raises:
-        ValueError: If one is not, which the message names.
+        ValueError: If one is refused, which the message names.
 
     Example:
         >>> check_finite(nn.Linear(2, 3))
     """
     for name, values in chain(net.named_parameters(), net.named_buffers()):
-        if not values.isfinite().all():
-            count = int((~values.isfinite()).sum())
+        finite = isinstance(values, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+        bad = ~values.isfinite() if finite else values.isnan()
+        if bad.any():
+            expected, found = ("finite numbers", "infinite or NaN") if finite else ("numbers", "NaN")
             raise ValueError(
-                f"{name}: expected finite numbers, but {count} of {values.numel()} are infinite or NaN; train it again"
+                f"{name}: expected {expected}, but {int(bad.sum())} of {values.numel()} are {found}; train it again"
             )

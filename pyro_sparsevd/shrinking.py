@@ -40,7 +40,8 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
 
     Raises:
         TypeError: If ``net`` is not a module, or ``example_input`` not a tensor.
-        ValueError: If a parameter or buffer is not finite, or the network does not accept the example input.
+        ValueError: If a parameter or a statistic of a normalisation is not finite, another buffer has NaN, or the
+            network does not accept the example input.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

@@ -968,6 +968,29 @@ def test_the_report_counts_units_parameters_and_multiply_adds(device):
     }
 
 
+class Causal(nn.Module):
+    """Attention that masks what comes later by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x):
+        x = self.down(self.up(x).relu())
+        return torch.softmax(x @ x.transpose(1, 2) + self.mask, -1) @ x
+
+
+def test_a_mask_may_be_infinite(device):
+    net, x = mask(Causal().eval(), 0.5, 0.3).to(device), torch.randn(2, 4, 6, device=device)
+    smaller = shrink(net, x)
+    assert widths(smaller)[0] < 8
+    close(smaller(x), net(x))
+    net.mask[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="mask: expected numbers, but 1 of 16 are NaN; train it again"):
+        shrink(net, x)
+
+
 def test_bad_input_is_refused():
     net = nets.lenet_300_100()
     with pytest.raises(TypeError, match="net: expected a torch module, but got str"):
