@@ -22,12 +22,12 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
     network stay, and so do its inputs: those that a layer does not read are left out by :class:`SelectFeatures` where
     this costs less than it saves.
 
-    These are followed: ``nn.Linear``, convolutions (of groups, whole ones go), batch normalisation, pooling,
-    elementwise activations and arithmetic, dropout, concatenation, means over positions, and flattening by
-    ``nn.Flatten``, ``torch.flatten``, or ``view`` and ``reshape`` with ``-1`` last. A constant that zero padding
-    makes inconstant at the border stays. Whatever else a network has, such as layer normalisation, attention or
-    weights used twice, stays whole, with all units that go into it and come out of it; so does all of a network that
-    ``torch.fx`` cannot trace. At least one unit of every layer stays.
+    These are followed: ``nn.Linear``, convolutions (of groups, whole ones go; of the last group, channels), batch
+    normalisation, pooling, elementwise activations and arithmetic, dropout, concatenation, means over positions, and
+    flattening by ``nn.Flatten``, ``torch.flatten``, or ``view`` and ``reshape`` with ``-1`` last. A constant that
+    zero padding makes inconstant at the border stays, unless it is flattened. Whatever else a network has, such as
+    layer normalisation, attention or weights used twice, stays whole, with all units that go into it and come out of
+    it; so does all of a network that ``torch.fx`` cannot trace. At least one unit of every layer stays.
 
     Args:
         net: A plain network, as :func:`~.pruning.prune` returns it. It is read as it is in evaluation mode.
@@ -35,8 +35,8 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
 
     Returns:
         A network of the same classes, in the mode, on the device and of the dtype of ``net``, with outputs that are
-        the same up to rounding in evaluation mode. Names of parameters are the same but for a layer that reads a
-        selection.
+        the same up to rounding in evaluation mode, also for inputs of other sizes than that of the example. Names of
+        parameters are the same but for a layer that reads a selection.
 
     Raises:
         TypeError: If ``net`` is not a module, or ``example_input`` not a tensor.
@@ -142,12 +142,18 @@ def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str
             f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}: {error}"
         ) from error
     found = liveness(reference, example_input)
-    smaller = copied(net)
-    _cut(smaller, found)
-    if not found.layers or _agree(reference, smaller, example_input):
-        return smaller, found.notes
+    notes, smaller = found.notes, copied(net)
+    if not found.layers:
+        return smaller, notes
+    while _leaves_one_group(smaller, found):
+        _cut(smaller, found, select=False)
+        # Of the last group the channels are there one by one.
+        found = liveness(copied(smaller).eval(), example_input)
+    _cut(smaller, found, select=True)
+    if _agree(reference, smaller, example_input):
+        return smaller, notes
     note = "the network: its own code depends on the sizes of layers; all of it is left whole"
-    return copied(net), (*found.notes, note)
+    return copied(net), (*notes, note)
 
 
 def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
@@ -163,7 +169,17 @@ def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _cut(net: nn.Module, found: Liveness) -> None:
+def _leaves_one_group(net: nn.Module, found: Liveness) -> bool:
+    for name, units in found.layers.items():
+        layer = net.get_submodule(name)
+        assert isinstance(layer, Layer)
+        groups = len(by_group(layer))
+        if groups > 1 and units.inputs.view(groups, -1)[:, 0].sum() == 1:
+            return True
+    return False
+
+
+def _cut(net: nn.Module, found: Liveness, select: bool) -> None:
     for name, channels in found.norms.items():
         norm = net.get_submodule(name)
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
@@ -171,7 +187,7 @@ def _cut(net: nn.Module, found: Liveness) -> None:
     for name, units in found.layers.items():
         layer = net.get_submodule(name)
         assert isinstance(layer, Layer)
-        inputs = _inputs_to_take(layer, units)
+        inputs = _inputs_to_take(layer, units) if select else units.inputs
         _cut_layer(layer, units, inputs)
         if not torch.equal(inputs, units.inputs):
             parent, _, attribute = name.rpartition(".")

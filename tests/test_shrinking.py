@@ -369,12 +369,23 @@ CASES = {
     },
     # Of depthwise channels: the first constant, the second unread afterwards.
     "depthwise": (
-        lambda: nn.Sequential(nn.Conv1d(1, 3, 1), nn.Conv1d(3, 6, 3, groups=3), nn.Conv1d(6, 2, 1)),
-        [[[0], [1], [1]], [[1]] * 6, [[1, 1, 0, 0, 0, 1]] * 2], (5, 1, 5), [1, 2, 2],
+        lambda: nn.Sequential(nn.Conv1d(1, 4, 1), nn.Conv1d(4, 8, 3, groups=4), nn.Conv1d(8, 2, 1)),
+        [[[0], [1], [1], [1]], [[1]] * 8, [[1, 1, 0, 0, 0, 1, 1, 0]] * 2], (5, 1, 5), [2, 4, 2],
     ),
     "of groups the second goes": (
+        lambda: nn.Sequential(nn.Conv1d(1, 6, 1), nn.Conv1d(6, 6, 3, groups=3), nn.Conv1d(6, 2, 1)),
+        [[[1]] * 6, [[1, 1]] * 6, [[1, 0, 0, 0, 0, 1]] * 2], (5, 1, 5), [4, 4, 2],
+    ),
+    # The channels of the group that is left: the first is not read before it, the second not after it.
+    "of the last group channels go": (
         lambda: nn.Sequential(nn.Conv1d(1, 4, 1), nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 2, 1)),
-        [[[1]] * 4, [[1, 1]] * 4, [[1, 0, 0, 0]] * 2], (5, 1, 5), [2, 2, 2],
+        [[[1]] * 4, [[0, 1], [0, 1], [1, 1], [1, 1]], [[1, 0, 0, 0]] * 2], (5, 1, 5), [1, 1, 2],
+    ),
+    "the last of groups after each other": (
+        lambda: nn.Sequential(
+            nn.Conv1d(1, 4, 1), nn.Conv1d(4, 4, 1, groups=2), nn.Conv1d(4, 8, 1, groups=4), nn.Conv1d(8, 2, 1),
+        ),
+        [[[1]] * 4, [[0, 1], [0, 1], [1, 1], [1, 1]], [[1]] * 8, [[1] + [0] * 7] * 2], (5, 1, 5), [1, 1, 1, 2],
     ),
     # Unit 0: not read. Unit 1: constant in the stem and the branch. Unit 2: in the stem only. Unit 3: neither.
     "a residual sum": (
