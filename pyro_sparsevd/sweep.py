@@ -48,7 +48,7 @@ def threshold_grid(guide: AutoSparseNormal) -> list[float]:
         guide: A guide with weights that are real numbers.
 
     Returns:
-        The thresholds, for all of its weights together: ``{"*": threshold}``, whatever their prior.
+        The thresholds of all its weights together, whatever their prior, to be given as ``{"*": threshold}``.
 
     Example:
         >>> guide = svd.AutoSparseNormal(lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1)))
