@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import KERNELS, Kernel, ard, exp
+from . import fused
+from .kernels import KERNELS, Kernel, ard
 
 Form = Literal["approximate", "exact"]
 
@@ -160,12 +161,16 @@ def total_and_slopes(
         (tensor(0.), torch.Size([2, 3]))
     """
     of_each = [s.view(loc.shape) for s, loc in zip(slopes.split([loc.numel() for loc in locs]), locs, strict=True)]
-    for a, loc, variance in zip(of_each, locs, variances, strict=True):
-        torch.mul(loc, loc, out=a).div_(variance)
     totals = []
-    for (a,), scratch in _blocks(slopes):
-        kernel(a, *scratch)
-        totals.append(scratch[0].sum())
+    if fused.serve(slopes, *locs, *variances):
+        for of_loc in zip(locs, variances, of_each, strict=True):
+            totals.append(fused.divergence(kernel, *of_loc))
+    else:
+        for a, loc, variance in zip(of_each, locs, variances, strict=True):
+            torch.mul(loc, loc, out=a).div_(variance)
+        for (a,), scratch in _blocks(slopes):
+            kernel(a, *scratch)
+            totals.append(scratch[0].sum())
     return sum(totals[1:], start=totals[0]).mul_(0.5), of_each
 
 
@@ -222,13 +227,16 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
-        variance = exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
-        value, slope = torch.empty_like(variance), torch.mul(loc, loc, out=torch.empty_like(variance)).div_(variance)
-        for (a, out), (*scratch, _) in _blocks(slope, value):
-            kernel(a, out, *scratch)
-            out.mul_(0.5)
+        variance = fused.exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
+        value, slope = torch.empty_like(variance), torch.empty_like(variance)
+        if fused.serve(loc, variance):
+            fused.divergence(kernel, loc, variance, slope, value)
+        else:
+            torch.mul(loc, loc, out=slope).div_(variance)
+            for (a, out), (*scratch, _) in _blocks(slope, value):
+                kernel(a, out, *scratch)
         ctx.save_for_backward(loc, log_variance, variance, slope)
-        return value
+        return value.mul_(0.5)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -240,7 +248,7 @@ class _Total(_Elementwise):
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
-        variance = exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
+        variance = fused.exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
         total, (slope,) = total_and_slopes([loc], [variance], kernel, variance.new_empty(variance.numel()))
         ctx.save_for_backward(loc, log_variance, variance, slope)
         return total
@@ -252,7 +260,10 @@ def _gradients(
     ctx: Any, grad: Tensor, loc: Tensor, log_variance: Tensor, variance: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor, None]:
     grad_loc, grad_log_variance = torch.zeros_like(variance), torch.zeros_like(variance)
-    add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
+    if grad.dim() == 0 and fused.serve(loc, variance, slope):
+        fused.finish_gradients(grad.item(), grad_loc, grad_log_variance, loc, variance, slope)
+    else:
+        add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
     return grad_loc, grad_log_variance, None
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import divergence
+from . import divergence, fused
 from .geometry import output_size, patches_of, wastes_channels
-from .kernels import exp
 from .workspace import Workspace, is_channels_last
 
 
@@ -49,7 +48,7 @@ class LocalLinear(torch.autograd.Function):
         torch.mul(x_copy.copy_(x), x, out=squares)
         loc_copy, variance = weights.unbind()
         loc_copy.copy_(loc)
-        integral.variance = exp(log_variance, out=variance)
+        integral.variance = fused.exp(log_variance, out=variance)
         outputs = integral.workspace.empty((2, x.shape[0], loc.shape[0]), x)
         output, output_variance = torch.bmm(inputs, weights.mT, out=outputs).unbind()
         if bias is not None:
@@ -77,10 +76,8 @@ class LocalLinear(torch.autograd.Function):
             of_mean, of_squares = torch.bmm(grads, weights, out=workspace.empty_like(inputs)).unbind()
             grad_x = of_mean.addcmul_(of_squares, inputs[0])
         if loc_needed or log_variance_needed:
-            grad_squares.mul_(0.5)
-            grad_loc, grad_variance = torch.bmm(grads.mT, inputs, out=workspace.empty_like(weights)).unbind()
-            grad_log_variance = grad_variance.mul_(weights[1])
-            _add_kl_gradients_(grad_loc, grad_log_variance, weights[0], ctx.integral, grad_kl)
+            grad_loc, grad_log_variance = torch.bmm(grads.mT, inputs, out=workspace.empty_like(weights)).unbind()
+            _finish_gradients_(grad_loc, grad_log_variance, weights[0], ctx.integral, grad_kl)
         grad_bias = grad_mean.sum(0) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None
 
@@ -99,7 +96,7 @@ class LocalConvolution(torch.autograd.Function):
         *geometry: Any,
     ) -> tuple[Tensor, Tensor]:
         workspace = integral.workspace
-        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
+        integral.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
         inputs = _channels_last(x, workspace) if wastes_channels(x, loc, geometry) else x
         squares = torch.mul(inputs, inputs, out=workspace.empty_like(inputs))
         output = torch.convolution(inputs, loc, bias, *geometry)
@@ -130,8 +127,8 @@ class LocalConvolution(torch.autograd.Function):
         if x_needed:
             grad_x.addcmul_(grad_x_squares, x)
         grad_loc = grad_loc.contiguous() if loc_needed else None
-        grad_log_variance = grad_variance.contiguous().mul_(variance).mul_(0.5) if log_variance_needed else None
-        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        grad_log_variance = grad_variance.contiguous() if log_variance_needed else None
+        _finish_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
         grad_bias = _sum_of_channels(grad) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
@@ -170,7 +167,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         *geometry: Any,
     ) -> tuple[Tensor, Tensor]:
         workspace = integral.workspace
-        integral.variance = variance = exp(log_variance, out=workspace.empty_like(log_variance))
+        integral.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
         patches = patches_of(x, loc.shape[2:], geometry, workspace)
         squares = torch.mul(patches, patches, out=workspace.empty_like(patches))  # made again in the backward pass
         shape = len(x), len(loc), patches.shape[2]
@@ -181,7 +178,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         if bias is not None:
             output.add_(bias[:, None])
         r = _add_noise_(output, output_variance, workspace)
-        ctx.save_for_backward(patches, loc, variance, r)
+        ctx.save_for_backward(patches, loc, r)
         ctx.integral = integral
         ctx.set_materialize_grads(False)
         return output.view(*shape[:2], *output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
@@ -191,7 +188,7 @@ class LocalGreyConvolution(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        patches, loc, variance, r = ctx.saved_tensors
+        patches, loc, r = ctx.saved_tensors
         workspace = ctx.integral.workspace
         grad = torch.zeros_like(r) if grad is None else grad.flatten(2)
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice that of the variance
@@ -200,8 +197,7 @@ class LocalGreyConvolution(torch.autograd.Function):
             torch.bmm(of_output, of.mT).sum(0).view(loc.shape)
             for of_output, of in ((grad, patches), (grad_squares, squares))
         )
-        grad_log_variance.mul_(variance).mul_(0.5)
-        _add_kl_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        _finish_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
         grad_bias = _sum_of_channels(grad) if ctx.needs_input_grad[3] else None
         return None, grad_loc, grad_log_variance, grad_bias, *(None for _ in ctx.needs_input_grad[4:])
 
@@ -223,16 +219,27 @@ def _sum_of_channels(grad: Tensor) -> Tensor:
 
 def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
     """Adds the noise to the mean, and returns r in the place of the variance."""
+    noise = workspace.empty(variance.shape, variance).normal_()
+    if fused.serve(output, variance, noise):
+        fused.add_noise(output, variance, noise)
+        return variance
+    if is_channels_last(variance):  # a seed gives the same noise in any memory format
+        noise = workspace.empty_like(variance).copy_(noise)
     std = variance.clamp_min_(torch.finfo(variance.dtype).tiny).sqrt_()
-    noise = workspace.empty(std.shape, std).normal_()
-    if is_channels_last(std):  # a seed gives the same noise in any memory format
-        noise = workspace.empty_like(std).copy_(noise)
     output.addcmul_(std, noise)
     return torch.div(noise, std, out=std)
 
 
-def _add_kl_gradients_(
-    grad_loc: Tensor | None, grad_log_variance: Tensor | None, loc: Tensor, integral: Integral, grad: Tensor | None
+def _finish_gradients_(
+    grad_loc: Tensor | None, grad_variance: Tensor | None, loc: Tensor, integral: Integral, grad_kl: Tensor | None
 ) -> None:
-    if grad is not None and integral.slope is not None:
-        divergence.add_gradients_(grad_loc, grad_log_variance, loc, integral.variance, integral.slope, grad)
+    """Turns twice the gradient in σ² into that in log σ², and adds the gradients of the divergence that is shared."""
+    variance, slope = integral.variance, integral.slope
+    tensors: Any = grad_loc, grad_variance, loc, variance, slope
+    if grad_kl is not None and fused.serve(*tensors):
+        fused.finish_gradients(grad_kl.item(), *tensors)
+        return
+    if grad_variance is not None:
+        grad_variance.mul_(variance).mul_(0.5)
+    if grad_kl is not None and slope is not None:
+        divergence.add_gradients_(grad_loc, grad_variance, loc, variance, slope, grad_kl)
