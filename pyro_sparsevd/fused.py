@@ -10,7 +10,8 @@ import ctypes
 import logging
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _load() -> ctypes.CDLL | None:
-    spec = find_spec("._fused", __package__)
+    spec = PathFinder.find_spec("_fused", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return None
     try:

@@ -278,14 +278,14 @@ def test_compilers_see_what_torch_computes(compiled):
 
 
 def test_library_that_was_not_built_is_none(monkeypatch):
-    monkeypatch.setattr(fused, "find_spec", lambda *_: None)
+    monkeypatch.setattr(fused.PathFinder, "find_spec", lambda *_: None)
     assert fused._load() is None
 
 
 def test_library_that_cannot_be_loaded_is_none_and_logged(monkeypatch, tmp_path, caplog):
     broken = tmp_path / "_fused.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(fused, "find_spec", lambda *_: ModuleSpec("_fused", None, origin=str(broken)))
+    monkeypatch.setattr(fused.PathFinder, "find_spec", lambda *_: ModuleSpec("_fused", None, origin=str(broken)))
     with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.fused"):
         assert fused._load() is None
     assert str(broken) in caplog.text

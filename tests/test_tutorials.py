@@ -48,7 +48,10 @@ SCRIPTS = {
     "linear_models.py": (["--epochs", 20, "--batch-size", 500, "--horseshoe-samples", 2], ["--seed", 1]),
     "kl_cost.py": (["--epochs", 1, "--seeds", 1, "--batch-size", 500], ["--batch-size", 400]),
     "parameterizations.py": (["--epochs", 1, "--repeats", 3, "--batch-size", 500], ["--seed", 1]),
-    "vgg.py": (["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--batch-size", 500], ["--width", 0.04]),
+    "vgg.py": (
+        ["--epochs", 1, "--width", 0.05, "--fine-tune", 1, "--threshold", 0, "--batch-size", 500],
+        ["--width", 0.04],
+    ),
     "compress.py": (["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1], ["--warm-up", 0.4]),
     "pruning_compared.py": (["--epochs", 1, "--fine-tune", 1, "--batch-size", 500], ["--batch-size", 400]),
 }
