@@ -149,7 +149,7 @@ def _errors(fn: Any, value: Tensor) -> Tensor:
     event_dim = len(fn.event_shape)
     base: Any = unwrap_independent(fn)
     try:
-        errors = _wrong(fn.mode, value) if fn.support.is_discrete else (fn.mean - value).double() ** 2
+        errors = _wrong(_mode(fn), value) if fn.support.is_discrete else (fn.mean - value).double() ** 2
     except NotImplementedError:
         return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
     if own_dim := len(base.event_shape):  # the elements of one value, of which a discrete one is right or wrong whole
@@ -162,6 +162,11 @@ def _errors(fn: Any, value: Tensor) -> Tensor:
     counted = torch.as_tensor(counted, device=errors.device).expand_as(errors).flatten(errors.dim() - event_dim)
     errors = errors.flatten(errors.dim() - event_dim)
     return torch.where(counted, errors, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
+
+
+def _mode(fn: Any) -> Tensor:
+    base: Any = unwrap_independent(fn)
+    return _mode(base.base_dist) if isinstance(base, dist.MaskedDistribution) else fn.mode  # Pyro gives these none
 
 
 def _wrong(mode: Tensor, value: Tensor) -> Tensor:

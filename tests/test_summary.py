@@ -417,3 +417,22 @@ def test_the_sweep_leaves_masked_parts_of_data_out(device):
     (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
     assert point.error == pytest.approx((4 + 5 + 0) / 3)
     assert point.nll == pytest.approx((14 / 2 + 3 * math.log(math.sqrt(2 * math.pi))) / 3)
+
+
+@pytest.mark.parametrize("kind", ["labels", "vectors"])
+def test_the_sweep_leaves_masked_discrete_parts_of_data_out(kind, device):
+    y = torch.tensor([[0, 1], [1, 1], [2, 0]], device=device)
+    seen = torch.tensor([[True, False], [True, True], [False, True]], device=device)
+    probs = torch.tensor([0.6, 0.3, 0.1], device=device).expand(3, 2, 3)  # the mode is 0
+
+    def model(y):
+        pyro.sample("w", svd.LogUniform(torch.tensor(1e-3, device=device), 1.0))
+        likelihood = dist.Categorical(probs) if kind == "labels" else dist.OneHotCategorical(probs)
+        with pyro.plate("data", 3):
+            pyro.sample("y", likelihood.mask(seen).to_event(1), obs=y)
+
+    y = y if kind == "labels" else torch.nn.functional.one_hot(y).to(probs)
+    guide = svd.AutoSparseNormal(model)
+    guide(y)
+    (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
+    assert point.error == pytest.approx((0 + 1 + 0) / 3)
