@@ -196,6 +196,17 @@ def test_integers_beyond_the_dtype_of_the_network_are_refused(value, dtype, path
     assert load_sparse(path, net).counts.tolist() == [1, 0]
 
 
+def test_floating_point_buffers_beyond_the_dtype_of_the_network_are_refused_but_not_infinite_ones(path, device):
+    net = nn.BatchNorm1d(3).to(device)
+    net.running_var.copy_(torch.tensor([1.0, 1e6, math.inf]))
+    save_sparse(net, path)
+    assert load_sparse(path, nn.BatchNorm1d(3).to(device, torch.bfloat16)).running_var[2] == math.inf
+    half = nn.BatchNorm1d(3).to(device, torch.float16)
+    with pytest.raises(StorageError, match=r"running_var: expected values of the network's torch\.float16, but some"):
+        load_sparse(path, half)
+    assert half.running_var.tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("name", ["crow_indices", "col_indices"])
 def test_indices_outside_of_a_sparse_layer_are_refused(name, path, device):
     net = svd.to_sparse(_sparse(_mlp, 0.5)).to(device)
@@ -357,7 +368,7 @@ def test_a_value_beyond_the_dtype_of_the_network_is_refused(path):
     save_sparse(net, path)
     other = _mlp().half()
     before = copy.deepcopy(other)
-    with pytest.raises(StorageError, match=r"3\.weight: expected finite weights"):
+    with pytest.raises(StorageError, match=r"3\.weight: expected values of the network's torch\.float16, but some"):
         load_sparse(path, other)
     _assert_same(other, before)
 
