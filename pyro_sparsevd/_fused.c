@@ -9,7 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
+/* Clones need a C library with indirect functions, and a compiler that knows these levels of processors. */
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_PROCESSOR
@@ -17,7 +18,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { CHUNK = 256 }; /* what is done to a chunk in turn stays in the nearest cache */
-const int32_t chunk_size = CHUNK;
+const int32_t chunk_size = CHUNK; /* there is a sum for each chunk */
+const int32_t interface = 1;      /* as in fused.py: raised when what a function is called with changes */
 
 INLINE uint32_t bits_of(float x) {
     uint32_t bits;
@@ -31,7 +33,7 @@ INLINE float of_bits(uint32_t bits) {
     return x;
 }
 
-/* log(x) of a positive normal number. */
+/* log(x) of a positive normal number, and some finite number for any other. */
 INLINE float log_of(float x) {
     int32_t exponent = (int32_t)(bits_of(x) - bits_of(0.70710678f)) >> 23; /* so that 1/√2 <= mantissa < √2 */
     float mantissa = of_bits(bits_of(x) - ((uint32_t)exponent << 23));
@@ -42,20 +44,21 @@ INLINE float log_of(float x) {
 
 /* log(1 + x), with 1 / (1 + x). */
 INLINE float log1p_of(float x, float inverse) {
-    float sum = 1 + x, lost = x - (sum - 1); /* to rounding */
+    float sum = 1 + x, lost = x - (sum - 1); /* what rounding took from the sum */
     float found = log_of(sum) + lost * inverse;
-    return x <= FLT_MAX ? found : x; /* so an infinity, and what is no number */
+    return x <= FLT_MAX ? found : x; /* for log_of would make numbers of infinity and of NaN */
 }
 
-/* exp(x) of an x in [-1e9, 1e9] or of no number; 0 where that is below the normal numbers. */
+/* exp(x) of an x in [-170, 170]; of NaN, the power is some number, and the series NaN. */
 INLINE float exp_of(float x) {
     float powers = x * 1.44269504f;
-    int32_t power = (int32_t)(powers + copysignf(0.5f, powers)), biased = power + 127;
+    int32_t power = (int32_t)(powers + copysignf(0.5f, powers)), half = power >> 1;
     /* log 2 in two parts, the first of few bits */
     float rest = x - (float)power * 0.693359375f + (float)power * 2.12194440e-4f;
     float series = 1 / 120.f + rest * (1 / 720.f + rest / 5040.f);
     series = 1 + rest * (1 + rest * (1 / 2.f + rest * (1 / 6.f + rest * (1 / 24.f + rest * series))));
-    return series * of_bits((uint32_t)(biased > 0 ? biased : 0) << 23);
+    /* 2 to that power in two factors, since as one it may be beyond the normal numbers where the result is not */
+    return series * of_bits((uint32_t)(half + 127) << 23) * of_bits((uint32_t)(power - half + 127) << 23);
 }
 
 /* Two polynomials of as many coefficients, lowest power first. */
@@ -125,7 +128,7 @@ FOR_EACH_PROCESSOR static float sum_of(const float *value, int64_t count) {
     return sum;
 }
 
-/* The bounds are arguments because a compiler that knows them makes branches of the comparisons. */
+/* The bounds are arguments because a compiler that knows them makes branches of the comparisons, and no vectors. */
 FOR_EACH_PROCESSOR static void exp_chunk(const float *x, float *restrict out, int64_t count, float low, float high) {
     for (int64_t i = 0; i < count; i++) {
         float bounded = x[i] < low ? low : x[i];
@@ -147,13 +150,13 @@ FOR_EACH_PROCESSOR static void finish_chunk(float *restrict grad_loc, float *res
     for (int64_t i = 0; i < count; i++) {
         float of_divergence = loc[i] / variance[i] * slope[i] * grad;
         grad_loc[i] += of_divergence;
-        grad_variance[i] = 0.5f * (grad_variance[i] * variance[i] - of_divergence * loc[i]);
+        grad_variance[i] = grad_variance[i] * variance[i] * 0.5f - of_divergence * loc[i] * 0.5f;
     }
 }
 
 INLINE int64_t length_of(int64_t start, int64_t count) { return count - start < CHUNK ? count - start : CHUNK; }
 
-/* Writes twice the slopes, twice the divergences unless there is no memory for them, and their sum for each chunk. */
+/* Writes twice the slopes, twice the divergences unless value is NULL, and the sum of these of each chunk. */
 void divergence(const float *loc, const float *variance, float *slope, int64_t count, int threads, int form,
                 const struct constants *constants, float *value, double *sums) {
     kernel *const kernels[] = {approximate, exact, ard};
@@ -172,7 +175,7 @@ void divergence(const float *loc, const float *variance, float *slope, int64_t c
 void exponential(const float *x, float *out, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < count; start += CHUNK)
-        exp_chunk(x + start, out + start, length_of(start, count), -100, 89);
+        exp_chunk(x + start, out + start, length_of(start, count), -104, 89);
 }
 
 /* Adds noise of a variance to an output, and overwrites the variance with noise / standard deviation. */

@@ -300,4 +300,4 @@ def _kept_scratch(shape: torch.Size, dtype: torch.dtype, thread: int) -> tuple[T
 
 @lru_cache(maxsize=16)
 def _kept_memory(dtype: torch.dtype, thread: int) -> tuple[Tensor, ...]:
-    return torch.empty(4, _BLOCK, dtype=dtype).unbind()
+    return torch.empty(4, _BLOCK, dtype=dtype, device="cpu").unbind()

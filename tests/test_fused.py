@@ -2,12 +2,16 @@
 
 import ctypes
 import logging
+import subprocess
+import sysconfig
 from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import fused
@@ -140,9 +144,9 @@ def test_total_and_slopes_are_the_same_without_the_loops(form, monkeypatch):
 
 
 @needs_loops
-def test_exponential_to_the_last_digits():
-    x = torch.linspace(-87, 88, 200_001)
-    torch.testing.assert_close(fused.exp(x, torch.empty_like(x)).double(), x.double().exp(), rtol=2e-7, atol=0)
+def test_exponential_to_the_last_digits_down_to_the_smallest_numbers():
+    x = torch.linspace(-104, 88.72, 200_001)
+    torch.testing.assert_close(fused.exp(x, torch.empty_like(x)).double(), x.double().exp(), rtol=2e-7, atol=1.5e-45)
 
 
 def test_exponential_at_the_edges():
@@ -221,6 +225,30 @@ def test_a_step_is_the_same_without_the_loops(name, kl, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("log_variance", [-90.0, 88.4])
+def test_variances_at_the_ends_of_float32_have_finite_divergences(log_variance):
+    loc = torch.tensor([0.0, 1e-25, 1e-3]).requires_grad_()
+    log_variances = torch.full((3,), log_variance).requires_grad_()
+    kl = kl_log_uniform(loc, log_variances, "exact")
+    kl.sum().backward()
+    expected = kl_log_uniform(loc.double(), log_variances.double(), "exact").float()
+    torch.testing.assert_close(kl, expected, rtol=1e-4, atol=1e-6)
+    assert loc.grad.isfinite().all()
+    assert log_variances.grad.isfinite().all()
+
+
+def test_another_default_device_makes_no_difference():
+    model = svd.Supervised(svd.bayesianize(nn.Linear(40, 3)), lambda out: dist.Categorical(logits=out), num_data=90)
+    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
+    x, y = torch.randn(30, 40), torch.randint(3, (30,))
+    loss(x, y)
+    torch.manual_seed(0)
+    expected = loss(x, y)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert torch.equal(loss(x, y), expected)
+
+
 def test_a_mean_that_is_no_number_stops_training():
     model = svd.Supervised(svd.bayesianize(nn.Linear(300, 3)), lambda out: dist.Categorical(logits=out), num_data=9)
     guide = svd.AutoSparseNormal(model)
@@ -250,6 +278,8 @@ def test_whom_the_loops_serve(device):
         "channels last": torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "meta": plain.to("meta"),
         "sparse": plain.to_sparse(),
+        "negated view": torch._neg_view(plain),
+        "zeros without memory": torch._efficientzerotensor(16).view(4, 4),
         "subclass": plain.as_subclass(type("Subclass", (torch.Tensor,), {})),
     }
     assert [name for name, tensor in refused.items() if fused.serve(plain, tensor)] == []
@@ -274,21 +304,54 @@ def test_compilers_see_what_torch_computes(compiled):
     assert any("exp2" in graph.code for graph in graphs)
 
 
+@pytest.mark.parametrize("trace", ["make_fx", "jit"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_tracers_see_what_torch_computes(trace):
+    def variance(log_variance):
+        return fused.exp(log_variance, torch.empty_like(log_variance)) + 0
+
+    example = torch.zeros(4)
+    traced = make_fx(variance)(example) if trace == "make_fx" else torch.jit.trace(variance, example)
+    torch.testing.assert_close(traced(torch.ones(4)), torch.ones(4).exp())
+
+
+@needs_loops
+def test_sizes_that_differ_are_an_error():
+    with pytest.raises(ValueError, match=r"exponential: expected tensors of one size, but got \[\(4,\), \(2,\)\]"):
+        fused.exp(torch.zeros(4), torch.zeros(2))
+
+
 # Loading
 
 
+def finder_of(path):
+    return SimpleNamespace(find_spec=lambda *_: ModuleSpec("_fused", None, origin=str(path)))
+
+
 def test_library_that_was_not_built_is_none(monkeypatch):
-    monkeypatch.setattr(fused.PathFinder, "find_spec", lambda *_: None)
+    monkeypatch.setattr(fused, "PathFinder", SimpleNamespace(find_spec=lambda *_: None))
     assert fused._load() is None
 
 
 def test_library_that_cannot_be_loaded_is_none_and_logged(monkeypatch, tmp_path, caplog):
     broken = tmp_path / "_fused.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(fused.PathFinder, "find_spec", lambda *_: ModuleSpec("_fused", None, origin=str(broken)))
+    monkeypatch.setattr(fused, "PathFinder", finder_of(broken))
     with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.fused"):
         assert fused._load() is None
     assert str(broken) in caplog.text
+
+
+@needs_loops
+@pytest.mark.parametrize("interface", ["const int interface = -1;", "int other;"], ids=["another", "none"])
+def test_library_of_another_version_is_none_and_logged(interface, monkeypatch, tmp_path, caplog):
+    source, library = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text(interface)
+    subprocess.run([sysconfig.get_config_var("CC").split()[0], "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setattr(fused, "PathFinder", finder_of(library))
+    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.fused"):
+        assert fused._load() is None
+    assert "cannot be used" in caplog.text
 
 
 @needs_loops
