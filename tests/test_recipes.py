@@ -54,6 +54,16 @@ def test_by_default_a_network_is_as_good_unless_a_paired_test_says_no(choose, sp
     assert choose({2: best, 1: best + spread * difference}) == expected
 
 
+@pytest.mark.parametrize(("more_errors", "expected"), [(2, 1), (3, 2)])
+def test_by_default_a_network_that_errs_more_is_not_as_good_even_where_its_likelihood_is(choose, more_errors, expected):
+    best = torch.full((1_000,), 0.1, dtype=torch.float64)
+    best[:2] = torch.tensor([50.0, 90.0])
+    other = best.clone()
+    other[:2] = torch.tensor([90.0, 51.0])  # two data that decide nothing, and hide the rest
+    other[2 : 2 + more_errors] = 0.8
+    assert choose({2: best, 1: other}) == expected
+
+
 def test_by_default_equal_networks_are_as_good_and_one_that_is_always_worse_is_not(choose):
     assert choose(NLLS) == 2
     assert choose({**NLLS, 0: NLLS[2]}) == 0

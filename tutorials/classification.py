@@ -60,13 +60,13 @@ def add_options(
     options.add_argument(
         "--threshold",
         type=finite,
-        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has no "
-        "significantly larger negative log likelihood of held-out training data than the best)",
+        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has neither a "
+        "significantly larger negative log likelihood of held-out training data than the best nor more errors)",
     )
     options.add_argument(
         "--threshold-tolerance",
         type=tolerance,
-        help="how far above the best it may be, as a fraction of it, in the place of a test at the level of 5 %%",
+        help="how far above the best likelihood it may be, as a fraction, in the place of tests at the level of 5 %%",
     )
 
 
