@@ -234,9 +234,9 @@ def choose_threshold(
     """Returns the smallest threshold whose fine-tuned network predicts held-out data not significantly worse.
 
     Each network is compared with that of the smallest negative log likelihood, in this and in its error: by the means
-    of the differences, datum by datum. A mean is significantly larger than 0 if a one-sided test at the level of 5 %
-    says so: if it is more than 1.645 of its standard errors. A few data that are very unlikely under either network
-    hide in the one what the other shows.
+    of the differences, datum by datum. A mean is significantly larger than 0 if it is more than 1.96 of its standard
+    errors: a one-sided test at the level of 2.5 %, for at most 5 % in the two together. A few data that are very
+    unlikely under either network hide in the one what the other shows.
 
     Args:
         model: The model.
@@ -283,4 +283,4 @@ def choose_threshold(
 def _is_as_good(losses: Tensor, best: Tensor) -> bool:
     difference = losses - best
     standard_error = difference.std(correction=0) / math.sqrt(len(difference))
-    return bool(difference.mean() <= NormalDist().inv_cdf(0.95) * standard_error)
+    return bool(difference.mean() <= NormalDist().inv_cdf(0.975) * standard_error)

@@ -66,7 +66,7 @@ def add_options(
     options.add_argument(
         "--threshold-tolerance",
         type=tolerance,
-        help="how far above the best likelihood it may be, as a fraction, in the place of tests at the level of 5 %%",
+        help="how far above the best likelihood it may be, as a fraction, in the place of two tests at 2.5 %% each",
     )
 
 
