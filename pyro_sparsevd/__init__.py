@@ -4,6 +4,7 @@ Data walks down this list of modules, and a module imports only from those above
 
     kernels          the divergences and their slopes as functions of 1/α: torch only
     fused            the loops over all weights in one pass, where a C compiler was at hand: torch only
+    blocks           elementwise work in blocks, with scratch memory that is used again: torch only
     divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
     workspace        memory that is used again: torch only
     geometry         sizes, padding and patches of convolutions: torch only

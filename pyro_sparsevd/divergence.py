@@ -14,9 +14,6 @@ __all__ = [
     "total_and_slopes",
 ]
 
-import threading
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import fused
+from .blocks import blocks
 from .kernels import KERNELS, Kernel, ard
 
 Form = Literal["approximate", "exact"]
@@ -168,7 +166,7 @@ def total_and_slopes(
     else:
         for a, loc, variance in zip(of_each, locs, variances, strict=True):
             torch.mul(loc, loc, out=a).div_(variance)
-        for (a,), scratch in _blocks(slopes):
+        for (a,), scratch in blocks(slopes):
             kernel(a, *scratch)
             totals.append(scratch[0].sum())
     return sum(totals[1:], start=totals[0]).mul_(0.5), of_each
@@ -199,7 +197,7 @@ def add_gradients_(
         tensor([1.5000, 1.5000, 1.5000])
     """
     optional = [t for t in (grad_loc, grad_log_variance, grad if grad.dim() else None) if t is not None]
-    for (theta, var, c, *pieces), (ratio, *_) in _blocks(loc, variance, slope, *optional):
+    for (theta, var, c, *pieces), (ratio, *_) in blocks(loc, variance, slope, *optional):
         g = pieces.pop() if grad.dim() else grad
         torch.div(theta, var, out=ratio).mul_(c).mul_(g)
         if grad_log_variance is not None:
@@ -233,7 +231,7 @@ class _Elementwise(torch.autograd.Function):
             fused.divergence(kernel, loc, variance, slope, value)
         else:
             torch.mul(loc, loc, out=slope).div_(variance)
-            for (a, out), (*scratch, _) in _blocks(slope, value):
+            for (a, out), (*scratch, _) in blocks(slope, value):
                 kernel(a, out, *scratch)
         ctx.save_for_backward(loc, log_variance, variance, slope)
         return value.mul_(0.5)
@@ -265,39 +263,3 @@ def _gradients(
     else:
         add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
     return grad_loc, grad_log_variance, None
-
-
-# On a CPU, a temporary of a megabyte costs more in page faults than the arithmetic on it. Work is done in blocks
-# whose scratch memory each thread keeps: four of these, 8 MB in float32. Smaller blocks cost more in calls than they
-# save in cache misses.
-_BLOCK = 2**19
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
-    """Yields matching pieces of tensors of one shape, and four pieces of scratch."""
-    like = tensors[0]
-    total = like.numel()
-    if total <= _BLOCK or not like.is_cpu:
-        yield list(tensors), _scratch(like.shape, like)
-        return
-    flat = [t.reshape(-1) for t in tensors]
-    for start in range(0, total, _BLOCK):
-        length = min(_BLOCK, total - start)
-        yield [t.narrow(0, start, length) for t in flat], _scratch(torch.Size([length]), like)
-
-
-def _scratch(shape: torch.Size, like: Tensor) -> tuple[Tensor, ...]:
-    if not like.is_cpu:
-        return like.new_empty(4, *shape).unbind()
-    return _kept_scratch(shape, like.dtype, threading.get_ident())
-
-
-@lru_cache(maxsize=256)
-def _kept_scratch(shape: torch.Size, dtype: torch.dtype, thread: int) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):  # or it could not be written to outside of it
-        return tuple(t.narrow(0, 0, shape.numel()).view(shape) for t in _kept_memory(dtype, thread))
-
-
-@lru_cache(maxsize=16)
-def _kept_memory(dtype: torch.dtype, thread: int) -> tuple[Tensor, ...]:
-    return torch.empty(4, _BLOCK, dtype=dtype, device="cpu").unbind()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_sparsevd import divergence
+from pyro_sparsevd import blocks
 from pyro_sparsevd.divergence import (
     add_gradients_,
     kl_ard,
@@ -114,8 +114,8 @@ def rates_grid(dtype, device):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 7 weights, in memory of the test's own."""
-    caches = divergence._kept_scratch, divergence._kept_memory
-    monkeypatch.setattr(divergence, "_BLOCK", 7)
+    caches = blocks._kept_scratch, blocks._kept_memory
+    monkeypatch.setattr(blocks, "_BLOCK", 7)
     for kept in caches:
         kept.cache_clear()
     yield 7
@@ -433,14 +433,14 @@ def test_terms_in_blocks_are_the_terms_in_one_piece(kl, size, device, monkeypatc
     log_variance = torch.randn(size, dtype=torch.float64, device=device)
     grad = torch.randn_like(loc)
     whole = grads_of(kl, loc, log_variance, grad=grad)
-    monkeypatch.setattr(divergence, "_BLOCK", 7)
-    divergence._kept_scratch.cache_clear()
-    divergence._kept_memory.cache_clear()
+    monkeypatch.setattr(blocks, "_BLOCK", 7)
+    blocks._kept_scratch.cache_clear()
+    blocks._kept_memory.cache_clear()
     try:
         in_blocks = grads_of(kl, loc, log_variance, grad=grad)
     finally:
-        divergence._kept_scratch.cache_clear()
-        divergence._kept_memory.cache_clear()
+        blocks._kept_scratch.cache_clear()
+        blocks._kept_memory.cache_clear()
     for actual, expected in zip(in_blocks, whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-15)
 
