@@ -32,7 +32,10 @@ Data walks down this list of modules, and a module imports only from those above
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
     site_divergence  KL of latents: in closed form where one is known, else sampled
+    site_names       sets of sites by name or glob
+    loss_module      the bound as a torch module, and the parameters that no optimiser would see
     elbo             SparseVD_ELBO
+    local_gap        what sampling outputs instead of weights makes of a bound
     tables           of text, as characters and as HTML
     summary          sparsify: which weights matter
     sweep            threshold_sweep: error and compression against the threshold
@@ -81,6 +84,7 @@ from .hierarchical import group_normal_jeffreys as group_normal_jeffreys
 from .hierarchical import horseshoe as horseshoe
 from .latents import init_to_weights as init_to_weights
 from .likelihoods import GaussianLikelihood as GaussianLikelihood
+from .local_gap import local_reparam_gap as local_reparam_gap
 from .local_reparam import local_reparam as local_reparam
 from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize

@@ -1,6 +1,6 @@
 """Checks of what goes into a bound."""
 
-__all__ = ["blame", "check_auxiliary", "check_latent", "check_plates", "is_finite"]
+__all__ = ["blame_device", "blame_number", "check_auxiliary", "check_latent", "check_plates", "finite_value"]
 
 import inspect
 import math
@@ -13,27 +13,61 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 
-def is_finite(*arguments: Any) -> bool:
-    """Tells whether arguments of a model hold no floating-point tensor with NaN or infinities.
+def finite_value(*values: Any) -> float | None:
+    """Returns the sum of what was evaluated, if it and all arguments are finite; an accelerator is waited for once.
 
     Args:
-        *arguments: Any objects; tuples, lists and dictionaries are looked into.
+        *values: The tensor that was evaluated, or none; and arguments of a model, any objects. Tuples, lists and
+            dictionaries are looked into.
 
     Returns:
-        False for such a tensor.
+        The number, or None where a floating-point tensor holds NaN or infinities.
 
     Example:
-        >>> is_finite(torch.tensor([1.0, torch.nan])), is_finite("a"), is_finite(torch.ones(3))
-        (False, True, True)
+        >>> finite_value(torch.tensor(2.0), [torch.ones(3)], "a"), finite_value(None, torch.tensor([torch.nan]))
+        (2.0, None)
     """
+    found, *arguments = values
     leaves = (leaf for a in arguments for leaf in ((a,) if isinstance(a, Tensor) else tree_leaves(a)))
-    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    parts = (part for t in tensors for part in (t.unbind() if t.is_nested else (t,)))
+    tensors = (leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    parts = [part for t in tensors for part in (t.unbind() if t.is_nested else (t,))]
+    start = 0.0 if found is None else found.detach()
     # A sum may overflow where its terms are finite, but is much cheaper.
-    return all(math.isfinite(t.detach().sum()) or bool(torch.isfinite(t).all()) for t in parts)
+    value = float(sum((0 * part.sum() for part in parts), start=start))
+    if math.isfinite(value):
+        return value
+    value = float(start)
+    return value if math.isfinite(value) and all(bool(torch.isfinite(part).all()) for part in parts) else None
 
 
-def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+def blame_device(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+    """Raises an error that names an argument, or parameter of the guide, on another device than the model, if one is.
+
+    Args:
+        error: What was raised.
+        model: The model.
+        guide: The guide.
+        args: What both were called with.
+        kwargs: What both were called with.
+
+    Raises:
+        ValueError: If the error may come of it.
+
+    Example:
+        >>> blame_device(RuntimeError(), lambda x: None, lambda x: None, (torch.zeros(1),), {})
+    """
+    of_model, of_guide = _named_parameters(model), _named_parameters(guide)
+    devices = {value.device for _, value in of_model or of_guide}
+    for name, value in [*_named_tensors(model, args, kwargs), *of_guide] if devices else ():
+        words = {"device", value.device.type, *(device.type for device in devices)}
+        if value.device not in devices and any(word in str(error) for word in words):
+            expected = " or ".join(map(str, devices))
+            raise ValueError(
+                f"{name}: expected a tensor on {expected}, as the model, but it is on {value.device}"
+            ) from error
+
+
+def blame_number(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
     """Raises an error that names the argument or parameter that is not finite, if one is.
 
     Args:
@@ -47,19 +81,19 @@ def blame(error: ValueError, model: Callable, guide: Callable, args: Any, kwargs
         ValueError: If something is not finite.
 
     Example:
-        >>> blame(ValueError(), lambda x: None, lambda x: None, (torch.tensor(torch.inf),), {})
+        >>> blame_number(ValueError(), lambda x: None, lambda x: None, (torch.tensor(torch.inf),), {})
         Traceback (most recent call last):
             ...
-        ValueError: x: expected finite numbers, but it holds NaN or infinities
+        ValueError: x: expected finite numbers, but it holds NaN or infinities; a model ...
     """
-    arguments = [
-        (name + keystr(path), leaf)
-        for name, value in _named_arguments(model, args, kwargs)
-        for path, leaf in tree_flatten_with_path(value)[0]
-    ]
-    for name, value in [*arguments, *_named_parameters(model), *_named_parameters(guide)]:
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities") from error
+    for named, hint in (
+        (_named_tensors(model, args, kwargs), "a model that treats them itself needs check_finite=False of its bound"),
+        (_named_parameters(model), _OF_STEP),
+        (_named_parameters(guide), _OF_STEP),
+    ):
+        for name, value in named:
+            if not (value.is_meta or bool(torch.isfinite(value).all())):
+                raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities; {hint}") from error
 
 
 def check_latent(name: str, q: Any, p: Any) -> None:
@@ -126,7 +160,7 @@ def check_plates(name: str, site: Any) -> None:
 
 
 def check_auxiliary(name: str, site: Any) -> None:
-    """Checks that a site of the guide alone is marked as such.
+    """Checks that a site of the guide alone is marked as such, and reparameterised.
 
     Args:
         name: The name of the site.
@@ -136,21 +170,37 @@ def check_auxiliary(name: str, site: Any) -> None:
         ValueError: If it is not.
 
     Example:
-        >>> check_auxiliary("w", {"is_observed": False, "infer": {"is_auxiliary": True}})
+        >>> site = {"is_observed": False, "infer": {"is_auxiliary": True}, "fn": dist.Normal(0.0, 1.0)}
+        >>> check_auxiliary("w", site)
     """
-    if not (site["is_observed"] or site["infer"].get("is_auxiliary")):
+    if site["is_observed"]:
+        return
+    if not site["infer"].get("is_auxiliary"):
         raise ValueError(f"{name}: the guide has this site, but the model has none; mark it as auxiliary or remove it")
+    if not site["fn"].has_rsample:
+        raise ValueError(
+            f"{name}: expected a reparameterised auxiliary site, but {type(site['fn']).__name__} has no rsample, and "
+            "the gradient would miss a part"
+        )
 
 
-def _named_arguments(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Any]]:
+def _named_tensors(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:
     function = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         names = []
     names += [f"argument {i}" for i in range(len(names), len(args))]
-    return [*zip(names, args, strict=False), *kwargs.items()]
+    return [
+        (name + keystr(path), leaf)
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]
+        for path, leaf in tree_flatten_with_path(value)[0]
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _named_parameters(module: Callable) -> list[tuple[str, Tensor]]:
     return list(module.named_parameters()) if isinstance(module, torch.nn.Module) else []
+
+
+_OF_STEP = "after a step, the gradient was not finite, whose place torch.autograd.detect_anomaly finds"

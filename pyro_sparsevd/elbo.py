@@ -3,21 +3,23 @@
 __all__ = ["SparseVD_ELBO"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
-from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
+from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
 from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
+from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .records import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
+from .site_names import SiteNames
 from .workspace import Workspace
 
 
@@ -56,12 +58,17 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         local_reparam: Whether to sample outputs instead of weights; not where the model differentiates its network
             with ``create_graph=True``, since sampled outputs have no second derivative.
         num_particles: The number of samples that are averaged.
-        check_finite: Whether to raise where the loss is not finite, before a gradient is computed. On an
-            accelerator this waits for the device.
+        check_finite: Whether to raise where the loss or what is given is not finite, before a gradient is computed:
+            on an accelerator, the one wait of a step; ``pyro.enable_validation(False)`` saves those of the
+            likelihood's own checks. A gradient that is not finite where the loss is, as of ``sqrt`` at 0 or where
+            log σ² leaves -87 to 87 in single precision, is not looked for: the next step names the parameter.
+        exclude: Names or globs of sites whose weights are sampled in spite of ``local_reparam``: where rows that a
+            layer gives are mixed later on, as in a graph, see :func:`~.local_gap.local_reparam_gap`.
 
     Raises:
         ValueError: If an option is out of range. When evaluated: if a latent is discrete, enumerated, not
-            reparameterised or missing from the guide; or if the loss is not finite, naming the input or site.
+            reparameterised or missing from the guide; if the loss is not finite, naming the argument, parameter or
+            site; or if an argument is on another device.
 
     Example:
         >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=100)
@@ -78,6 +85,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         local_reparam: bool = True,
         num_particles: int = 1,
         check_finite: bool = True,
+        exclude: str | Iterable[str] = (),
     ) -> None:
         if kl not in get_args(KL):
             raise ValueError(f"kl: expected one of {', '.join(map(repr, get_args(KL)))}, but got {kl!r}")
@@ -89,8 +97,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.local_reparam = local_reparam
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
-        self._drawn_sites: set[str] = set()
+        self._drawn_sites = SiteNames(globs=exclude)
         self._warned_sites: set[str] = set()
+        self._is_checked = False
         self._workspace = Workspace()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +107,18 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _workspace=Workspace())
+
+    def __call__(self, model: Any, guide: Any) -> LossModule:
+        """Returns the loss of a model and its guide as a torch module of the parameters of both.
+
+        Args:
+            model: The model.
+            guide: The guide.
+
+        Returns:
+            The module; it takes the arguments of the model.
+        """
+        return LossModule(model, guide, self)
 
     @property
     def kl_weight(self) -> float:
@@ -125,15 +146,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         Returns:
             The loss. Its terms, detached, are in ``terms``.
         """
-        try:
-            if self.check_finite and not is_finite(*args, *kwargs.values()):
-                raise ValueError("arguments: expected finite numbers")  # before they reach the model's buffers
-            loss, nll, kl = self._evaluate(model, guide, args, kwargs)
-        except ValueError as error:
-            blame(error, model, guide, args, kwargs)
-            raise
-        self.terms = {"nll": nll.detach(), "kl": kl.detach()}
-        return loss
+        return self._loss_and_value(model, guide, args, kwargs)[0]
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns the loss as a number, in nats over the data set.
@@ -148,7 +161,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             An estimate of the loss.
         """
         with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+            loss, value = self._loss_and_value(model, guide, args, kwargs)
+        return loss.item() if value is None else value
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns the loss as a number, and adds its gradients to the parameters'; what ``SVI.step`` calls.
@@ -162,13 +176,39 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         Returns:
             An estimate of the loss.
         """
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss, value = self._loss_and_value(model, guide, args, kwargs)
+        seen = None if self._is_checked else seen_by_svi()
+        if seen is not None:
+            self._is_checked = True
+            remedy = "give what has them to pyro.module, or make it a PyroModule"
+            warn_of_untrained(loss, seen, f"SVI does not see them; {remedy}")
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        return loss.item()
+        return loss.item() if value is None else value
 
-    def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss and its two terms; starts again where a weight turns out to be used more than once."""
+    @torch._disable_dynamo
+    def _loss_and_value(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, float | None]:
+        """Returns the loss, and as a number if it was checked."""
+        try:
+            # At first, a guide or model may make parameters of what it is given.
+            if self.check_finite and not self.terms and finite_value(None, *args, *kwargs.values()) is None:
+                raise ValueError("arguments: expected finite numbers")
+            loss, nll, kl, value = self._evaluate(model, guide, args, kwargs)
+        except Exception as error:
+            blame_device(error, model, guide, args, kwargs)
+            if self.check_finite:
+                blame_number(error, model, guide, args, kwargs)
+            raise
+        self.terms = {"nll": nll.detach(), "kl": kl.detach()}
+        return loss, value
+
+    def _evaluate(
+        self, model: Callable, guide: Callable, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """Returns the loss, its two terms, and its value where that is checked.
+
+        It starts again where a weight turns out to be used more than once.
+        """
         while True:
             random_state = torch.get_rng_state()
             try:
@@ -178,12 +218,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                     particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
                     nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
                     loss = nll + self.kl_weight * kl
-                    if self.check_finite and not math.isfinite(loss.detach()):
+                    value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
+                    if self.check_finite and value is None:
                         raise ValueError(
                             f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
                             + _sites_not_finite(particles)
                         )
-                    return loss, nll, kl
+                    return loss, nll, kl, value
             except RepeatedUseError as repeated:
                 if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
                     raise
@@ -195,6 +236,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         reparam = LocalReparamMessenger(self._drawn_sites, self._workspace) if self.local_reparam else None
         with SampleSites(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
+        if not self.terms:
+            self._drawn_sites.check(guide_sites.found)
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
         return scored(model_sites.found), scored(guide_sites.found)
