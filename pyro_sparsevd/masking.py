@@ -162,9 +162,9 @@ def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
     """
     if isinstance(distribution, torch.distributions.Independent):
         base, mask = unmasked(distribution.base_dist)
-        return (
-            (base.to_event(distribution.reinterpreted_batch_ndims), mask) if mask is not True else (distribution, True)
-        )
+        if base is distribution.base_dist:
+            return distribution, mask
+        return base.to_event(distribution.reinterpreted_batch_ndims), mask
     if isinstance(distribution, dist.MaskedDistribution):
         base, mask = unmasked(distribution.base_dist)
         own = distribution._mask

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import mpmath
@@ -21,11 +22,33 @@ import torch
 import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    init_to_value,
+)
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd import (
+    AutoSparseNormal,
+    EmpiricalNormal,
+    ImproperPriorWarning,
+    LogUniform,
+    SparseNormal,
+    SparseVD_ELBO,
+    Supervised,
+    bayesianize,
+    init_to_weights,
+    local_reparam_gap,
+    sparsify,
+)
+from pyro_sparsevd.dependence import is_factorised
+from pyro_sparsevd.distributions import kl_normal_log_uniform
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError
 from pyro_sparsevd.local_reparam import local_reparam
 from pyro_sparsevd.records import log_prob
@@ -1592,3 +1615,377 @@ def test_between_plates_any_size_is_fine_as_elsewhere_in_pyro(device):
     guide, x = AutoNormal(model), torch.ones(4, 3, device=device)
     assert math.isfinite(Trace_ELBO().loss(model, guide, x))
     assert math.isfinite(SparseVD_ELBO().loss(model, guide, x))
+
+
+# Where the closed form is the wrong one, or another than it seems.
+
+
+def _against_the_order(prior_of_y: Callable = lambda x: dist.Normal(x, 1.0)) -> tuple[Callable, Callable]:
+    """A model x, y, obs with the exact posterior as its guide, which samples y first."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        y = pyro.sample("y", prior_of_y(x))
+        pyro.sample("obs", dist.Normal(y, 1.0), obs=torch.ones((), dtype=F64))
+
+    def guide():
+        y = pyro.sample("y", dist.Normal(torch.tensor(2 / 3, dtype=F64), (2 / 3) ** 0.5))
+        pyro.sample("x", dist.Normal(y / 2, 0.5**0.5))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("kl", ["approximate", "exact", "monte_carlo"])
+def test_a_guide_against_the_order_of_the_model_has_the_loss_of_trace_elbo(kl):
+    model, guide = _against_the_order()
+    losses = torch.tensor([SparseVD_ELBO(kl).loss(model, guide) for _ in range(2_000)], dtype=F64)
+    evidence = -dist.Normal(torch.zeros((), dtype=F64), 3**0.5).log_prob(torch.ones((), dtype=F64))
+    assert abs(losses.mean() - evidence) < SIGMAS * losses.std() / len(losses) ** 0.5 + 1e-12
+
+
+def test_a_factorised_guide_keeps_its_closed_forms_in_any_order():
+    zero = torch.zeros((), dtype=F64)
+
+    def model():
+        x = pyro.sample("x", dist.Normal(zero, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0))
+
+    guide = AutoGuideList(model)
+    guide.append(AutoSparseNormal(poutine.block(model, hide=["x"]), init_log_variance=-1.0))
+    guide.append(AutoNormal(poutine.block(model, hide=["y"])))
+    guide()
+    with poutine.trace() as trace:
+        guide()
+    assert list(trace.trace.stochastic_nodes) == ["y", "x_unconstrained", "x"]
+    values = {SparseVD_ELBO().loss(poutine.condition(model, {"x": zero}), guide.__getattr__("0")) for _ in range(5)}
+    assert len(values) == 1
+    assert is_factorised(guide)
+    assert is_factorised(poutine.mask(guide.__getattr__("0").sparsified(sparsify(guide.__getattr__("0"))), True))
+    guide.append(lambda: {})
+    assert not is_factorised(guide)
+
+
+class _OfTheOutput(nn.Module):
+    """A guide in which a later latent depends on the output of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.full((1, 2), 0.3, dtype=F64))
+
+    def forward(self) -> None:
+        w = pyro.sample("w", SparseNormal(self.loc, -1.0).to_event(2))
+        u = F.linear(torch.ones(1, 2, dtype=F64), w).sum()
+        pyro.sample("u", dist.Normal(u, 0.5))
+
+
+def test_a_weight_against_the_order_is_sampled():
+    def model():
+        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        pyro.sample("w", dist.Normal(u * torch.ones(1, 2, dtype=F64), 1.0).to_event(2))
+
+    guide, elbo = _OfTheOutput(), SparseVD_ELBO()
+    losses, expected = (
+        torch.tensor([e.loss(model, guide) for _ in range(4_000)], dtype=F64) for e in (elbo, Trace_ELBO())
+    )
+    error = (losses.var() / len(losses) + expected.var() / len(expected)).sqrt()
+    assert abs(losses.mean() - expected.mean()) < SIGMAS * error
+
+
+@pytest.mark.parametrize("kl", ["approximate", "exact"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda q: dist.TransformedDistribution(q.to_event(1), []),
+        lambda q: dist.TransformedDistribution(q, [IndependentTransform(ComposeTransform([]), 1)]),
+        lambda q: dist.TransformedDistribution(dist.Normal(q.loc * 0, 1.0), AffineTransform(q.loc, -q.scale)).to_event(
+            1
+        ),
+        lambda q: dist.TransformedDistribution(
+            dist.Normal(q.loc / 2, q.scale / 2).to_event(1), [AffineTransform(0.0, 2.0), ComposeTransform([])]
+        ),
+    ],
+    ids=["nothing", "identity", "location and scale", "both"],
+)
+def test_a_gaussian_by_transforms_has_the_closed_form(make, kl):
+    q = SparseNormal(torch.tensor([0.3, -2.0, 0.0], dtype=F64), torch.tensor([-1.0, 0.5, -3.0], dtype=F64))
+    losses = {
+        SparseVD_ELBO(kl).loss(
+            lambda: pyro.sample("w", LogUniform().expand([3]).to_event(1)), lambda: pyro.sample("w", make(q))
+        )
+        for _ in range(3)
+    }
+    expected = kl_normal_log_uniform(q, LogUniform(), kl).sum().item()
+    assert all(abs(loss - expected) < 1e-10 for loss in losses)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoNormalMessenger])
+@pytest.mark.parametrize("prior", [LogUniform(), LogUniform(1e-3, 10.0), dist.Normal(0.0, 2.0)], ids=repr)
+def test_pyros_own_normal_guides_have_the_closed_form(make, prior):
+    def model():
+        pyro.sample("w", prior.expand([3]).to_event(1))
+
+    guide = make(model, init_loc_fn=init_to_value(values={"w": torch.tensor([0.3, -2.0, 0.1])}), init_scale=0.2)
+    guide()
+    q = dist.Normal(torch.tensor([0.3, -2.0, 0.1]), 0.2)
+    expected = torch.distributions.kl_divergence(q, prior.expand([3])).sum().item()
+    elbo = SparseVD_ELBO("exact")
+    for _ in range(3):
+        assert elbo.loss(model, guide) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_density_that_a_delta_adds_to_its_value_counts():
+    zero = torch.zeros((), dtype=F64)
+
+    def guide():
+        u = pyro.sample("u", dist.Normal(zero + 0.3, 0.5), infer={"is_auxiliary": True})
+        pyro.sample("w", dist.Delta(u, log_density=zero + 0.7))
+
+    loss = SparseVD_ELBO().loss(lambda: pyro.sample("w", dist.Normal(zero, 1.0)), guide)
+    expected = torch.distributions.kl_divergence(dist.Normal(zero + 0.3, 0.5), dist.Normal(zero, 1.0)) + 0.7
+    assert loss == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_a_divergence_from_the_improper_prior_that_has_to_be_sampled_is_one_warning_with_the_site():
+    def model():
+        for name in "vw":
+            pyro.sample(name, LogUniform().expand([3]).to_event(1))
+
+    guide, elbo = AutoMultivariateNormal(model, init_loc_fn=init_to_weights), SparseVD_ELBO()
+    with pytest.warns(ImproperPriorWarning, match=r"no closed form of the divergence") as found:
+        elbo.loss(model, guide)
+    assert [str(w.message)[0] for w in found] == ["v", "w"]
+    elbo.loss(model, guide)  # a warning would be an error
+    SparseVD_ELBO("monte_carlo").loss(model, guide)  # which asks for it
+
+
+@pytest.mark.parametrize("where", ["prior", "prior, before to_event", "both", "handler"])
+@pytest.mark.parametrize("mask", [False, True, torch.tensor([True, False, True])], ids=str)
+@pytest.mark.parametrize("prior", [LogUniform(), dist.Normal(0.0, 1.0)], ids=repr)
+def test_masks_leave_the_closed_form_and_its_mean(prior, mask, where):
+    q = SparseNormal(torch.tensor([0.5, -1.0, 0.1], dtype=F64), torch.tensor([-1.0, 0.0, -2.0], dtype=F64))
+    p = prior.expand([3])
+    kl, entropy = torch.distributions.kl_divergence(q, p), q.entropy()
+    counted = torch.as_tensor(mask).expand(3).double()
+
+    def sampled(masked, fn):
+        if masked and where == "prior, before to_event":
+            pyro.sample("w", fn.mask(mask).to_event(1))
+        elif masked and where in ("prior", "both"):
+            with pyro.plate("plate", 3):
+                pyro.sample("w", fn.mask(mask))
+        elif where in ("prior", "both", "handler"):
+            with pyro.plate("plate", 3), poutine.mask(mask=mask if where == "handler" else True):
+                pyro.sample("w", fn)
+        else:
+            pyro.sample("w", fn.to_event(1))
+
+    both = where in ("both", "handler")
+    expected = (counted * kl).sum() + (0.0 if both else ((counted - 1) * entropy).sum())
+    loss = SparseVD_ELBO("exact").loss(lambda: sampled(True, p), lambda: sampled(both, q))
+    assert loss == pytest.approx(float(expected), abs=1e-10)
+    sampling = SparseVD_ELBO("monte_carlo")
+    losses = [sampling.loss(lambda: sampled(True, p), lambda: sampled(both, q)) for _ in range(400)]
+    assert abs(np.mean(losses) - float(expected)) <= SIGMAS * np.std(losses) / 20 + 1e-10
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.0, 1.0), LogUniform()], ids=repr)
+def test_a_sampled_divergence_takes_both_densities_at_one_sample(prior, device):
+    model, guide = _pair(device, log_variance=0.0, prior=prior)
+    with torch.no_grad():
+        for q in guide.posteriors.values():
+            q.loc.zero_()
+    guide(*_data(device))
+    spread = []
+    for is_local in (True, False):
+        elbo = SparseVD_ELBO("monte_carlo", local_reparam=is_local)
+        kls = [(elbo.loss(model, guide, *_data(device)), elbo.terms["kl"].item())[1] for _ in range(300)]
+        spread.append(np.std(kls))
+    assert spread[0] <= 1.2 * spread[1] + 1e-12  # 0 against 0 where posterior and prior are the same
+
+
+def test_the_variance_of_a_pooled_prior_is_that_of_the_weights_that_are_kept(device):
+    model = Supervised(bayesianize(nn.Linear(50, 1, bias=False).to(device).double(), EmpiricalNormal(())), _normal, 9)
+    guide = AutoSparseNormal(model, init_log_variance=-4.0)
+    loc = torch.where(torch.arange(50, device=device) < 5, 2.0, 1e-3).double()
+    with torch.no_grad():
+        guide.posteriors["weight"].loc.copy_(loc)
+    x, y = torch.randn(9, 50, dtype=F64, device=device), torch.randn(9, dtype=F64, device=device)
+    guide(x, y)
+    sparse, elbo = guide.sparsified(sparsify(guide, {"weight": 0.0})), SparseVD_ELBO()
+    elbo(model, sparse)(x, y).backward()
+    q = guide.posteriors["weight"]
+    second = (q.loc**2 + q.variance)[0, :5]
+    _assert_close(elbo.terms["kl"], (0.5 * (second.mean().log() - q.log_variance[0, :5])).sum().detach(), 1e-9)
+    gradients = [p.grad for p in sparse.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoSparseNormal])
+def test_a_plate_without_a_size_takes_data_of_any(make):
+    data = torch.randn(17, dtype=F64)
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        with pyro.plate("plate"):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=data)
+
+    guide = make(model)
+    guide()
+    loss, expected = (_seeded(elbo.loss, model, guide) for elbo in (SparseVD_ELBO("monte_carlo"), Trace_ELBO()))
+    assert loss == pytest.approx(expected, abs=1e-10)
+    with pytest.raises(ValueError, match=r"^y: expected a value of shape \(\)"):
+        SparseVD_ELBO().loss(
+            lambda: pyro.sample("y", dist.Normal(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0), obs=data), guide
+        )
+
+
+def test_an_auxiliary_site_that_is_not_reparameterised_is_refused():
+    def guide():
+        pyro.sample("a", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
+
+    with pytest.raises(
+        ValueError, match=r"^a: expected a reparameterised auxiliary site, but Bernoulli has no rsample"
+    ):
+        SparseVD_ELBO().loss(lambda: None, guide)
+
+
+# Parameters that nobody trains.
+
+
+def _function_of_a_network(device: torch.device) -> tuple[Callable, AutoSparseNormal]:
+    network = bayesianize(_network(device))
+
+    def model(x, y):
+        scale = pyro.param("scale", torch.ones((), dtype=F64, device=device), dist.constraints.positive)
+        output = network(x).squeeze(-1)
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            pyro.sample("y", dist.Normal(output, scale), obs=y)
+
+    return model, AutoSparseNormal(model)
+
+
+def test_parameters_that_a_loss_module_lacks_are_one_warning_that_names_them(device):
+    model, guide = _function_of_a_network(device)
+    loss = SparseVD_ELBO()(model, guide)
+    with pytest.warns(UserWarning, match=r"the loss depends on these") as found:
+        loss(*_data(device))
+    loss(*_data(device))  # a warning would be an error
+    message = str(found[0].message)
+    assert set(message.split(":")[0].split(", ")) == {"0.bias", "2.bias", "scale"}
+    assert "torch module" in message
+
+
+def test_svi_trains_them_without_a_warning(device):
+    model, guide = _function_of_a_network(device)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), SparseVD_ELBO())
+    svi.step(*_data(device))
+    before = _store()
+    svi.step(*_data(device))
+    assert all(not torch.equal(value, before[name]) for name, value in _store().items())
+
+
+def test_a_plain_network_that_svi_does_not_see_is_one_warning(device):
+    plain = _network(device)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=F64, device=device), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * plain(x).squeeze(-1), 1.0), obs=y)
+
+    svi = SVI(model, AutoSparseNormal(model), pyro.optim.Adam({"lr": 0.1}), SparseVD_ELBO())
+    with pytest.warns(UserWarning, match=r"^one of shape .* one of shape \(3, 4\): the loss .*pyro\.module"):
+        svi.step(*_data(device))
+    svi.step(*_data(device))  # a warning would be an error
+
+
+# Sites whose weights are sampled.
+
+
+@pytest.mark.parametrize("exclude", ["0.*", ["0.weight"], ("2.nothing*", "0.weight")])
+def test_excluded_sites_are_sampled_and_all_others_local(exclude, device):
+    model, guide = _pair(device)
+    elbo = SparseVD_ELBO(exclude=exclude)
+    if "2.nothing*" in exclude:
+        with pytest.raises(ValueError, match=r"^exclude: .* of 0\.weight, 2\.weight, but got '2\.nothing\*'"):
+            elbo.loss(model, guide, *_data(device))
+        return
+    for own in (elbo, copy.deepcopy(elbo), pickle.loads(pickle.dumps(elbo))):
+        found = _seeded(own.loss, model, guide, *_data(device))
+        by_handler = local_reparam(guide, exclude={"0.weight"})
+        assert found == _seeded(SparseVD_ELBO(local_reparam=False).loss, model, by_handler, *_data(device))
+
+
+def test_an_exclude_of_other_things_than_names_is_refused():
+    with pytest.raises(TypeError, match=r"^exclude: expected names or globs of sites, but got <class"):
+        SparseVD_ELBO(exclude=[nn.Linear])
+
+
+def test_a_layer_whose_rows_mix_has_a_gap_and_others_none(device):
+    mixing = torch.full((NUM_DATA, NUM_DATA), 1 / NUM_DATA, dtype=F64, device=device)
+    for is_graph in (True, False):
+        net = nn.Linear(4, 1, bias=False).to(device).double()
+        nn.init.zeros_(net.weight)
+        model = Supervised(bayesianize(net), lambda out, mixed=is_graph: _normal(mixing @ out if mixed else out), 20)
+        guide, data = AutoSparseNormal(model, init_log_variance=0.0), _data(device, NUM_DATA)
+        data = (data[0].abs(), data[1])
+        guide(*data)
+        gap = local_reparam_gap(SparseVD_ELBO(), model, guide, *data, num_passes=200)
+        assert (gap.sigmas < -SIGMAS) == is_graph
+        assert is_graph or abs(gap.sigmas) < SIGMAS
+    with pytest.raises(ValueError, match=r"^num_passes: expected at least 2"):
+        local_reparam_gap(SparseVD_ELBO(), model, guide, *data, num_passes=1)
+
+
+# Devices.
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+@pytest.mark.parametrize("used_before", [True, False])
+@pytest.mark.parametrize("position", [0, 1])
+def test_an_argument_on_another_device_is_named(position, used_before, check_finite, device):
+    model, guide = _pair(device)
+    loss = SparseVD_ELBO(check_finite=check_finite)(model, guide)
+    data = list(_data(device))
+    if used_before:
+        loss(*data)
+    data[position] = data[position].to("meta")
+    with pytest.raises(ValueError, match=rf"^{'xy'[position]}: expected a tensor on {device}.*, but it is on meta"):
+        loss(*data)
+
+
+def test_an_error_of_another_kind_does_not_blame_the_device(device):
+    class Moving(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("mine")
+
+    model = Supervised(bayesianize(Moving(4, 1)), _normal, NUM_DATA)
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        SparseVD_ELBO(check_finite=False).loss(model, AutoSparseNormal(model), *(t.to("meta") for t in _data(device)))
+
+
+class _Waits(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) in ("aten._local_scalar_dense.default", "aten.equal.default", "aten.is_nonzero.default")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+@pytest.mark.parametrize("svi", [True, False])
+def test_a_step_waits_for_the_device_once_at_most(svi, check_finite, device):
+    with pyro.validation_enabled(False):
+        model, guide = _pair(device)
+        elbo = SparseVD_ELBO(check_finite=check_finite)
+        step = partial(elbo.loss_and_grads, model, guide) if svi else elbo(model, guide)
+        step(*_data(device))
+        with _Waits() as waits:
+            step(*_data(device))
+    assert waits.count == (1 if svi or check_finite else 0)
+
+
+def test_a_sum_that_overflows_of_finite_data_is_no_error(device):
+    model, guide = _pair(device, likelihood=lambda output: dist.Normal(output.squeeze(-1).tanh(), 1.0))
+    x, y = _data(device)
+    x = torch.full_like(x, 1e308)
+    assert math.isfinite(SparseVD_ELBO().loss(model, guide, x, y))
