@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
 from .latents import unchanged_buffers_on_error
-from .lazy_weight import RepeatedUseError
 from .local_reparam import LocalReparamMessenger
+from .plain import random_state
 from .records import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
 from .workspace import Workspace
@@ -87,7 +87,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.local_reparam = local_reparam
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
-        self._drawn_sites: set[str] = set()
+        self._sampled_sites: set[str] = set()
+        self._newly_sampled: set[str] = set()
         self._workspace = Workspace()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,9 +166,14 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return loss.item()
 
     def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss and its two terms; starts again where a weight turns out to be used more than once."""
+        """Returns the loss and its two terms; starts again where a weight is used otherwise than by one local form.
+
+        All such weights of a pass are found at once. From then on they are sampled at their sites, so that random
+        numbers are the same for a layer that is computed again in the backward pass, and for a run that is resumed.
+        """
         while True:
-            random_state = torch.get_rng_state()
+            self._newly_sampled = set()
+            restore_random_state = random_state(model)
             try:
                 with unchanged_buffers_on_error(model):
                     particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
@@ -179,19 +185,21 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                             + _sites_not_finite(particles)
                         )
                     return loss, nll, kl
-            except RepeatedUseError as repeated:
-                if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
-                    raise
-                self._drawn_sites.add(repeated.site)
-                torch.set_rng_state(random_state)  # a run that is resumed, and finds this out again, is the same
+            except _StartAgain:
+                self._sampled_sites |= self._newly_sampled
+                restore_random_state()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         self._workspace.start_step()
-        reparam = LocalReparamMessenger(self._drawn_sites, self._workspace) if self.local_reparam else None
+        reparam = None
+        if self.local_reparam:
+            reparam = LocalReparamMessenger(self._sampled_sites, self._workspace, self._newly_sampled)
         with SampleSites(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
+        if self._newly_sampled:
+            raise _StartAgain
         return scored(model_sites.found), scored(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Terms, Terms]:
@@ -216,6 +224,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             check_plates(name, guide_sites[name])
             of_latents.append((name, log_prob(guide_sites[name])))
         return nlls, of_latents
+
+
+class _StartAgain(Exception):  # noqa: N818 # no error: it undoes what the pass did to buffers
+    pass
 
 
 def _sum(terms: Terms) -> Tensor:

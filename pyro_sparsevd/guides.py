@@ -215,7 +215,7 @@ class AutoSparseNormal(GaussianParameters):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)
         try:
-            with unchanged_buffers(self._model and self._model[0]), same_random_numbers():
+            with unchanged_buffers(self._model and self._model[0]), same_random_numbers(self._model and self._model[0]):
                 super()._setup_prototype(*args, **kwargs)
                 self._set_up_sites()
         except Exception:

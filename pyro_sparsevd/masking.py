@@ -108,14 +108,10 @@ class KeptNormal(SparseNormal):
         super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
         self.kept = kept
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws the weights that are kept; the others are 0."""
-        return super().rsample(torch.Size(sample_shape)) * self.kept
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws likewise, without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation, 0 for weights that are held at zero."""
+        return super().scale * self.kept
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "KeptNormal":
         """Returns this distribution with its batch shape expanded."""
