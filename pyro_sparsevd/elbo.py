@@ -11,7 +11,10 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
+from .dependence import against_the_order, is_factorised
+from .gaussians import with_auxiliary_sites_exchanged
 from .latents import unchanged_buffers_on_error
+from .lazy_weight import LazyWeight, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
 from .plain import random_state
 from .records import SampleSites, Sites, log_prob, scored
@@ -89,6 +92,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.terms: dict[str, Tensor] = {}
         self._sampled_sites: set[str] = set()
         self._newly_sampled: set[str] = set()
+        self._warned_sites: set[str] = set()
         self._workspace = Workspace()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +180,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             restore_random_state = random_state(model)
             try:
                 with unchanged_buffers_on_error(model):
-                    particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
+                    factorised = is_factorised(guide)
+                    traces = self._get_traces(model, guide, args, kwargs)
+                    particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
                     nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
                     loss = nll + self.kl_weight * kl
                     if self.check_finite and not math.isfinite(loss.detach()):
@@ -202,8 +208,16 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise _StartAgain
         return scored(model_sites.found), scored(guide_sites.found)
 
-    def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Terms, Terms]:
+    def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
+        guide_sites = with_auxiliary_sites_exchanged(guide_sites)
+        joint = [] if factorised else against_the_order(model_sites, guide_sites)
+        unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
+        if unsampled:  # what was made of them has samples of its own
+            if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
+                raise RepeatedUseError(min(unsampled))
+            self._newly_sampled |= unsampled
+            raise _StartAgain
         nlls: Terms = []
         latents = []
         for name, site in model_sites.items():
@@ -218,7 +232,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 )
             check_latent(name, guide_sites[name], site)
             latents.append((name, guide_sites[name], site))
-        of_latents = divergences(latents, self.kl)
+        of_latents = divergences(latents, self.kl, joint, self._warned_sites)
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
             check_plates(name, guide_sites[name])

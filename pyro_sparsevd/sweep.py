@@ -123,7 +123,7 @@ def _evaluate(
             mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
             if isinstance(fn, dist.MaskedDistribution):
                 fn, mask = fn.base_dist, mask & torch.as_tensor(fn._mask, device=value.device)
-            log_prob = density(site["name"], fn, value).double()
+            log_prob = density(site["name"], fn, value, site["cond_indep_stack"]).double()
             mask = mask.expand_as(log_prob)
             error += float(_errors(fn, value)[mask].sum())
             nll -= float(log_prob[mask].sum())
