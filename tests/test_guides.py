@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -170,12 +171,37 @@ def test_initial_means_own_their_memory(device):
 
 @pytest.mark.parametrize("log_variance", [-10.0, -3.0, 0.0])
 @pytest.mark.parametrize("make", CASES)
-def test_initial_log_variance_is_the_one_given(make, log_variance, device):
+def test_initial_variances_are_those_given_for_sparse_and_for_other_sites(make, log_variance, device):
     case = make(device)
-    guide = AutoSparseNormal(case.model, init_log_variance=log_variance)
+    guide = AutoSparseNormal(case.model, init_log_variance=log_variance, init_scale=0.5)
     guide(*case.data)
-    assert guide.posteriors.keys() == set(case.sites)
-    assert all((q.log_variance == log_variance).all() for q in guide.posteriors.values())
+    expected = {name: log_variance if name in case.sparse else 2 * math.log(0.5) for name in case.sites}
+    assert {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "prior", [dist.Normal(0.0, 1.0), svd.fan_in_normal(), svd.EmpiricalNormal(()), svd.scale_mixture()]
+)
+def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
+    bnn = bayesianize(nn.Linear(4, 3), prior)
+    ours, of_pyro = AutoSparseNormal(bnn), AutoNormal(bnn)
+    of_pyro(torch.zeros(1, 4))
+    torch.testing.assert_close(ours.posteriors["weight"].scale, of_pyro.scales.weight)
+
+
+@pytest.mark.parametrize("prior", [svd.horseshoe(), svd.group_normal_jeffreys()], ids=["horseshoe", "groups"])
+def test_scales_that_are_latents_start_as_those_of_auto_normal_and_their_weights_sparse(prior):
+    guide = AutoSparseNormal(bayesianize(nn.Linear(4, 3), prior))
+    starts = {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()}
+    assert starts.pop("weight") == -10
+    assert all(start == pytest.approx(2 * math.log(0.1)) for start in starts.values())
+    assert starts
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    with pytest.raises(ValueError, match=r"init_scale: expected a number from exp\(-40\) to exp\(40\), but got"):
+        AutoSparseNormal(lambda: None, init_scale=scale)
 
 
 @pytest.mark.parametrize("log_variance", [float("nan"), float("inf"), -float("inf"), 81.0, -104.0])
