@@ -213,7 +213,7 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # after an error, too: what the store holds by then is this guide's
-            mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
+            mark_as_taken(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)

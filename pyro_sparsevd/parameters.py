@@ -161,6 +161,12 @@ class GaussianParameters(AutoGuide):
         loc, spread = locs._parameters[attribute], spreads._parameters[attribute]
         return loc, self._log_variance(loc, spread)
 
+    def _stored(self) -> dict[str, Tensor]:
+        """Returns the parameters by the names that Pyro's store has for them, below the guide's."""
+        kinds = [(f"{kind}.", self._modules[kind]) for kind in ("locs", _SPREADS[self.parameterization])]
+        leaves = ((start + name, *_leaf(module, name)) for start, module in kinds for name in self._sites)
+        return {key: module._parameters[f"{attribute}_unconstrained"] for key, module, attribute in leaves}
+
     def _log_variance(self, loc: Tensor, spread: Tensor) -> Tensor:
         return spread if self.parameterization == "additive" else spread + _log_squares(loc)
 
