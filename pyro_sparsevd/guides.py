@@ -2,6 +2,7 @@
 
 __all__ = ["AutoSparseNormal"]
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -54,14 +55,15 @@ class AutoSparseNormal(GaussianParameters):
     Args:
         model: A Pyro model.
         init_loc_fn: The initial value of each latent, as for Pyro's own guides.
-        init_log_variance: The initial log σ² in unconstrained space; small is part of the method. About -8 suits a
-            trained network.
+        init_log_variance: The initial log σ² of sites with a sparse prior, where small is part of the method. About
+            -8 suits a trained network.
+        init_scale: The initial σ of all other sites, in unconstrained space, as for ``AutoNormal``.
         create_plates: As for ``AutoNormal``: returns the plates to use, given the arguments of the model.
         parameterization: ``"additive"``, w = θ + σε, or, to compare, ``"multiplicative"``, w = θ(1 + √α ε), whose
             parameters are ``locs`` and ``log_alphas`` and whose gradient in θ is noisier.
 
     Raises:
-        ValueError: If ``parameterization`` is neither of the two ``init_log_variance`` not between -80 and 80, or an
+        ValueError: If ``parameterization`` is neither of the two, an initial log σ² not between -80 and 80, or an
             initial value of another shape than its site, or, when first called, if the model has a discrete latent.
 
     Example:
@@ -77,10 +79,11 @@ class AutoSparseNormal(GaussianParameters):
         *,
         init_loc_fn: Callable = init_to_weights,
         init_log_variance: float = -10.0,
+        init_scale: float = 0.1,
         create_plates: Callable | None = None,
         parameterization: Parameterization = "additive",
     ) -> None:
-        super().__init__(model, init_log_variance, create_plates, parameterization)
+        super().__init__(model, init_log_variance, init_scale, create_plates, parameterization)
         self.init_loc_fn = init_loc_fn
         others = model.parameters() if isinstance(model, nn.Module) else ()
         self._num_model_parameters = sum(p.numel() for p in others)
@@ -210,7 +213,7 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # after an error, too: what the store holds by then is this guide's
-            mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
+            mark_as_taken(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)
@@ -267,9 +270,10 @@ class AutoSparseNormal(GaussianParameters):
             full_size = frame.full_size or frame.size
             if full_size != frame.size:
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        self._set_parameters(name, loc, event_dim)
         plates = tuple(frame.name for frame in frames if frame.vectorized)
-        self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior))
+        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior))
+        log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
+        self._set_parameters(name, loc, event_dim, log_variance)
 
     def _known_sites(self) -> dict[str, Latent]:
         if not self._sites:

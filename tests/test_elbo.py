@@ -91,7 +91,7 @@ def test_a_log_normal_latent_with_posterior_one_one_costs_one_half(kl, device):
     def model():
         pyro.sample("x", dist.LogNormal(zero, 1.0))
 
-    guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"x": zero.add(1).exp()}), init_log_variance=0.0)
+    guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"x": zero.add(1).exp()}), init_scale=1.0)
     _assert_close(_loss(SparseVD_ELBO(kl), model, guide), zero + 0.5, 1e-14)
 
 
