@@ -1660,8 +1660,8 @@ def test_a_median_starts_a_markov_chain(make):
     assert chain.get_samples()["w"].shape == (5, 3)
 
 
-# torch.jit, which torch deprecates but Pyro's JitTrace_ELBO uses, traces a guide, and what predicts with it, into a file
-# that needs no Pyro.
+# torch.jit, which torch deprecates and Pyro's JitTrace_ELBO uses, traces a guide, and what predicts with it, into a
+# file that needs no Pyro.
 
 traces_with_jit = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore:`torch.jit", "ignore:The .grad attribute:UserWarning"
