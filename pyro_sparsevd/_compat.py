@@ -1,8 +1,36 @@
-"""Every private name of torch and Pyro that the package uses, and why; all were seen in torch 2.13.0 and Pyro 1.9.2."""
+"""What is used of torch and Pyro that they call private, all in one place.
 
-__all__ = ["in_backward_pass", "in_function_transform", "without_torch_function"]
+Each says why no public name serves. All were seen in torch 2.13.0 and Pyro 1.9.2; without one, the import or the call fails.
+"""
+
+__all__ = ["in_backward_pass", "in_function_transform", "not_compiled", "without_torch_function"]
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Hides a function from ``torch.compile``, without loading the compiler.
+
+    ``torch.compiler.disable`` loads it when it is applied, ``torch._disable_dynamo`` (torch 2.6 to 2.15) with the first
+    call: 0.9 s, an environment variable and a filter of warnings. Nothing is compiled before somebody loads it. Without
+    that name, the import of this package fails.
+    """
+    hidden = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return (hidden if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return call
+
 
 # torch's notes on extending it use this name; there is no public one.
 without_torch_function = torch._C.DisableTorchFunctionSubclass

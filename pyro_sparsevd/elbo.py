@@ -10,6 +10,7 @@ import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
+from ._compat import not_compiled
 from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
@@ -112,9 +113,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
-    # No compiler knows weights that are not drawn. This is torch.compiler.disable, which would import the compiler with
-    # this module.
-    @torch._disable_dynamo
+    @not_compiled  # for no compiler knows weights that are not drawn
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
