@@ -68,7 +68,7 @@ def threshold_grid(guide: AutoSparseNormal) -> list[float]:
 def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> float:
     """Returns the smallest threshold at which a smooth curve through noisy likelihoods is close to its minimum.
 
-    The curve is a quadratic in the threshold, by least squares (through all points where there are three or fewer).
+    The curve is a quadratic in the threshold, by least squares, or a line where the quadratic would bend downwards.
     The best of several noisy likelihoods is the best in part by luck; the curve has less of that. The tolerance says
     how much likelihood to give for compression. Thresholds whose likelihood is infinite or NaN are left out, of the
     curve and of the choice.
@@ -97,8 +97,11 @@ def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> 
     finite = {threshold: nlls[threshold] for threshold in sorted(nlls) if math.isfinite(nlls[threshold])}
     if not finite:
         raise ValueError(f"thresholds: expected one with a finite negative log likelihood, but got {dict(nlls)}")
-    quadratic = np.polyfit(list(finite), list(finite.values()), min(2, len(finite) - 1))
-    curve = dict(zip(finite, np.polyval(quadratic, list(finite)), strict=True))
+    points = list(finite), list(finite.values())
+    coefficients = np.polyfit(*points, min(2, len(finite) - 1))
+    if len(coefficients) == 3 and coefficients[0] < 0:
+        coefficients = np.polyfit(*points, 1)
+    curve = dict(zip(finite, np.polyval(coefficients, points[0]), strict=True))
     lowest = min(curve.values())
     chosen = next(t for t, nll in curve.items() if nll <= lowest + tolerance * abs(lowest))
     if len(nlls) > 1 and chosen in (min(nlls), max(nlls)):

@@ -51,7 +51,7 @@ def test_the_order_of_the_thresholds_does_not_matter():
         ({0.0: 0.30, 1.0: 0.20, 2.0: 0.10}, 2.0, "largest"),
         ({0.0: 0.10, 1.0: 0.20, 2.0: 0.30}, 0.0, "smallest"),
         ({0.0: 0.100, 1.0: 0.104}, 0.0, "smallest"),  # a line
-        ({0.0: 0.30, 1.0: 0.35, 2.0: 0.20}, 2.0, "largest"),  # a curve that is concave has its minimum at an end
+        ({0.0: 0.20, 1.0: 0.35, 2.0: 0.19}, 0.0, "smallest"),  # no quadratic, which would bend downwards, but a line
         ({0.0: 2.3, 0.5: 2.3, 1.0: 0.9, 1.5: 0.1, 2.0: 0.05, 3.0: 0.05}, 3.0, "largest"),
     ],
 )

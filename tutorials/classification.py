@@ -60,8 +60,8 @@ def add_options(
     options.add_argument(
         "--threshold",
         type=finite,
-        help="log alpha above which weights are dropped (default: the smallest of several at which a smooth curve through "
-        "the held-out likelihoods of the fine-tuned networks is close to its best)",
+        help="log alpha above which weights are dropped (default: the smallest of several at which a smooth curve "
+        "through the held-out likelihoods of the fine-tuned networks is close to its best)",
     )
     options.add_argument(
         "--threshold-tolerance",
