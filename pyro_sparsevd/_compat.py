@@ -1,6 +1,7 @@
 """What is used of torch and Pyro that they call private, all in one place.
 
-Each says why no public name serves. All were seen in torch 2.13.0 and Pyro 1.9.2; without one, the import or the call fails.
+Each says why no public name serves. All were seen in torch 2.13.0 and Pyro 1.9.2; without one, the import or the call
+fails.
 """
 
 __all__ = ["in_backward_pass", "in_function_transform", "not_compiled", "without_torch_function"]
