@@ -201,6 +201,11 @@ class SparseNormal(dist.Normal):
         return (0.5 * self.log_variance).exp()
 
     @property
+    def noise_scale(self) -> Tensor:
+        """The factor of the standard normal noise in a sample: the standard deviation."""
+        return self.scale
+
+    @property
     def variance(self) -> Tensor:
         """The variance σ²."""
         return self.log_variance.exp()

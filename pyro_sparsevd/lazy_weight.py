@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import divergence
 from ._compat import in_backward_pass, in_function_transform, without_torch_function
-from .distributions import log_variance_of
+from .distributions import SparseNormal, log_variance_of
 from .geometry import pad_same, per_dim
 from .kernels import KERNELS
 from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
@@ -178,7 +178,8 @@ class _Noise:
         mode = torch.inference_mode(self.is_inference)
         with mode if torch.is_inference_mode_enabled() != self.is_inference else nullcontext(), torch.no_grad():
             self.eps = torch.empty(loc.shape, dtype=loc.dtype, device=loc.device).normal_()
-            self.sample = loc.detach() + self.eps * self.base_dist.scale.detach()
+            q = self.base_dist
+            self.sample = loc.detach() + self.eps * (q.noise_scale if isinstance(q, SparseNormal) else q.scale).detach()
 
 
 class _Sampling(torch.autograd.Function):

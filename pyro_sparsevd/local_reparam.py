@@ -30,7 +30,7 @@ from pyro.poutine.messenger import Messenger
 from torch.distributions import Normal
 
 from ._compat import in_function_transform
-from .distributions import unwrap_independent
+from .distributions import SparseNormal, unwrap_independent
 from .lazy_weight import LazyWeight
 from .workspace import Workspace
 
@@ -62,7 +62,7 @@ class LocalReparamMessenger(Messenger):
         if msg["done"] or msg["value"] is not None or msg["name"] in self.exclude or msg["cond_indep_stack"]:
             return
         base: Any = unwrap_independent(fn)
-        is_normal = isinstance(base, Normal) and type(base).rsample is Normal.rsample
+        is_normal = isinstance(base, SparseNormal) or getattr(type(base), "rsample", None) is Normal.rsample
         if is_normal and fn.event_shape and not fn.batch_shape and not in_function_transform():
             msg["value"] = LazyWeight(base, msg["name"], self.workspace, self.sampled)
 

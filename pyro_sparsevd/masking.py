@@ -111,9 +111,18 @@ class KeptNormal(SparseNormal):
         self.kept = kept
 
     @property
-    def scale(self) -> Tensor:
-        """The standard deviation, 0 for weights that are held at zero."""
-        return super().scale * self.kept
+    def noise_scale(self) -> Tensor:
+        """The factor of the noise in a sample, 0 for weights that are held at zero."""
+        return super().noise_scale * self.kept
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Samples the weights that are kept; the others are 0."""
+        return super().rsample(torch.Size(sample_shape)) * self.kept
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Samples likewise, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "KeptNormal":
         """Returns this distribution with its batch shape expanded."""

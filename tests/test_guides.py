@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -958,8 +959,9 @@ def test_the_plates_of_a_guide_without_local_latents_choose_the_data_of_the_mode
     index = torch.tensor([7, 1, 4], device=device)
     guide(index)
     seen.clear()
-    SparseVD_ELBO()(model, guide)(index)
-    assert seen == [[7, 1, 4]]
+    SparseVD_ELBO()(model, guide)(index)  # runs the model again where it samples a weight for the first time
+    assert seen
+    assert all(chosen == [7, 1, 4] for chosen in seen)
 
 
 def test_create_plates_gives_the_subsample_of_the_data(device):
@@ -1683,3 +1685,41 @@ def test_a_guide_after_one_whose_first_pass_failed_starts_at_its_own_weights(out
     model, guide = model_and_guide(network, lambda logits: dist.Categorical(logits=logits))
     svd.SparseVD_ELBO()(model, guide)(x, y)
     assert torch.equal(guide.posteriors["weight"].loc, network.weight)
+
+
+def test_a_plate_whose_subsample_the_model_gives_is_refused_by_name_unless_create_plates_makes_it(device):
+    def model(index):
+        with pyro.plate("groups", 10, subsample=index):
+            pyro.sample("z", dist.Normal(torch.zeros(len(index), device=device), 1.0))
+
+    index = torch.tensor([7, 1, 4], device=device)
+    with pytest.raises(ValueError, match=r"^groups: expected this plate from create_plates, .*subsample="):
+        AutoSparseNormal(model)(index)
+    guide = AutoSparseNormal(model, create_plates=lambda index: pyro.plate("groups", 10, subsample=index))
+    assert guide(index)["z"].shape == (3,)
+
+
+def test_a_plate_without_a_size_takes_that_of_its_latents(device):
+    def model():
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal(torch.zeros(17, device=device), 1.0))
+
+    assert AutoSparseNormal(model)()["z"].shape == (17,)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.full((1, 4), 0.5), torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.float64)]
+)
+def test_initial_values_of_other_types_are_converted_to_that_of_the_weight(value, device):
+    model = svd.bayesianize(nn.Linear(4, 1).to(device))
+    guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"weight": value}))
+    loc = guide.posteriors["weight"].loc
+    assert loc.dtype == torch.float32
+    torch.testing.assert_close(loc, torch.as_tensor(value).float().expand(1, 4).to(device))
+
+
+def test_an_initial_value_that_is_no_number_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"^weight: expected an initial value of shape \(1, 4\), but init_loc_fn gave str"
+    ):
+        AutoSparseNormal(svd.bayesianize(nn.Linear(4, 1)), init_loc_fn=lambda site: "zero")
