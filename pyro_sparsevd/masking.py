@@ -159,7 +159,7 @@ def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
         distribution: Any distribution.
 
     Returns:
-        The distribution, and the mask of the elements of what :func:`unwrap_independent` makes of it.
+        The distribution, and the mask of the elements of what :func:`~.distributions.unwrap_independent` makes of it.
 
     Example:
         >>> unmasked(dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(torch.tensor(False)))
