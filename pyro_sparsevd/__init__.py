@@ -2,6 +2,7 @@
 
 Data walks down this list of modules, and a module imports only from those above it::
 
+    _compat          what is private to torch and Pyro, and used
     kernels          the divergences and their slopes as functions of 1/α: torch only
     fused            the loops over all weights in one pass, where a C compiler was at hand: torch only
     blocks           elementwise work in blocks, with scratch memory that is used again: torch only

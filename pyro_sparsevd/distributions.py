@@ -44,7 +44,7 @@ class LogUniform(dist.TorchDistribution):
     Without bounds it is the improper prior of Sparse Variational Dropout, :math:`p(w) \propto 1 / |w|`, whose
     :meth:`log_prob` is the unnormalised :math:`-\log |w|`. It has no samples; so that tools that run a model only to
     learn its shapes still work, :meth:`rsample` samples from the truncation to 1e-8 ≤ \|w\| ≤ 1, and says so with an
-    :class:`ImproperPriorWarning`, once, where such a sample is used. With bounds it is the proper
+    :class:`~.improper.ImproperPriorWarning`, once, where such a sample is used. With bounds it is the proper
 
     .. math:: p(w) = \frac{1}{2 |w| \log(\mathrm{high} / \mathrm{low})}, \quad \mathrm{low} \le |w| \le \mathrm{high}.
 
@@ -199,6 +199,11 @@ class SparseNormal(dist.Normal):
     def scale(self) -> Tensor:
         """The standard deviation σ."""
         return (0.5 * self.log_variance).exp()
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The factor of the standard normal noise in a sample, which is σ."""
+        return self.scale
 
     @property
     def variance(self) -> Tensor:

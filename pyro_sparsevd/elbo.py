@@ -10,6 +10,7 @@ import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
+from ._compat import not_compiled
 from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
@@ -17,6 +18,7 @@ from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
+from .plain import random_state
 from .records import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
 from .site_names import SiteNames
@@ -97,7 +99,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.local_reparam = local_reparam
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
-        self._drawn_sites = SiteNames(globs=exclude)
+        self._sampled_sites = SiteNames(globs=exclude)
+        self._newly_sampled: set[str] = set()
         self._warned_sites: set[str] = set()
         self._is_checked = False
         self._workspace = Workspace()
@@ -131,9 +134,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
-    # No compiler knows weights that are not drawn. This is torch.compiler.disable, which would import the compiler with
-    # this module.
-    @torch._disable_dynamo
+    @not_compiled  # for no compiler knows weights that are not drawn
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
@@ -186,7 +187,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             loss.backward(retain_graph=self.retain_graph)
         return loss.item() if value is None else value
 
-    @torch._disable_dynamo
+    @not_compiled
     def _loss_and_value(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, float | None]:
         """Returns the loss, and as a number if it was checked."""
         try:
@@ -207,10 +208,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     ) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """Returns the loss, its two terms, and its value where that is checked.
 
-        It starts again where a weight turns out to be used more than once.
+        It starts again where a weight is used otherwise than by one local form. All such weights of a pass are found
+        at once. From then on they are sampled at their sites, so that random numbers are the same for a layer that is
+        computed again in the backward pass, and for a run that is resumed.
         """
         while True:
-            random_state = torch.get_rng_state()
+            self._newly_sampled = set()
+            restore_random_state = random_state(model)
             try:
                 with unchanged_buffers_on_error(model):
                     factorised = is_factorised(guide)
@@ -225,30 +229,35 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                             + _sites_not_finite(particles)
                         )
                     return loss, nll, kl, value
-            except RepeatedUseError as repeated:
-                if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
-                    raise
-                self._drawn_sites.add(repeated.site)
-                torch.set_rng_state(random_state)  # a run that is resumed, and finds this out again, is the same
+            except _StartAgain:
+                self._sampled_sites |= self._newly_sampled
+                restore_random_state()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         self._workspace.start_step()
-        reparam = LocalReparamMessenger(self._drawn_sites, self._workspace) if self.local_reparam else None
+        reparam = None
+        if self.local_reparam:
+            reparam = LocalReparamMessenger(self._sampled_sites, self._workspace, self._newly_sampled)
         with SampleSites(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
         if not self.terms:
-            self._drawn_sites.check(guide_sites.found)
+            self._sampled_sites.check(guide_sites.found)
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
+        if self._newly_sampled:
+            raise _StartAgain
         return scored(model_sites.found), scored(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
         guide_sites = with_auxiliary_sites_exchanged(guide_sites)
         joint = [] if factorised else against_the_order(model_sites, guide_sites)
-        for name in joint:
-            if isinstance(guide_sites[name]["value"], LazyWeight):  # what was made of it has samples of its own
-                raise RepeatedUseError(name)
+        unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
+        if unsampled:  # what was made of them has samples of its own
+            if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
+                raise RepeatedUseError(min(unsampled))
+            self._newly_sampled |= unsampled
+            raise _StartAgain
         nlls: Terms = []
         latents = []
         for name, site in model_sites.items():
@@ -269,6 +278,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             check_plates(name, guide_sites[name])
             of_latents.append((name, log_prob(guide_sites[name])))
         return nlls, of_latents
+
+
+class _StartAgain(Exception):  # noqa: N818 # no error: it undoes what the pass did to buffers
+    pass
 
 
 def _sum(terms: Terms) -> Tensor:

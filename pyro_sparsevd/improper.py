@@ -21,7 +21,7 @@ def warn_of_sample() -> bool:
     """Warns that a sample is of the truncation of the log-uniform prior, if somebody uses it.
 
     Returns:
-        Whether somebody does: not where the model is run to learn shapes, relations or initial values.
+        Whether somebody does, which is not so where the model is run to learn shapes, relations or initial values.
 
     Example:
         >>> from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro
-import torch
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
+
+from ._compat import not_compiled
 
 
 class LossModule(ELBOModule):
@@ -64,7 +65,7 @@ def seen_by_svi() -> list[Tensor] | None:
     return [site["value"].unconstrained() for site in sites] if handlers else None
 
 
-@torch._disable_dynamo
+@not_compiled
 def warn_of_untrained(loss: Tensor, trained: Iterable[Tensor], why: str) -> None:
     """Warns of parameters that a loss depends on and that are not trained, by name.
 

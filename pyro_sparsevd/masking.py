@@ -110,12 +110,17 @@ class KeptNormal(SparseNormal):
         super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
         self.kept = kept
 
+    @property
+    def noise_scale(self) -> Tensor:
+        """The factor of the noise in a sample, 0 for weights that are held at zero."""
+        return super().noise_scale * self.kept
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws the weights that are kept; the others are 0."""
+        """Samples the weights that are kept; the others are 0."""
         return super().rsample(torch.Size(sample_shape)) * self.kept
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws likewise, without a gradient."""
+        """Samples likewise, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -154,7 +159,7 @@ def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
         distribution: Any distribution.
 
     Returns:
-        The distribution, and the mask of the elements of what :func:`unwrap_independent` makes of it.
+        The distribution, and the mask of the elements of what :func:`~.distributions.unwrap_independent` makes of it.
 
     Example:
         >>> unmasked(dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(torch.tensor(False)))

@@ -168,7 +168,7 @@ class Supervised(PyroModule):
                 likelihood differ.
         """
         size = self._batch_size(x, y)
-        with OwnParameters():
+        with OwnParameters(self):
             with self.network._pyro_context:
                 output = self.network(x)
                 self._draw_every_site(self.network)

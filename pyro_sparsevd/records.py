@@ -205,5 +205,4 @@ class _Repeated(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.sites:
-            value = self.sites[msg["name"]]["value"]
-            msg["value"], msg["done"] = value.repeated() if isinstance(value, LazyWeight) else value, True
+            msg["value"], msg["done"] = self.sites[msg["name"]]["value"], True

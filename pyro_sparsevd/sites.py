@@ -1,6 +1,6 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "map_tensors"]
 
 import copy
 from collections.abc import Callable
@@ -11,6 +11,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
+
+from ._compat import in_backward_pass
 
 
 class WeightPrior(dist.Independent):
@@ -172,19 +174,6 @@ class EverySite:
                 module = None if module is None else module._modules.get(part)
             if module is not None and attribute in module.__dict__.get("_pyro_samples", ()):
                 getattr(module, attribute)
-
-
-def in_backward_pass() -> bool:
-    """Tells whether autograd is computing gradients, and what runs is a checkpoint's forward pass once more.
-
-    Returns:
-        Whether it is.
-
-    Example:
-        >>> in_backward_pass()
-        False
-    """
-    return torch._C._current_graph_task_id() != -1
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:

@@ -1194,7 +1194,7 @@ UNFIT = {  # a network, and what is said
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(("make", "message"), UNFIT.values(), ids=UNFIT)
 def test_modules_that_pyro_cannot_make_its_own_are_refused_by_name(make, message):
     with pytest.raises(TypeError, match=message):
