@@ -9,17 +9,17 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.ops.tensor_utils import periodic_repeat
+from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from .distributions import SparseNormal
+from .initialization import Start, init_to_weights, initial_value
 from .latents import (
     Latent,
     attribute_sites,
-    init_to_weights,
     is_target,
     keep_latents,
     simplified,
@@ -31,6 +31,8 @@ from .parameters import GaussianParameters, Parameterization
 from .plain import same_random_numbers
 from .records import sole_recorder
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
+
+_NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 
 
 class AutoSparseNormal(GaussianParameters):
@@ -85,18 +87,21 @@ class AutoSparseNormal(GaussianParameters):
     ) -> None:
         super().__init__(model, init_log_variance, init_scale, create_plates, parameterization)
         self.init_loc_fn = init_loc_fn
-        others = model.parameters() if isinstance(model, nn.Module) else ()
-        self._num_model_parameters = sum(p.numel() for p in others)
+        self._given: set[str] = set()
+        self._other_frames: dict[str, Any] = {}
+        module = unwrap(model)
+        others = module.parameters() if isinstance(module, nn.Module) else ()
+        self.num_model_parameters = sum(p.numel() for p in others)
         for site in attribute_sites(model):
             with torch.no_grad(), helpful_support_errors(site):
-                self._add_site(site["name"], site["fn"], init_loc_fn(site), ())
+                self._add_site(site["name"], site["fn"], initial_value(site, init_loc_fn(site)), ())
 
     @property
     def model(self) -> Callable:
         """The model; a guide that was pickled has none."""
         if self._model is None:
             raise RuntimeError("This guide was unpickled without its model; call a guide once before it is pickled.")
-        return InitMessenger(self._initial_value)(self._model[0])
+        return Start(self._initial_value, self._given)(self._model[0])
 
     @property
     def posteriors(self) -> dict[str, SparseNormal]:
@@ -112,7 +117,7 @@ class AutoSparseNormal(GaussianParameters):
     @property
     def num_parameters(self) -> int:
         """The number of elements of all latents and, if the model is a module, of all its parameters."""
-        return sum(q.loc.numel() for q in self.posteriors.values()) + self._num_model_parameters
+        return sum(q.loc.numel() for q in self.posteriors.values()) + self.num_model_parameters
 
     @property
     def sparse_sites(self) -> tuple[str, ...]:
@@ -144,11 +149,14 @@ class AutoSparseNormal(GaussianParameters):
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
-                for plate in site.plates:
+                sized = [plate for plate in site.plates if plates[plate].size != _NO_SIZE]
+                for plate in sized:
                     stack.enter_context(plates[plate])
                 # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
                 plain = unobserved and not site.plates
                 loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
+                for plate in set(site.plates).difference(sized):  # where Pyro takes no parameters
+                    stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
 
@@ -221,16 +229,31 @@ class AutoSparseNormal(GaussianParameters):
             with unchanged_buffers(self._model and self._model[0]), same_random_numbers():
                 super()._setup_prototype(*args, **kwargs)
                 self._set_up_sites()
-        except Exception:
+        except BaseException:
             self._sites, self.prototype_trace = early, None  # so that the next call finds the error again
             raise
         for name in early.keys() - self._sites.keys():
             self._remove_site(name)
         plates = {plate for site in self._sites.values() for plate in site.plates}
-        self._prototype_frames: dict[str, Any] = {
-            name: f for name, f in self._prototype_frames.items() if name in plates
-        }
+        frames = {name: frame for name, frame in self._prototype_frames.items() if name in plates}
+        self._other_frames = {name: f for name, f in frames.items() if name in self._given or f.size == _NO_SIZE}
+        self._prototype_frames: dict[str, Any] = {n: f for n, f in frames.items() if n not in self._other_frames}
         keep_latents(self.prototype_trace)
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        plates = super()._create_plates(*args, **kwargs)
+        # In a list it is the list that has them made, or makes them.
+        is_made = self.master is None or self.master().create_plates is not None
+        for name, frame in self._other_frames.items():
+            if frame.size == _NO_SIZE:
+                plates.setdefault(name, pyro.plate(name, dim=frame.dim))
+            elif not (is_made and name in plates):
+                raise ValueError(
+                    f"{name}: the model gives the subsample of this plate, and the guide, which has latents in it, runs"
+                    " before the model; give the guide create_plates, a function of the model's arguments that returns "
+                    f"pyro.plate({name!r}, {frame.full_size}, dim={frame.dim}, subsample=...)"
+                )
+        return plates
 
     def _set_up_sites(self) -> None:
         trace: Any = self.prototype_trace
@@ -250,14 +273,9 @@ class AutoSparseNormal(GaussianParameters):
         is_unknown = self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites
         if is_unknown or is_target(site):
             return site["fn"]()
-        return self.init_loc_fn(site)
+        return initial_value(site, self.init_loc_fn(site))
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        shape = prior.batch_shape + prior.event_shape
-        if value.shape != shape:
-            raise ValueError(
-                f"{name}: expected an initial value of shape {tuple(shape)}, but init_loc_fn gave {tuple(value.shape)}"
-            )
         transform = simplified(biject_to(prior.support))
         loc = transform.inv(value.detach())
         if not bool(loc.isfinite().all()):

@@ -1,66 +1,32 @@
-"""What a guide learns about the latents of a model, and where it starts."""
+"""What a guide learns about the latents of a model."""
 
 __all__ = [
     "Latent",
     "attribute_sites",
-    "init_to_weights",
     "is_target",
     "keep_latents",
     "simplified",
     "sparsity_of",
     "unchanged_buffers",
     "unchanged_buffers_on_error",
+    "unmasked",
 ]
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
 from .hierarchical import ShrunkWeightPrior
-from .sites import SitePrior, WeightPrior, map_tensors
+from .sites import SitePrior, map_tensors
 from .weight_priors import EmpiricalNormal
-
-
-def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
-    """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
-
-    Another site with a log-uniform or an empirical prior starts at small random values, uniform with the standard
-    deviation of torch's linear layers; any other as ``fallback`` says.
-
-    Args:
-        site: A Pyro trace site; without it, the function itself is returned.
-        fallback: The initialisation of all other sites.
-
-    Returns:
-        The initial value.
-
-    Example:
-        >>> weight = torch.randn(3, 4)
-        >>> site = {"fn": WeightPrior(LogUniform().expand([3, 4]), 2, weight)}
-        >>> torch.equal(init_to_weights(site), weight)
-        True
-    """
-    if site is None:
-        return lambda site: init_to_weights(site, fallback=fallback)
-    fn = site["fn"]
-    if isinstance(fn, WeightPrior):
-        return fn.value
-    prior = unwrap_independent(fn)
-    if not isinstance(prior, LogUniform | EmpiricalNormal):
-        return fallback(site)
-    shape = fn.shape()
-    bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
-    like = prior.low if isinstance(prior, LogUniform) else prior.mean
-    return like.new_empty(shape).uniform_(-bound, bound)
 
 
 class Latent(NamedTuple):
@@ -136,14 +102,29 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
         >>> sparsity_of(LogUniform()), sparsity_of(dist.Normal(0.0, 1.0))
         ((True, ()), (False, ()))
     """
-    base: Any = unwrap_independent(prior)
-    if isinstance(base, dist.MaskedDistribution):
-        base = base.base_dist
+    base = unmasked(prior)
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
     if isinstance(base, EmpiricalNormal):
         return base.is_sparse, (base.group_dims or ()) if base.is_sparse else ()
     return isinstance(base, LogUniform), ()
+
+
+def unmasked(prior: Distribution) -> Any:
+    """Returns the distribution of the single elements of a prior.
+
+    Args:
+        prior: The prior of a site.
+
+    Returns:
+        The distribution within what declares events and masks.
+
+    Example:
+        >>> unmasked(LogUniform().expand([3]).mask(False).to_event(1))
+        LogUniform(low: torch.Size([3]), high: torch.Size([3]))
+    """
+    base: Any = unwrap_independent(prior)
+    return base.base_dist if isinstance(base, dist.MaskedDistribution) else base
 
 
 def is_target(site: Any) -> bool:
@@ -202,7 +183,7 @@ def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
     restore = _restorer(model)
     try:
         yield
-    except Exception:
+    except BaseException:  # an interrupt, too
         restore()
         raise
 
@@ -223,6 +204,7 @@ def _restorer(model: Any) -> Callable[[], None]:
 def _running_buffers(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
+    model = unwrap(model)  # of handlers
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
     seen = set(modules)
     for module in modules:  # not model.modules(), which takes its time at every step
