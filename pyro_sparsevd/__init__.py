@@ -83,7 +83,7 @@ from .export import export_onnx as export_onnx
 from .guides import AutoSparseNormal as AutoSparseNormal
 from .hierarchical import group_normal_jeffreys as group_normal_jeffreys
 from .hierarchical import horseshoe as horseshoe
-from .latents import init_to_weights as init_to_weights
+from .initialization import init_to_weights as init_to_weights
 from .likelihoods import GaussianLikelihood as GaussianLikelihood
 from .local_gap import local_reparam_gap as local_reparam_gap
 from .local_reparam import local_reparam as local_reparam

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from .distributions import SparseNormal
+from .initialization import Start, init_to_weights, initial_value
 from .latents import (
     Latent,
     Start,
     attribute_sites,
-    init_to_weights,
-    initial_value,
     is_target,
     keep_latents,
     simplified,
@@ -151,14 +150,13 @@ class AutoSparseNormal(GaussianParameters):
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
-                without_size = [p for p in site.plates if p in self._other_frames and plates[p].size == _NO_SIZE]
-                for plate in site.plates:
-                    if plate not in without_size:
-                        stack.enter_context(plates[plate])
+                sized = [plate for plate in site.plates if plates[plate].size != _NO_SIZE]
+                for plate in sized:
+                    stack.enter_context(plates[plate])
                 # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
                 plain = unobserved and not site.plates
                 loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
-                for plate in without_size:  # in which Pyro would refuse parameters of any size
+                for plate in set(site.plates).difference(sized):  # where Pyro takes no parameters
                     stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
@@ -252,10 +250,9 @@ class AutoSparseNormal(GaussianParameters):
                 plates.setdefault(name, pyro.plate(name, dim=frame.dim))
             elif not (is_made and name in plates):
                 raise ValueError(
-                    f"{name}: expected this plate from create_plates, since the model gives its subsample and has "
-                    "latents in it, of which the guide must know whose they are; give the guide create_plates=lambda "
-                    f"...: pyro.plate({name!r}, {frame.full_size}, dim={frame.dim}, subsample=...), with the model's "
-                    "arguments"
+                    f"{name}: the model gives the subsample of this plate, and the guide, which has latents in it, runs"
+                    " before the model; give the guide create_plates, a function of the model's arguments that returns "
+                    f"pyro.plate({name!r}, {frame.full_size}, dim={frame.dim}, subsample=...)"
                 )
         return plates
 

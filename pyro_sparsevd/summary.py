@@ -190,7 +190,9 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
                 masks[name] = ~(log_alpha > thresholds[name])
                 kept = int(masks[name].sum())
                 sites.append(SiteSparsity(name, tuple(log_alpha.shape), kept, thresholds[name]))
-    return SparsitySummary(tuple(sites), masks, sum(part.num_parameters for part in parts))
+    of_model = [part.num_model_parameters for part in parts]  # which is one, whatever handlers hide of it
+    num_parameters = sum(part.num_parameters for part in parts) - sum(of_model) + max(of_model)
+    return SparsitySummary(tuple(sites), masks, num_parameters)
 
 
 def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:

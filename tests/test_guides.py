@@ -231,6 +231,39 @@ def test_init_to_value_of_pyro_starts_where_it_says(device):
     torch.testing.assert_close(guide.posteriors["net.scale"].loc, values["net.scale"].log())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "value",
+    [2, 2.0, True + 1, np.float32(2), np.full((3, 4), 2.0), [[2.0] * 4] * 3, torch.full((3, 4), 2)],
+    ids=["int", "float", "bool", "NumPy number", "array", "list", "integers"],
+)
+def test_initial_values_of_any_type_are_taken_as_numbers_of_the_priors_type(value, dtype, device):
+    zeros = torch.zeros(3, 4, dtype=dtype, device=device)
+    inputs = torch.ones(1, 4, dtype=dtype, device=device)
+
+    def model():
+        weight = pyro.sample("weight", dist.Normal(zeros, 1.0).to_event(2))
+        nn.functional.linear(inputs, weight)
+
+    network = bayesianize(nn.Linear(4, 3, device=device, dtype=dtype))
+    for of, args in ((model, ()), (network, (inputs,))):
+        guide = AutoSparseNormal(of, init_loc_fn=init_to_value(values={"weight": value}))
+        assert torch.equal(guide(*args)["weight"].new_full((3, 4), 2.0), guide.posteriors["weight"].loc)
+        assert guide.posteriors["weight"].loc.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("value", "came"), [("two", "str"), (None, "NoneType"), ([2.0, "a"], "list"), (np.ones((4, 3)), r"\(4, 3\)")]
+)
+def test_initial_values_that_are_no_numbers_of_the_shape_are_refused_by_name(value, came, device):
+    def model():
+        pyro.sample("w", dist.Normal(torch.zeros(3, 4, device=device), 1.0).to_event(2))
+
+    guide = AutoSparseNormal(model, init_loc_fn=lambda site: value)
+    with pytest.raises(ValueError, match=rf"^w: expected an initial value of shape \(3, 4\), but .* gave {came}"):
+        guide()
+
+
 def test_log_uniform_sites_of_a_function_start_small_and_uniform():
     shape = (300, 25)
     guide = AutoSparseNormal(lambda: pyro.sample("w", LogUniform().expand(shape).to_event(2)))
@@ -977,6 +1010,81 @@ def test_create_plates_gives_the_subsample_of_the_data(device):
     torch.testing.assert_close(shorter["v"], guide.posteriors["v"].loc[indices[:2]])
 
 
+def _plates_of_the_model_alone(indices, *, device):
+    zero = torch.zeros((), dtype=F64, device=device)
+    w = pyro.sample("w", dist.Normal(zero, 1.0))
+    with pyro.plate("data", 20, subsample=indices) as seen:
+        pyro.sample("y", dist.Normal(w, 1.0), obs=seen.double())
+
+
+@pytest.mark.parametrize("size", [3, 20])
+def test_indices_that_the_model_gives_are_refused_where_latents_are_in_the_plate(size, device):
+    def model(indices):
+        _local_model(indices, device=device)
+
+    guide = AutoSparseNormal(model)
+    indices = torch.randperm(20, device=device)[:size]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^data: .* create_plates.* pyro\.plate\('data', 20, dim=-1, subsample="):
+            SparseVD_ELBO()(model, guide)(indices)
+    assert guide.median()["z"].shape == (20,)
+
+
+def test_a_plate_that_create_plates_leaves_out_is_refused(device):
+    guide = AutoSparseNormal(lambda i: _local_model(i, device=device), create_plates=lambda i: [])
+    with pytest.raises(ValueError, match=r"^data: the model gives the subsample of this plate"):
+        guide(torch.tensor([3, 17, 5], device=device))
+
+
+@pytest.mark.parametrize("has_plates", [False, True])
+def test_a_list_is_asked_for_the_plates_whose_indices_the_model_gives(has_plates, device):
+    def model(indices):
+        _local_model(indices, device=device)
+
+    make = {"create_plates": lambda i: pyro.plate("data", 20, subsample=i)} if has_plates else {}
+    guide = AutoGuideList(model, **make)
+    guide.append(AutoSparseNormal(poutine.block(model, hide=["v", "share"])))
+    guide.append(AutoSparseNormal(poutine.block(model, expose=["v", "share"])))
+    indices = torch.tensor([3, 17, 5], device=device)
+    if not has_plates:
+        with pytest.raises(ValueError, match=r"^data: .* create_plates"):
+            guide(indices)
+        return
+    guide(indices)
+    for part in guide:
+        _spread(part)
+    torch.testing.assert_close(guide(indices)["z"], guide[0].posteriors["z"].loc[indices])
+
+
+def test_indices_that_the_model_gives_are_its_own_where_no_latent_is_in_the_plate(device):
+    def model(indices):
+        _plates_of_the_model_alone(indices, device=device)
+
+    guide = AutoSparseNormal(model)
+    indices = torch.tensor([3, 17, 5], device=device)
+    guide(indices)
+    trace = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(indices))).get_trace(indices)
+    assert torch.equal(trace.nodes["data"]["value"], indices)
+
+
+@pytest.mark.parametrize("make_copy", [lambda guide: guide, copy.deepcopy], ids=["itself", "deepcopy"])
+def test_a_plate_without_a_size_is_one_of_the_guides(make_copy, device):
+    zeros = torch.zeros(5, dtype=F64, device=device)
+
+    def model():
+        with pyro.plate("rows", dim=-1):
+            z = pyro.sample("z", dist.Normal(zeros, 1.0))
+            scale = pyro.sample("scale", dist.LogNormal(zeros, 1.0))
+            pyro.sample("y", dist.Normal(z, scale), obs=zeros)
+
+    guide = AutoSparseNormal(model)
+    guide()
+    trace = poutine.trace(make_copy(guide)).get_trace()
+    assert trace.nodes["z"]["value"].shape == trace.nodes["scale"]["value"].shape == (5,)
+    assert [frame.name for frame in trace.nodes["z"]["cond_indep_stack"]] == ["rows"]
+    assert SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO()).step() > 0
+
+
 @pytest.mark.parametrize("make_copy", COPIES)
 def test_a_copy_keeps_its_plates(make_copy, device):
     guide = AutoSparseNormal(lambda: _local_model(device=device))
@@ -1216,6 +1324,22 @@ def test_parts_of_a_guide_list_share_its_plates(device):
     indices = trace.nodes["data"]["value"]
     torch.testing.assert_close(trace.nodes["z"]["value"], guide[0].posteriors["z"].loc[indices])
     torch.testing.assert_close(trace.nodes["v"]["value"], guide[1].posteriors["v"].loc[indices])
+
+
+def test_parts_of_a_guide_list_count_the_parameters_of_their_model_once(device, improper):
+    model = _supervised(device)
+    guide = AutoGuideList(model)
+    guide.append(AutoSparseNormal(poutine.block(model, hide=["2.weight"])))
+    guide.append(AutoSparseNormal(poutine.block(model, expose=["2.weight"])))
+    guide(*_data(device))
+    assert svd.sparsify(guide).num_parameters == svd.sparsify(AutoSparseNormal(model)).num_parameters == 19
+
+
+def test_setting_up_behind_a_handler_leaves_running_statistics_alone(device, improper):
+    model = _with_batch_norm(device)
+    before = _state(model)
+    AutoSparseNormal(poutine.block(model, expose=["weight"]))(*_data(device))
+    assert _same(_state(model), before)
 
 
 def test_two_guide_lists_train_apart(device):
