@@ -19,7 +19,6 @@ from .distributions import SparseNormal
 from .initialization import Start, init_to_weights, initial_value
 from .latents import (
     Latent,
-    Start,
     attribute_sites,
     is_target,
     keep_latents,

@@ -2,7 +2,6 @@
 
 __all__ = [
     "Latent",
-    "Start",
     "attribute_sites",
     "is_target",
     "keep_latents",
@@ -15,8 +14,6 @@ __all__ = [
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
-from numbers import Number
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
