@@ -894,6 +894,28 @@ def test_a_list_and_the_drawing_of_a_model_warn_not(unused):
         unused(torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("make", GUIDES)
+def test_predictions_with_plates_and_linear_functions_by_replay(make):
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        with pyro.plate("groups", 2, dim=-2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("y", dist.Normal(nn.functional.linear(x, w).squeeze(-1) + b[0], 1.0), obs=y)
+
+    x, guide = torch.randn(5, 3), make(model)
+    guide(x, x[:, 0])
+    with pytest.raises(RuntimeError, match=r"t\(\) expects a tensor with <= 2 dimensions"):
+        Predictive(model, guide=guide, num_samples=2)(x)
+
+    def predict(*args: Any) -> Tensor:  # as in docs/pyro-tools.md
+        with torch.no_grad():
+            latents = poutine.trace(guide).get_trace(*args)
+            return poutine.replay(model, trace=latents)(*args)
+
+    assert torch.stack([predict(x) for _ in range(4)]).shape == (4, 5)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_plate_nesting": 1}], ids=["nesting found", "nesting given"])
 @pytest.mark.parametrize("kernel", [NUTS, HMC])
 def test_a_markov_chain_on_the_improper_prior_warns(kernel, options, unused):
