@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine.messenger import unwrap
@@ -93,7 +94,7 @@ class AutoSparseNormal(GaussianParameters):
         others = module.parameters() if isinstance(module, nn.Module) else ()
         self.num_model_parameters = sum(p.numel() for p in others)
         for site in attribute_sites(model):
-            with torch.no_grad(), helpful_support_errors(site):
+            with torch.no_grad(), helpful_support_errors(site), InitMessenger(init_loc_fn):
                 self._add_site(site["name"], site["fn"], initial_value(site, init_loc_fn(site)), ())
 
     @property

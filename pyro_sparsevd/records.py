@@ -42,6 +42,8 @@ class SampleSites(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         source = self.values_from.get(msg["name"])
         if source is not None and not msg["is_observed"]:
+            if msg["value"] is not None and site_is_subsample(msg):
+                _check_subsample(msg, source["value"])
             msg["value"], msg["infer"], msg["done"] = source["value"], source["infer"], True
         elif self.local_reparam is not None:
             self.local_reparam._pyro_sample(msg)
@@ -196,6 +198,15 @@ def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> 
         if found.shape != torch.broadcast_shapes(fn.batch_shape, sizes):
             raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
     return found
+
+
+def _check_subsample(plate: Any, of_guide: Any) -> None:
+    given = plate["value"]
+    if not (given is of_guide or torch.equal(torch.as_tensor(given), torch.as_tensor(of_guide))):
+        raise ValueError(
+            f"{plate['name']}: the model gives this plate its subsample, which another of the guide would replace; "
+            "give the guide the same, as by create_plates, a function of the model's arguments"
+        )
 
 
 class _Repeated(Messenger):

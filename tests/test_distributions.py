@@ -253,6 +253,22 @@ def test_warning_points_at_the_line_that_samples():
     assert found[0].filename == __file__
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_the_improper_prior_are_like_what_it_is_given(dtype, device):
+    like = torch.zeros(2, dtype=dtype, device=device)
+    for prior in (LogUniform(like=like), LogUniform(like=like).expand([3]).to_event(1)):
+        with pytest.warns(ImproperPriorWarning):
+            sample = prior.sample()
+        assert (sample.dtype, sample.device) == (like.dtype, like.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_density_and_divergence_have_the_dtype_of_the_weight(dtype, device):
+    q = SparseNormal(torch.zeros(3, dtype=dtype, device=device), -1.0)
+    for prior in (LogUniform(), LogUniform().expand([3])):
+        assert prior.log_prob(q.loc + 1).dtype == torch.distributions.kl_divergence(q, prior).dtype == dtype
+
+
 def test_improper_site_traces_and_scores_without_a_warning(device):
     value = torch.full((2, 3), 0.5, device=device)
     trace = pyro.poutine.trace(lambda: pyro.sample("w", LogUniform().expand([2, 3]).to_event(2), obs=value)).get_trace()

@@ -2023,3 +2023,18 @@ def test_a_sum_that_overflows_of_finite_data_is_no_error(device):
     x, y = _data(device)
     x = torch.full_like(x, 1e308)
     assert math.isfinite(SparseVD_ELBO().loss(model, guide, x, y))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_subsample_of_the_guide_replaces_none_that_the_model_gives(same):
+    def model(index):
+        with pyro.plate("rows", 10, subsample=index):
+            pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+
+    plates = (lambda index: pyro.plate("rows", 10, subsample=index.clone())) if same else None
+    guide = AutoNormal(model, create_plates=plates)
+    if same:
+        assert math.isfinite(SparseVD_ELBO().loss(model, guide, torch.tensor([1, 4, 2])))
+    else:
+        with pytest.raises(ValueError, match=r"^rows: the model gives this plate its subsample, .*create_plates"):
+            SparseVD_ELBO().loss(model, guide, torch.tensor([1, 4, 2]))

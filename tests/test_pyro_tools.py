@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import (
+    HMC,
     MCMC,
     NUTS,
     SVI,
@@ -65,6 +66,7 @@ from pyro_sparsevd import (
     SparseVD_ELBO,
     Supervised,
     bayesianize,
+    init_to_weights,
     sparsify,
 )
 
@@ -833,6 +835,93 @@ def test_weights_of_the_improper_prior_are_those_of_a_proper_one_up_to_a_constan
 def test_importance_sampling_from_the_improper_prior_itself_says_so():
     with pytest.warns(ImproperPriorWarning, match="improper and has no samples"):
         Importance(_one_weight(LogUniform()), num_samples=3).run()
+
+
+# The improper prior: a warning where its samples are used, and only there.
+
+
+_INITS = [init_to_feasible, init_to_mean, init_to_median, init_to_sample, init_to_uniform, init_to_weights]
+
+
+@pytest.fixture
+def unused() -> Callable:
+    """A model of one prior for all passes, which has not warned yet."""
+    prior = LogUniform().expand([3]).to_event(1)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        w = pyro.sample("w", prior)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    return model
+
+
+def _by_guide(model: Callable, guide: Callable) -> None:
+    x = torch.ones(4, 3)
+    guide(x, x[:, 0])
+    Predictive(model, guide=guide, num_samples=2)(x)
+    Predictive(model, guide=guide, num_samples=2, return_sites=("w", "y"), parallel=False)(x)
+    trace = poutine.trace(guide).get_trace(x)
+    poutine.replay(model, trace=trace)(x)
+    poutine.condition(model, data={"w": torch.ones(3)})(x)
+
+
+@pytest.mark.parametrize("init", _INITS, ids=lambda init: init.__name__)
+@pytest.mark.parametrize("make", [AutoSparseNormal, AutoNormal])
+def test_learning_shapes_and_replacing_samples_warns_not_and_leaves_the_warning(make, init, unused):
+    _by_guide(unused, make(unused, init_loc_fn=init))
+    with pytest.warns(ImproperPriorWarning, match=r"improper and has no samples"):
+        Predictive(unused, num_samples=2)(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("init", _INITS, ids=lambda init: init.__name__)
+def test_a_guide_of_a_network_starts_without_the_warning_and_leaves_it(init):
+    model = Supervised(bayesianize(nn.Linear(3, 1).double()), lambda out: dist.Normal(out[:, 0], 1.0), 4)
+    x = torch.ones(4, 3)
+    guide = AutoSparseNormal(model, init_loc_fn=init)
+    guide(x)
+    Predictive(model, guide=guide, num_samples=2)(x)
+    with pytest.warns(ImproperPriorWarning, match=r"improper and has no samples"):
+        model(x)
+
+
+def test_a_list_and_the_drawing_of_a_model_warn_not(unused):
+    guide = AutoGuideList(unused)
+    guide.append(AutoSparseNormal(poutine.block(unused, expose=["w"])))
+    _by_guide(unused, guide)
+    get_dependencies(unused, (torch.ones(4, 3),))
+    with pytest.warns(ImproperPriorWarning, match=r"improper and has no samples"):
+        unused(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("make", GUIDES)
+def test_predictions_with_plates_and_linear_functions_by_replay(make):
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+        with pyro.plate("groups", 2, dim=-2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("y", dist.Normal(nn.functional.linear(x, w).squeeze(-1) + b[0], 1.0), obs=y)
+
+    x, guide = torch.randn(5, 3), make(model)
+    guide(x, x[:, 0])
+    with pytest.raises(RuntimeError, match=r"t\(\) expects a tensor with <= 2 dimensions"):
+        Predictive(model, guide=guide, num_samples=2)(x)
+
+    def predict(*args: Any) -> Tensor:  # as in docs/pyro-tools.md
+        with torch.no_grad():
+            latents = poutine.trace(guide).get_trace(*args)
+            return poutine.replay(model, trace=latents)(*args)
+
+    assert torch.stack([predict(x) for _ in range(4)]).shape == (4, 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_plate_nesting": 1}], ids=["nesting found", "nesting given"])
+@pytest.mark.parametrize("kernel", [NUTS, HMC])
+def test_a_markov_chain_on_the_improper_prior_warns(kernel, options, unused):
+    mcmc = MCMC(kernel(unused, **options), num_samples=1, warmup_steps=1, disable_progbar=True)
+    with pytest.warns(ImproperPriorWarning, match=r"by a Markov chain"):
+        mcmc.run(torch.ones(4, 3), torch.ones(4))
 
 
 def test_samples_outside_a_proper_prior_have_no_weight():
