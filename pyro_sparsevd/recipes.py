@@ -19,11 +19,11 @@ from .checkpoints import Checkpoint
 from .datasets import Split
 from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
-from .priors import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .site_divergence import KL
 from .summary import sparsify
+from .supervised import Supervised
 from .training import CrossEntropy, constant_then_linear, error, fit, logits
 
 

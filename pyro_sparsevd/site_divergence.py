@@ -52,7 +52,8 @@ def divergences(latents: Iterable[tuple[str, Any, Any]], kl: KL) -> Terms:
         if kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, p):
             lazy.setdefault(q["scale"], []).append(q["value"])
             if prior.is_proper:
-                terms.append((name, prior.log_normalizer.sum() * q["scale"]))
+                kept = getattr(q["value"].base_dist, "kept", 1)
+                terms.append((name, (prior.log_normalizer * kept).sum() * q["scale"]))
         else:
             terms.append((name, _divergence(name, q, p, kl)))
     for scale, weights in lazy.items():
