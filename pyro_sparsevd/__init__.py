@@ -2,20 +2,23 @@
 
 Data walks down this list of modules, and a module imports only from those above it::
 
-    _compat          private names of torch and Pyro, in one place
+    _compat          what is private to torch and Pyro, and used
     kernels          the divergences and their slopes as functions of 1/α: torch only
     fused            the loops over all weights in one pass, where a C compiler was at hand: torch only
     blocks           elementwise work in blocks, with scratch memory that is used again: torch only
     divergence       KL(N(θ, σ²) || log-uniform), approximate and exact, and log α: torch only
     workspace        memory that is used again: torch only
     geometry         sizes, padding and patches of convolutions: torch only
+    improper         the warning about samples of an improper prior, where they are used
     distributions    LogUniform, SparseNormal
+    gaussians        Gaussians that a guide writes in other ways
     weight_priors    other priors of weights, and what a Gaussian costs under them
     plain            plain networks: checks, and evaluation mode for a while
     sites            what a parameter of a network is after it was given a prior
     local_functions  linear operations that sample their output: torch only
     lazy_weight      the weight that is not drawn until somebody needs its numbers
     local_reparam    outputs sampled instead of weights, as an effect handler
+    masking          the posterior with dropped weights at zero
     records          the sample sites of a run, and their densities
     hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
     weights          which parameters are weights, and which parameters can have no prior: torch only
@@ -26,10 +29,10 @@ Data walks down this list of modules, and a module imports only from those above
     supervised       Supervised: network + likelihood + data-set size
     likelihoods      GaussianLikelihood
     common_priors    ten priors to compare
-    masking          the posterior with dropped weights at zero
     latents          what a guide learns about the latents of a model, and where it starts
     parameters       the parameters of a factorised Gaussian guide
     guides           AutoSparseNormal
+    dependence       which latents of a guide may depend on each other against the order of the model
     schedules        KL weights as pure functions of the step
     checks           of what goes into a bound
     site_divergence  KL of latents: in closed form where one is known, else sampled

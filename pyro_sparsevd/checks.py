@@ -115,7 +115,8 @@ def check_plates(name: str, site: Any) -> None:
     sizes = {plate.dim: plate.size for plate in plates}
     outermost = min(sizes, default=0)  # to the right of it, Pyro lets any size be
     of_dims = zip(range(-len(batch_shape), 0), batch_shape, strict=True)
-    wrong = [dim for dim, size in of_dims if size != sizes.get(dim, 1 if dim < outermost else size)]
+    # A plate without a size, which Pyro notes as -1, takes any.
+    wrong = [dim for dim, size in of_dims if sizes.get(dim, 1 if dim < outermost else size) not in (size, -1)]
     if wrong:
         expected = ", ".join(f"{plate.name} (dimension {plate.dim})" for plate in plates)
         raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .range_coder import WHOLE, Coder, code_choices, code_symbols, code_uniform
+from .range_coder import WHOLE, Coder, StorageError, code_choices, code_symbols, code_uniform
 
 
 def code_array(
@@ -102,6 +102,8 @@ def code_positions(
     rows, columns = shape
     per_row = None if positions is None else positions.sum(1)
     classes = code_symbols(coder, None if per_row is None else _bit_length(per_row * per_row), rows, 65)
+    if (classes > (columns * columns).bit_length()).any():
+        raise StorageError(f"expected at most {columns} elements in each row, but got more")
     if columns == 1:
         return classes[:, None] != 0
     used_rows = np.flatnonzero(classes)

@@ -81,7 +81,7 @@ def compare_priors(
         batch_size: The number of data of a step.
         seeds: The seeds.
         lr: The learning rate.
-        init_log_variance: As for the guide.
+        init_log_variance: The initial log σ² of every latent, whatever its prior.
         num_samples: S, the number of posterior samples.
         error_level: The largest validation error that a sparse network may have; by default, for each seed,
             (1 + tolerance) times the smallest that any prior has with nothing dropped.
@@ -189,7 +189,8 @@ def _model_and_guide(
     torch.manual_seed(seed)
     bnn = bayesianize(network(), prior)
     model = Supervised(bnn, copy.deepcopy(likelihood), num_data=len(train)).to(train.images.device)
-    return model, AutoSparseNormal(model, init_log_variance=init_log_variance)
+    init_scale = math.exp(init_log_variance / 2)  # all priors start alike
+    return model, AutoSparseNormal(model, init_log_variance=init_log_variance, init_scale=init_scale)
 
 
 def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, split: Split) -> str:

@@ -16,7 +16,6 @@ __all__ = [
 ]
 
 import math
-import warnings
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -28,6 +27,8 @@ from torch.distributions import Distribution, register_kl
 from torch.distributions.utils import broadcast_all
 
 from . import divergence
+from .improper import ImproperPriorWarning as ImproperPriorWarning
+from .improper import warn_of_sample
 
 # KL(N(θ, σ²) ‖ 1 / (2 |w| log(high / low))) is the divergence that vanishes as α → ∞ plus log log(high / low) minus
 # this.
@@ -37,23 +38,20 @@ IMPROPER_LOG_NORMALIZER = -_CONSTANT - math.log(2)
 """What added to -log|w| gives the log density from which the divergence vanishes as α → ∞, in nats per weight."""
 
 
-class ImproperPriorWarning(UserWarning):
-    """Says that a sample was drawn from a truncation of an improper prior."""
-
-
 class LogUniform(dist.TorchDistribution):
     r"""A log-uniform distribution on both signs: the magnitude is log-uniform, the sign is fair.
 
     Without bounds it is the improper prior of Sparse Variational Dropout, :math:`p(w) \propto 1 / |w|`, whose
     :meth:`log_prob` is the unnormalised :math:`-\log |w|`. It has no samples; so that tools that run a model only to
-    learn its shapes still work, :meth:`rsample` draws from the truncation to 1e-8 ≤ \|w\| ≤ 1 and says so with an
-    :class:`ImproperPriorWarning`, once. With bounds it is the proper
+    learn its shapes still work, :meth:`rsample` samples from the truncation to 1e-8 ≤ \|w\| ≤ 1, and says so with an
+    :class:`~.improper.ImproperPriorWarning`, once, where such a sample is used. With bounds it is the proper
 
     .. math:: p(w) = \frac{1}{2 |w| \log(\mathrm{high} / \mathrm{low})}, \quad \mathrm{low} \le |w| \le \mathrm{high}.
 
     The registered divergence of a Gaussian from it is the exact one, in nats; from a bounded prior it ignores the
-    posterior mass outside the bounds. The improper prior has torch's default dtype and device, which
-    ``with torch.device(...)`` around a model sets.
+    posterior mass outside the bounds. Densities and divergences have the dtype and the device of the weight that they
+    are of; samples, and with them initial values, those of the bounds, else of ``like``, else torch's default ones,
+    which ``with torch.device(...)`` around a model sets.
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
@@ -63,6 +61,7 @@ class LogUniform(dist.TorchDistribution):
         low: The smallest magnitude, positive; a number or a tensor. Give both bounds or neither.
         high: The largest magnitude, greater than ``low``.
         validate_args: Whether to check the values given to :meth:`log_prob`.
+        like: A tensor of the dtype and on the device that samples of the improper prior are to have, such as the data.
 
     Raises:
         ValueError: If one bound is missing, or not 0 < low < high < ∞.
@@ -81,7 +80,12 @@ class LogUniform(dist.TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, low: Tensor | float | None = None, high: Tensor | float | None = None, validate_args: bool | None = None
+        self,
+        low: Tensor | float | None = None,
+        high: Tensor | float | None = None,
+        validate_args: bool | None = None,
+        *,
+        like: Tensor | None = None,
     ) -> None:
         if (low is None) != (high is None):
             raise ValueError(f"LogUniform: expected both bounds or neither, but got low={low}, high={high}")
@@ -93,7 +97,8 @@ class LogUniform(dist.TorchDistribution):
             if not bool(((self.low > 0) & (self.low < self.high) & self.high.isfinite()).all()):
                 raise ValueError(f"LogUniform: expected 0 < low < high < inf, but got low={low}, high={high}")
         else:
-            self.low, self.high = torch.tensor(1e-8), torch.tensor(1.0)
+            like = torch.empty(()) if like is None else like
+            self.low, self.high = like.new_tensor(1e-8), like.new_tensor(1.0)
         self._warned = SimpleNamespace(done=False)  # shared by all expansions of this prior
         super().__init__(self.low.shape, validate_args=validate_args)
 
@@ -145,13 +150,7 @@ class LogUniform(dist.TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
         """Draws samples; without bounds, from the truncation to ``1e-8 ≤ |w| ≤ 1``, with a warning."""
         if not (self.is_proper or self._warned.done):
-            self._warned.done = True
-            warnings.warn(
-                "The log-uniform prior is improper and has no samples: drawing from its truncation to "
-                "1e-8 <= |w| <= 1. Give LogUniform low and high for a prior that can be sampled.",
-                ImproperPriorWarning,
-                stacklevel=2,
-            )
+            self._warned.done = warn_of_sample()
         shape = self._extended_shape(torch.Size(sample_shape))
         uniform = torch.rand(shape, dtype=self.low.dtype, device=self.low.device) * 2 - 1
         low = self.low.clamp_min(torch.finfo(self.low.dtype).tiny)  # 1e-8 is 0 in half precision
@@ -200,6 +199,11 @@ class SparseNormal(dist.Normal):
     def scale(self) -> Tensor:
         """The standard deviation σ."""
         return (0.5 * self.log_variance).exp()
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The factor of the standard normal noise in a sample, which is σ."""
+        return self.scale
 
     @property
     def variance(self) -> Tensor:

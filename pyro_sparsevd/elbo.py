@@ -10,10 +10,14 @@ import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
+from ._compat import not_compiled
 from .checks import blame, check_auxiliary, check_latent, check_plates, is_finite
+from .dependence import against_the_order, is_factorised
+from .gaussians import with_auxiliary_sites_exchanged
 from .latents import unchanged_buffers_on_error
-from .lazy_weight import RepeatedUseError
+from .lazy_weight import LazyWeight, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
+from .plain import random_state
 from .records import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
 from .workspace import Workspace
@@ -87,7 +91,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.local_reparam = local_reparam
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
-        self._drawn_sites: set[str] = set()
+        self._sampled_sites: set[str] = set()
+        self._newly_sampled: set[str] = set()
+        self._warned_sites: set[str] = set()
         self._workspace = Workspace()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,9 +113,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
-    # No compiler knows weights that are not drawn. This is torch.compiler.disable, which would import the compiler with
-    # this module.
-    @torch._disable_dynamo
+    @not_compiled  # for no compiler knows weights that are not drawn
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
@@ -165,12 +169,19 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return loss.item()
 
     def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss and its two terms; starts again where a weight turns out to be used more than once."""
+        """Returns the loss and its two terms; starts again where a weight is used otherwise than by one local form.
+
+        All such weights of a pass are found at once. From then on they are sampled at their sites, so that random
+        numbers are the same for a layer that is computed again in the backward pass, and for a run that is resumed.
+        """
         while True:
-            random_state = torch.get_rng_state()
+            self._newly_sampled = set()
+            restore_random_state = random_state(model)
             try:
                 with unchanged_buffers_on_error(model):
-                    particles = [self._terms(*sites) for sites in self._get_traces(model, guide, args, kwargs)]
+                    factorised = is_factorised(guide)
+                    traces = self._get_traces(model, guide, args, kwargs)
+                    particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
                     nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
                     loss = nll + self.kl_weight * kl
                     if self.check_finite and not math.isfinite(loss.detach()):
@@ -179,23 +190,33 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                             + _sites_not_finite(particles)
                         )
                     return loss, nll, kl
-            except RepeatedUseError as repeated:
-                if not self.local_reparam or repeated.site in self._drawn_sites:  # a handler of the user's made it lazy
-                    raise
-                self._drawn_sites.add(repeated.site)
-                torch.set_rng_state(random_state)  # a run that is resumed, and finds this out again, is the same
+            except _StartAgain:
+                self._sampled_sites |= self._newly_sampled
+                restore_random_state()
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         self._workspace.start_step()
-        reparam = LocalReparamMessenger(self._drawn_sites, self._workspace) if self.local_reparam else None
+        reparam = None
+        if self.local_reparam:
+            reparam = LocalReparamMessenger(self._sampled_sites, self._workspace, self._newly_sampled)
         with SampleSites(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
+        if self._newly_sampled:
+            raise _StartAgain
         return scored(model_sites.found), scored(guide_sites.found)
 
-    def _terms(self, model_sites: Sites, guide_sites: Sites) -> tuple[Terms, Terms]:
+    def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
+        guide_sites = with_auxiliary_sites_exchanged(guide_sites)
+        joint = [] if factorised else against_the_order(model_sites, guide_sites)
+        unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
+        if unsampled:  # what was made of them has samples of its own
+            if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
+                raise RepeatedUseError(min(unsampled))
+            self._newly_sampled |= unsampled
+            raise _StartAgain
         nlls: Terms = []
         latents = []
         for name, site in model_sites.items():
@@ -210,12 +231,16 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 )
             check_latent(name, guide_sites[name], site)
             latents.append((name, guide_sites[name], site))
-        of_latents = divergences(latents, self.kl)
+        of_latents = divergences(latents, self.kl, joint, self._warned_sites)
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
             check_plates(name, guide_sites[name])
             of_latents.append((name, log_prob(guide_sites[name])))
         return nlls, of_latents
+
+
+class _StartAgain(Exception):  # noqa: N818 # no error: it undoes what the pass did to buffers
+    pass
 
 
 def _sum(terms: Terms) -> Tensor:

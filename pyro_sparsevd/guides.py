@@ -2,23 +2,26 @@
 
 __all__ = ["AutoSparseNormal"]
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.ops.tensor_utils import periodic_repeat
+from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from .distributions import SparseNormal
 from .latents import (
     Latent,
+    Start,
     attribute_sites,
     init_to_weights,
+    initial_value,
     is_target,
     keep_latents,
     simplified,
@@ -31,6 +34,8 @@ from .plain import same_random_numbers
 from .records import sole_recorder
 from .sites import WeightPrior
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
+
+_NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 
 
 class AutoSparseNormal(GaussianParameters):
@@ -55,14 +60,15 @@ class AutoSparseNormal(GaussianParameters):
     Args:
         model: A Pyro model.
         init_loc_fn: The initial value of each latent, as for Pyro's own guides.
-        init_log_variance: The initial log σ² in unconstrained space; small is part of the method. About -8 suits a
-            trained network.
+        init_log_variance: The initial log σ² of sites with a sparse prior, where small is part of the method. About
+            -8 suits a trained network.
+        init_scale: The initial σ of all other sites, in unconstrained space, as for ``AutoNormal``.
         create_plates: As for ``AutoNormal``: returns the plates to use, given the arguments of the model.
         parameterization: ``"additive"``, w = θ + σε, or, to compare, ``"multiplicative"``, w = θ(1 + √α ε), whose
             parameters are ``locs`` and ``log_alphas`` and whose gradient in θ is noisier.
 
     Raises:
-        ValueError: If ``parameterization`` is neither of the two ``init_log_variance`` not between -80 and 80, or an
+        ValueError: If ``parameterization`` is neither of the two, an initial log σ² not between -80 and 80, or an
             initial value of another shape than its site, or, when first called, if the model has a discrete latent.
 
     Example:
@@ -78,23 +84,27 @@ class AutoSparseNormal(GaussianParameters):
         *,
         init_loc_fn: Callable = init_to_weights,
         init_log_variance: float = -10.0,
+        init_scale: float = 0.1,
         create_plates: Callable | None = None,
         parameterization: Parameterization = "additive",
     ) -> None:
-        super().__init__(model, init_log_variance, create_plates, parameterization)
+        super().__init__(model, init_log_variance, init_scale, create_plates, parameterization)
         self.init_loc_fn = init_loc_fn
-        others = model.parameters() if isinstance(model, nn.Module) else ()
-        self._num_model_parameters = sum(p.numel() for p in others)
+        self._given: set[str] = set()
+        self._other_frames: dict[str, Any] = {}
+        module = unwrap(model)
+        others = module.parameters() if isinstance(module, nn.Module) else ()
+        self.num_model_parameters = sum(p.numel() for p in others)
         for site in attribute_sites(model):
             with torch.no_grad(), helpful_support_errors(site):
-                self._add_site(site["name"], site["fn"], init_loc_fn(site), ())
+                self._add_site(site["name"], site["fn"], initial_value(site, init_loc_fn(site)), ())
 
     @property
     def model(self) -> Callable:
         """The model; a guide that was pickled has none."""
         if self._model is None:
             raise RuntimeError("This guide was unpickled without its model; call a guide once before it is pickled.")
-        return InitMessenger(self._initial_value)(self._model[0])
+        return Start(self._initial_value, self._given)(self._model[0])
 
     @property
     def posteriors(self) -> dict[str, SparseNormal]:
@@ -110,7 +120,7 @@ class AutoSparseNormal(GaussianParameters):
     @property
     def num_parameters(self) -> int:
         """The number of elements of all latents and, if the model is a module, of all its parameters."""
-        return sum(q.loc.numel() for q in self.posteriors.values()) + self._num_model_parameters
+        return sum(q.loc.numel() for q in self.posteriors.values()) + self.num_model_parameters
 
     @property
     def sparse_sites(self) -> tuple[str, ...]:
@@ -142,11 +152,15 @@ class AutoSparseNormal(GaussianParameters):
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
+                without_size = [p for p in site.plates if p in self._other_frames and plates[p].size == _NO_SIZE]
                 for plate in site.plates:
-                    stack.enter_context(plates[plate])
+                    if plate not in without_size:
+                        stack.enter_context(plates[plate])
                 # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
                 plain = unobserved and not site.plates
                 loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
+                for plate in without_size:  # in which Pyro would refuse parameters of any size
+                    stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
 
@@ -211,24 +225,40 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # after an error, too: what the store holds by then is this guide's
-            mark_as_taken(self._plain_parameters_of(name)[0] for name in self._sites)
+            mark_as_taken(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)
         try:
-            with unchanged_buffers(self._model and self._model[0]), same_random_numbers():
+            with unchanged_buffers(self._model and self._model[0]), same_random_numbers(self._model and self._model[0]):
                 super()._setup_prototype(*args, **kwargs)
                 self._set_up_sites()
-        except Exception:
+        except BaseException:
             self._sites, self.prototype_trace = early, None  # so that the next call finds the error again
             raise
         for name in early.keys() - self._sites.keys():
             self._remove_site(name)
         plates = {plate for site in self._sites.values() for plate in site.plates}
-        self._prototype_frames: dict[str, Any] = {
-            name: f for name, f in self._prototype_frames.items() if name in plates
-        }
+        frames = {name: frame for name, frame in self._prototype_frames.items() if name in plates}
+        self._other_frames = {name: f for name, f in frames.items() if name in self._given or f.size == _NO_SIZE}
+        self._prototype_frames: dict[str, Any] = {n: f for n, f in frames.items() if n not in self._other_frames}
         keep_latents(self.prototype_trace)
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        plates = super()._create_plates(*args, **kwargs)
+        # In a list it is the list that has them made, or makes them.
+        is_made = self.master is None or self.master().create_plates is not None
+        for name, frame in self._other_frames.items():
+            if frame.size == _NO_SIZE:
+                plates.setdefault(name, pyro.plate(name, dim=frame.dim))
+            elif not (is_made and name in plates):
+                raise ValueError(
+                    f"{name}: expected this plate from create_plates, since the model gives its subsample and has "
+                    "latents in it, of which the guide must know whose they are; give the guide create_plates=lambda "
+                    f"...: pyro.plate({name!r}, {frame.full_size}, dim={frame.dim}, subsample=...), with the model's "
+                    "arguments"
+                )
+        return plates
 
     def _set_up_sites(self) -> None:
         trace: Any = self.prototype_trace
@@ -248,14 +278,9 @@ class AutoSparseNormal(GaussianParameters):
         is_unknown = self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites
         if is_unknown or is_target(site):
             return site["fn"]()
-        return self.init_loc_fn(site)
+        return initial_value(site, self.init_loc_fn(site))
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        shape = prior.batch_shape + prior.event_shape
-        if value.shape != shape:
-            raise ValueError(
-                f"{name}: expected an initial value of shape {tuple(shape)}, but init_loc_fn gave {tuple(value.shape)}"
-            )
         transform = simplified(biject_to(prior.support))
         loc = transform.inv(value.detach())
         if not bool(loc.isfinite().all()):
@@ -268,10 +293,11 @@ class AutoSparseNormal(GaussianParameters):
             full_size = frame.full_size or frame.size
             if full_size != frame.size:
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        self._set_parameters(name, loc, event_dim)
         plates = tuple(frame.name for frame in frames if frame.vectorized)
         zero_row = prior.zero_row if isinstance(prior, WeightPrior) else None
-        self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior), zero_row)
+        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior), zero_row)
+        log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
+        self._set_parameters(name, loc, event_dim, log_variance)
 
     def _posterior(self, name: str) -> SparseNormal:
         loc, log_variance = self._parameters_of(name)

@@ -2,8 +2,10 @@
 
 __all__ = [
     "Latent",
+    "Start",
     "attribute_sites",
     "init_to_weights",
+    "initial_value",
     "is_target",
     "keep_latents",
     "simplified",
@@ -15,11 +17,15 @@ __all__ = [
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
+from numbers import Number
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.poutine.messenger import unwrap
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
@@ -62,6 +68,81 @@ def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) 
     bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))
     like = prior.low if isinstance(prior, LogUniform) else prior.mean
     return like.new_empty(shape).uniform_(-bound, bound)
+
+
+def initial_value(site: Any, value: Any) -> Tensor:
+    """Returns what an initialisation gave for a site as a tensor of the prior's type.
+
+    Args:
+        site: A Pyro trace site.
+        value: The value: numbers of the site's shape, or one number for all.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> initial_value({"name": "w", "fn": dist.Normal(torch.zeros(2).double(), 1.0)}, 3)
+        tensor([3., 3.], dtype=torch.float64)
+    """
+    name, fn = site["name"], site["fn"]
+    expected = f"{name}: expected an initial value of shape {tuple(fn.shape())}, but init_loc_fn gave"
+    try:
+        given = torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{expected} {type(value).__name__}: {error}") from error
+    if isinstance(value, Number):
+        given = given.expand(fn.shape())
+    if given.shape != fn.shape():
+        raise ValueError(f"{expected} {tuple(given.shape)}")
+    like = _tensor_of(fn)
+    keeps_dtype = given.is_floating_point() and isinstance(value, Tensor) and not isinstance(fn, WeightPrior)
+    return given.to(like.device, given.dtype if keeps_dtype else like.dtype)
+
+
+def _tensor_of(prior: Distribution) -> Tensor:
+    """Returns a tensor of the device and dtype of a prior."""
+    if isinstance(prior, WeightPrior):
+        return prior.value
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(prior, note)
+    of_prior = [t for t in found if t.is_floating_point()] or [torch.empty(())]
+    # Numbers of a prior, such as its mean, may be on the CPU where others are not.
+    device = max((t.device for t in of_prior), key=lambda device: device.type != "cpu")
+    return torch.empty((), device=device, dtype=reduce(torch.promote_types, (t.dtype for t in of_prior)))
+
+
+class Start(InitMessenger):
+    """Gives a model's latents their initial values, and notes the plates whose subsample the model gives.
+
+    Args:
+        init_fn: The initialisation.
+        given: Where the names of those plates are put.
+
+    Example:
+        >>> given = set()
+        >>> with Start(lambda site: torch.zeros(()), given):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     plates = pyro.plate("a", 9, subsample_size=3), pyro.plate("b", 9, subsample=torch.arange(3))
+        >>> w, given
+        (tensor(0.), {'b'})
+    """
+
+    def __init__(self, init_fn: Callable, given: set[str]) -> None:
+        super().__init__(init_fn)
+        self.given = given
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.given.add(msg["name"])
+        super()._pyro_sample(msg)
 
 
 class Latent(NamedTuple):
@@ -212,7 +293,7 @@ def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
     restore = _restorer(model)
     try:
         yield
-    except Exception:
+    except BaseException:  # an interrupt, too
         restore()
         raise
 
@@ -233,6 +314,7 @@ def _restorer(model: Any) -> Callable[[], None]:
 def _running_buffers(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
+    model = unwrap(model)  # of handlers
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
     seen = set(modules)
     for module in modules:  # not model.modules(), which takes its time at every step

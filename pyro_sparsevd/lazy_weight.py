@@ -1,30 +1,31 @@
-"""A Gaussian weight that is not drawn until somebody needs its numbers, and what is done with it instead."""
+"""A Gaussian weight that is not sampled until somebody needs its numbers, and what is done with it instead."""
 
 __all__ = ["LazyWeight", "RepeatedUseError", "kl_log_uniform_total"]
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 from . import divergence
-from .distributions import log_variance_of
+from ._compat import in_backward_pass, in_function_transform, without_torch_function
+from .distributions import SparseNormal, log_variance_of
 from .geometry import pad_same, per_dim
 from .kernels import KERNELS
 from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
-from .sites import in_backward_pass
 from .workspace import Workspace
 
 Form = divergence.Form
 
 
 class RepeatedUseError(Exception):
-    """A weight was used again after a local reparameterisation had stood in for its one draw.
+    """A weight was used again after a local reparameterisation had stood in for its one sample.
 
     Args:
         site: The name of the weight's sample site.
@@ -39,29 +40,42 @@ class RepeatedUseError(Exception):
 
 
 class LazyWeight(Tensor):
-    """A factorised Gaussian weight that is not drawn until somebody needs its numbers.
+    r"""A factorised Gaussian weight that is not sampled until somebody needs its numbers.
+
+    To autograd it is the output of a function of θ and log σ² whose backward pass maps the gradient g of the weight
+    :math:`w = \theta + \sigma \varepsilon` to :math:`(g, \tfrac12 g \sigma \varepsilon)`. The linear operations that
+    know it sample their output instead. Every other function runs as on any tensor, and its sample takes its place
+    below autograd; so the gradient is right whatever the weight is given to.
 
     Args:
         base_dist: The normal distribution of its elements.
         site: The name of its sample site.
         workspace: Where to take memory from.
+        sampled: Where to note the site once the sample is needed, be it after a sampled output stood in for the weight,
+            which spoils the pass; without it, that is an error.
     """
 
     base_dist: torch.distributions.Normal
+    log_variance: Tensor
     site: str
     _workspace: Workspace
-    _drawn: Tensor | None
-    _modes: tuple[bool, bool]
-    _integral: "Integral | None"
+    _sampled: set[str] | None
+    _noise: "_Noise"
+    _integral: Integral | None
     _carrier: Tensor
 
     @staticmethod
-    def __new__(cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace) -> "LazyWeight":  # noqa: D102
-        loc = base_dist.loc
-        self = Tensor._make_wrapper_subclass(cls, loc.shape, dtype=loc.dtype, device=loc.device)
-        self.base_dist, self.site, self._workspace = base_dist, site, workspace
-        self._drawn, self._integral = None, None
-        self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    def __new__(  # noqa: D102
+        cls,
+        base_dist: torch.distributions.Normal,
+        site: str,
+        workspace: Workspace,
+        sampled: set[str] | None = None,
+    ) -> "LazyWeight":
+        noise, log_variance = _Noise(base_dist), log_variance_of(base_dist)
+        self: LazyWeight = _Sampling.apply(base_dist.loc, log_variance, noise)
+        self.base_dist, self.log_variance, self.site, self._workspace = base_dist, log_variance, site, workspace
+        self._noise, self._sampled, self._integral = noise, sampled, None
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -70,28 +84,23 @@ class LazyWeight(Tensor):
     def __format__(self, spec: str) -> str:
         return repr(self)
 
-    def draw(self) -> Tensor:
-        """Returns the one draw of the weight.
+    def numpy(self, *, force: bool = False) -> Any:
+        """Returns the sample as an array, where torch would return that of a tensor.
 
         Raises:
-            RepeatedUseError: If a sampled output has already stood in for it.
+            RuntimeError: If the weight needs a gradient, which an array would lose.
         """
-        if self._drawn is None:
-            if self._integral is not None:
-                raise RepeatedUseError(self.site)
-            # Who asks first may do so without a gradient, others may need it.
-            inference, grad = self._modes
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad), _outside_of_transforms():
-                self._drawn = self.base_dist.rsample()
-        return self._drawn
+        if self.requires_grad and not force:
+            raise RuntimeError(f"{self.site}: a weight that needs a gradient is no array; use .detach().numpy()")
+        return self.detach().numpy(force=force)
 
-    def repeated(self) -> "LazyWeight":
-        """Returns the weight as it was before its use, to be used in the same way again."""
-        return LazyWeight(self.base_dist, self.site, self._workspace)
+    def tolist(self) -> Any:
+        """Returns the sample as lists of numbers."""
+        return self.detach().tolist()
 
     def value_for_density(self) -> Tensor:
-        """Returns the draw if there is one, else an independent draw: the bound's terms are separate expectations."""
-        return self.base_dist.rsample() if self._drawn is None else self._drawn
+        """Returns the weight if it was sampled, else a sample apart: the bound's terms are separate expectations."""
+        return self.base_dist.rsample() if self._noise.sample is None else self
 
     def integrate_out(self, function: Any, x: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         """Returns a sample of the output of a linear operation on x, for the one user that needs no more.
@@ -104,14 +113,11 @@ class LazyWeight(Tensor):
 
         Returns:
             The sampled output.
-
-        Raises:
-            RepeatedUseError: If the weight was used in this way before.
         """
         is_first = self._integral is None
         if not (is_first or in_backward_pass()):  # where a checkpoint computes the one use again
-            raise RepeatedUseError(self.site)
-        loc, log_variance, bias = self.base_dist.loc, log_variance_of(self.base_dist), _drawn(bias)
+            self._note_sampled()
+        loc, log_variance = self.base_dist.loc, self.log_variance
         integral = Integral(self._workspace)
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # small variances underflow
@@ -124,46 +130,75 @@ class LazyWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.detach and in_backward_pass():
-            raise RuntimeError(
-                f"{args[0].site}: given to torch.utils.checkpoint with use_reentrant=True, which would lose its "
-                "gradient; use use_reentrant=False"
-            )
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         local = _LOCAL_FORMS.get(func)
         if local is not None:
             result = local(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return func(*_drawn(tuple(args)), **_drawn(kwargs))
+        with without_torch_function():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return func(*_drawn(tuple(args)), **_drawn(kwargs or {}))
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight._numbers, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _numbers(self) -> Tensor:
+        """Returns the numbers of the sample, which autograd knows nothing of."""
+        if self._noise.sample is None:
+            self._note_sampled()
+            self._noise.draw()
+        assert self._noise.sample is not None
+        return self._noise.sample
+
+    def _note_sampled(self) -> None:
+        is_repeated = self._integral is not None
+        if is_repeated and (self._sampled is None or in_backward_pass()):  # too late to start again
+            raise RepeatedUseError(self.site)
+        if self._sampled is not None:
+            self._sampled.add(self.site)
 
 
-def _drawn(tree: Any) -> Any:
-    if tree is None or type(tree) is Tensor or type(tree) is torch.nn.Parameter:
-        return tree
-    return tree_map_only(LazyWeight, LazyWeight.draw, tree)
+class _Noise:
+    """The one sample of a weight, and the standard normal ε that it was made of."""
+
+    __slots__ = ("base_dist", "eps", "is_inference", "sample")
+
+    def __init__(self, base_dist: torch.distributions.Normal) -> None:
+        self.base_dist = base_dist
+        self.is_inference = torch.is_inference_mode_enabled()
+        self.eps: Tensor
+        self.sample: Tensor | None = None
+
+    def draw(self) -> None:
+        loc = self.base_dist.loc
+        # Who asks first may do so in inference mode, others may need a gradient.
+        mode = torch.inference_mode(self.is_inference)
+        with mode if torch.is_inference_mode_enabled() != self.is_inference else nullcontext(), torch.no_grad():
+            self.eps = torch.empty(loc.shape, dtype=loc.dtype, device=loc.device).normal_()
+            q = self.base_dist
+            self.sample = loc.detach() + self.eps * (q.noise_scale if isinstance(q, SparseNormal) else q.scale).detach()
 
 
-# What can be asked of a weight without its numbers.
-_METADATA: set[Any] = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
-    *(getattr(Tensor, name).__get__ for name in ("is_leaf", "is_cpu", "is_cuda", "is_sparse", "is_nested", "is_meta")),
-    *(getattr(Tensor, name).__get__ for name in ("is_mkldnn", "is_quantized", "grad_fn")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.element_size),
-    *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel),
-}
+class _Sampling(torch.autograd.Function):
+    """w = θ + σ ε, with an ε that is not known before somebody needs it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, loc: Tensor, log_variance: Tensor, noise: _Noise) -> Tensor:
+        ctx.save_for_backward(log_variance)
+        ctx.noise = noise  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(LazyWeight, loc.shape, dtype=loc.dtype, device=loc.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (log_variance,) = ctx.saved_tensors
+        return grad, 0.5 * grad * ctx.noise.eps * (0.5 * log_variance).exp(), None
 
 
 # A local form has the signature of the function whose output it samples. It leaves to that function, with the weight
-# drawn, what is not a linear operation on a plain input by a weight that is not drawn yet.
+# sampled, what is not a linear operation on a plain input by a weight that is not sampled yet.
 def _local_linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 # as in torch
     if not _can_integrate_out(input, weight, bias) or weight.base_dist.loc.dim() != 2:
         return NotImplemented
@@ -219,29 +254,19 @@ def _local_transposed_convolution(
 
 
 def _can_integrate_out(x: Any, weight: Any, bias: Any) -> bool:
-    is_undrawn = type(weight) is LazyWeight and weight._drawn is None
+    if type(weight) is not LazyWeight or weight._noise.sample is not None:
+        return False
     is_dense = type(x) is not LazyWeight and x.layout is torch.strided and not x.is_nested and x.dim() > 0
-    return is_undrawn and is_dense and _have_same_dtype(x, weight, bias) and not _in_transform()
+    # Where no graph is recorded for a weight that needs a gradient, as in the forward method of an autograd function,
+    # somebody else is about to differentiate, and means one weight. Transforms as vmap know no sampled output.
+    has_gradient = torch.is_grad_enabled() or not weight.requires_grad
+    return is_dense and has_gradient and _have_same_dtype(x, weight, bias) and not in_function_transform()
 
 
 def _have_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tells whether torch will not refuse these operands, as it says best itself."""
     dtypes = {x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     return len(dtypes) == 1 or (torch.float64 not in dtypes and torch.is_autocast_enabled(x.device.type))
-
-
-def _in_transform() -> bool:
-    """Tells whether a transform of torch.func is at work, such as vmap, which knows no output that is sampled."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _outside_of_transforms() -> AbstractContextManager:
-    """Lets one draw be that of all that a transform of torch.func maps over."""
-    if not _in_transform():
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
 
 
 def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
@@ -269,7 +294,7 @@ def kl_log_uniform_total(weights: Sequence[LazyWeight], form: Form) -> Tensor:
         if shares and w.base_dist.loc.dtype in (torch.float32, torch.float64):
             integrated.append(w)
         else:
-            totals.append(divergence.kl_log_uniform_total(w.base_dist.loc, log_variance_of(w.base_dist), form))
+            totals.append(divergence.kl_log_uniform_total(w.base_dist.loc, w.log_variance, form))
     if integrated:
         totals.append(_kl_of_integrated(integrated, form))
     return sum(totals[1:], start=totals[0])

@@ -26,10 +26,11 @@ __all__ = ["LocalReparamMessenger", "local_reparam"]
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from pyro.poutine.messenger import Messenger
+from torch.distributions import Normal
 
-from .distributions import unwrap_independent
+from ._compat import in_function_transform
+from .distributions import SparseNormal, unwrap_independent
 from .lazy_weight import LazyWeight
 from .workspace import Workspace
 
@@ -38,14 +39,19 @@ class LocalReparamMessenger(Messenger):
     """The handler behind :func:`local_reparam`.
 
     Args:
-        exclude: Names of sites that are drawn as usual.
+        exclude: Names of sites that are sampled as usual.
         workspace: Where to take memory from.
+        sampled: Where to note the names of the weights whose sample was needed, be it after a sampled output stood in
+            for them, which spoils the pass; without it, such a use is an error.
     """
 
-    def __init__(self, exclude: Collection[str] = (), workspace: Workspace | None = None) -> None:
+    def __init__(
+        self, exclude: Collection[str] = (), workspace: Workspace | None = None, sampled: set[str] | None = None
+    ) -> None:
         super().__init__()
         self.exclude = exclude
         self.workspace = Workspace() if workspace is None else workspace
+        self.sampled = sampled
 
     def __enter__(self) -> "LocalReparamMessenger":
         self.workspace.start_step()
@@ -55,9 +61,10 @@ class LocalReparamMessenger(Messenger):
         fn = msg["fn"]
         if msg["done"] or msg["value"] is not None or msg["name"] in self.exclude or msg["cond_indep_stack"]:
             return
-        base = unwrap_independent(fn)
-        if isinstance(base, torch.distributions.Normal) and fn.event_shape and not fn.batch_shape:
-            msg["value"] = LazyWeight(base, msg["name"], self.workspace)
+        base: Any = unwrap_independent(fn)
+        is_normal = isinstance(base, SparseNormal) or getattr(type(base), "rsample", None) is Normal.rsample
+        if is_normal and fn.event_shape and not fn.batch_shape and not in_function_transform():
+            msg["value"] = LazyWeight(base, msg["name"], self.workspace, self.sampled)
 
 
 def local_reparam(

@@ -1,14 +1,16 @@
 """The posterior with dropped weights at zero."""
 
-__all__ = ["KeptNormal", "SparsifiedGuide", "check_masks", "kept_parts"]
+__all__ = ["KeptNormal", "SparsifiedGuide", "check_masks", "kept_parts", "unmasked"]
 
 from collections.abc import Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .distributions import SparseNormal, unwrap_independent
 
@@ -108,12 +110,17 @@ class KeptNormal(SparseNormal):
         super().__init__(loc * kept, torch.where(kept, log_variance, -80.0), validate_args=False)
         self.kept = kept
 
+    @property
+    def noise_scale(self) -> Tensor:
+        """The factor of the noise in a sample, 0 for weights that are held at zero."""
+        return super().noise_scale * self.kept
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws the weights that are kept; the others are 0."""
+        """Samples the weights that are kept; the others are 0."""
         return super().rsample(torch.Size(sample_shape)) * self.kept
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws likewise, without a gradient."""
+        """Samples likewise, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -147,6 +154,33 @@ def kept_parts(q: Any, p: Any) -> tuple[Any, Any]:
     if kept is None or unwrap_independent(p["fn"]).batch_shape != kept.shape:
         return q, p
     return _masked(q, kept), _masked(p, kept)
+
+
+def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
+    """Returns a distribution without its masks, and what they leave of it.
+
+    Args:
+        distribution: Any distribution.
+
+    Returns:
+        The distribution, and the mask of the elements of what :func:`~.distributions.unwrap_independent` makes of it.
+
+    Example:
+        >>> unmasked(dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(torch.tensor(False)))
+        (Independent(Normal(loc: torch.Size([2]), scale: torch.Size([2])), 1), tensor([False]))
+    """
+    if isinstance(distribution, torch.distributions.Independent):
+        base, mask = unmasked(distribution.base_dist)
+        return (
+            (base.to_event(distribution.reinterpreted_batch_ndims), mask) if mask is not True else (distribution, True)
+        )
+    if isinstance(distribution, dist.MaskedDistribution):
+        base, mask = unmasked(distribution.base_dist)
+        own = distribution._mask
+        if isinstance(own, Tensor):
+            own = own.reshape(own.shape + (1,) * (len(unwrap_independent(base).batch_shape) - len(base.batch_shape)))
+        return base, own & mask
+    return distribution, True
 
 
 def _masked(site: Any, kept: Tensor) -> Any:

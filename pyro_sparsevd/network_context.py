@@ -4,6 +4,8 @@ __all__ = ["NetworkContext"]
 
 from typing import Any
 
+from pyro.poutine.runtime import _PYRO_STACK
+
 from ._compat import PyroContext
 from .store_names import OwnParameters
 
@@ -19,14 +21,16 @@ class NetworkContext(PyroContext):
         (False, [])
     """
 
+    _own_parameters: OwnParameters | None = None
+
     def __enter__(self) -> None:
-        if not self.active:
-            self._own_parameters = OwnParameters()
+        if not self.active and not any(isinstance(handler, OwnParameters) for handler in _PYRO_STACK):
+            self._own_parameters = OwnParameters(self)
             self._own_parameters.__enter__()
         super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if not self.active:
+        if not self.active and self._own_parameters is not None:
             self._own_parameters.__exit__(*error)
-            del self._own_parameters
+            self._own_parameters = None

@@ -3,6 +3,7 @@
 __all__ = ["GaussianParameters", "Parameterization"]
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,18 +24,20 @@ class GaussianParameters(AutoGuide):
 
     Args:
         model: A Pyro model.
-        init_log_variance: The initial log σ².
+        init_log_variance: The initial log σ² of sites with a sparse prior.
+        init_scale: The initial σ of all others.
         create_plates: As for ``AutoNormal``.
         parameterization: ``"additive"``, in θ and log σ², or ``"multiplicative"``, in θ and log α.
 
     Raises:
-        ValueError: If ``parameterization`` is neither of the two or ``init_log_variance`` not between -80 and 80.
+        ValueError: If ``parameterization`` is neither of the two, or an initial log σ² not between -80 and 80.
     """
 
     def __init__(
         self,
         model: Callable,
         init_log_variance: float,
+        init_scale: float,
         create_plates: Callable | None,
         parameterization: Parameterization,
     ) -> None:
@@ -43,8 +46,11 @@ class GaussianParameters(AutoGuide):
             raise ValueError(f"parameterization: expected {expected}, but got {parameterization!r}")
         if not -80 <= init_log_variance <= 80:  # of which float32 knows the exponential
             raise ValueError(f"init_log_variance: expected a number from -80 to 80, but got {init_log_variance}")
+        if not math.exp(-40) <= init_scale <= math.exp(40):
+            raise ValueError(f"init_scale: expected a number from exp(-40) to exp(40), but got {init_scale}")
         super().__init__(model, create_plates=create_plates)
         self.init_log_variance = init_log_variance
+        self.init_scale = init_scale
         self.parameterization = parameterization
         self.locs = PyroModule()
         setattr(self, _SPREADS[parameterization], PyroModule())
@@ -69,7 +75,7 @@ class GaussianParameters(AutoGuide):
             found = {key[len(start) : -len(end)]: state_dict[key] for key in keys}
             self._loaded = set(found)
             for name, value in found.items():
-                if name not in self._site_names() or _is_in_plates(self._parameters_of(name)[0], value):
+                if not self._has_parameters(name) or _is_in_plates(self._parameters_of(name)[0], value):
                     device = next(self.parameters(), value).device
                     for parameters in self._parameter_modules():
                         new = torch.zeros_like(value, device=device)
@@ -105,8 +111,9 @@ class GaussianParameters(AutoGuide):
         """Returns a copy that shares the model, where ``copy.deepcopy`` copies that too."""
         return copy.deepcopy(self, {id(self._model): self._model})
 
-    def _set_parameters(self, name: str, loc: Tensor, event_dim: int) -> None:
-        if name in self._site_names():
+    def _set_parameters(self, name: str, loc: Tensor, event_dim: int, log_variance: float) -> None:
+        known = self._has_parameters(name)
+        if known:
             existing = self._parameters_of(name)[0]
             if existing.shape == loc.shape:
                 for module, attribute in self._leaves(name):
@@ -119,10 +126,9 @@ class GaussianParameters(AutoGuide):
                 )
         with torch.inference_mode(False):  # or no optimiser could change them
             loc = loc.detach().clone(memory_format=torch.contiguous_format)
-            spread = torch.full_like(loc, self.init_log_variance)
+            spread = torch.full_like(loc, log_variance)
         if self.parameterization == "multiplicative":
             spread -= _log_squares(loc)
-        known = name in self._site_names()
         for parameters, value in zip(self._parameter_modules(), (loc, spread), strict=True):
             if known:  # an optimiser may have it already
                 module, attribute = _leaf(parameters, name)
@@ -155,11 +161,24 @@ class GaussianParameters(AutoGuide):
         loc, spread = locs._parameters[attribute], spreads._parameters[attribute]
         return loc, self._log_variance(loc, spread)
 
+    def _stored(self) -> dict[str, Tensor]:
+        """Returns the parameters by the names that Pyro's store has for them, below the guide's."""
+        kinds = [(f"{kind}.", self._modules[kind]) for kind in ("locs", _SPREADS[self.parameterization])]
+        leaves = ((start + name, *_leaf(module, name)) for start, module in kinds for name in self._sites)
+        return {key: module._parameters[f"{attribute}_unconstrained"] for key, module, attribute in leaves}
+
     def _log_variance(self, loc: Tensor, spread: Tensor) -> Tensor:
         return spread if self.parameterization == "additive" else spread + _log_squares(loc)
 
+    def _has_parameters(self, name: str) -> bool:
+        *path, attribute = name.split(".")
+        module: Any = self._modules["locs"]
+        for part in path:
+            module = module and module._modules.get(part)
+        return module is not None and f"{attribute}_unconstrained" in module._parameters
+
     def _site_names(self) -> list[str]:
-        stored = [name.removesuffix("_unconstrained") for name, _ in self.locs.named_parameters()]
+        stored = dict.fromkeys(name.removesuffix("_unconstrained") for name, _ in self.locs.named_parameters())
         return [name for name in self._sites if name in stored] + [name for name in stored if name not in self._sites]
 
 

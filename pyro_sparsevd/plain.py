@@ -1,6 +1,6 @@
 """What is common to all networks: checks, copies, and what is undone after a while."""
 
-__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "same_random_numbers", "takes"]
+__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "random_state", "same_random_numbers", "takes"]
 
 import copy
 import inspect
@@ -40,8 +40,8 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Puts torch's generators back to where they were.
+def same_random_numbers(model: Any = None) -> Iterator[None]:
+    """Puts the random number generators back to where they were, see :func:`random_state`.
 
     Example:
         >>> with same_random_numbers():
@@ -49,9 +49,42 @@ def same_random_numbers() -> Iterator[None]:
         >>> bool(torch.rand(()) == first)
         True
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
+    restore = random_state(model)
+    try:
         yield
+    finally:
+        restore()
+
+
+def random_state(model: Any = None) -> Callable[[], None]:
+    """Returns what puts torch's generators of the CPU and of each accelerator in use, and a model's own, back.
+
+    Args:
+        model: A module, whose attributes may be generators, or any function.
+
+    Example:
+        >>> restore = random_state()
+        >>> first = torch.rand(())
+        >>> restore()
+        >>> bool(torch.rand(()) == first)
+        True
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    own = {v: v.get_state() for m in modules for v in m.__dict__.values() if isinstance(v, torch.Generator)}
+    of_cpu = torch.get_rng_state()
+    of_devices = [(d, d.get_rng_state_all()) for d in (torch.cuda, torch.xpu) if d.is_initialized()]
+    of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore() -> None:
+        torch.set_rng_state(of_cpu)
+        for device, states in of_devices:
+            device.set_rng_state_all(states)
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)
+        for generator, state in own.items():
+            generator.set_state(state)
+
+    return restore
 
 
 def copied(net: nn.Module) -> nn.Module:

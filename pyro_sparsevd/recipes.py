@@ -7,13 +7,12 @@ __all__ = ["choose_threshold", "fine_tune", "fit_posterior", "train_dense", "tra
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import NormalDist
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoints import Checkpoint
 from .datasets import Split
@@ -24,7 +23,8 @@ from .schedules import LinearWarmup
 from .site_divergence import KL
 from .summary import sparsify
 from .supervised import Supervised
-from .training import CrossEntropy, constant_then_linear, error, fit, logits
+from .sweep import smoothed_threshold
+from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
 
 
 def train_dense(
@@ -102,6 +102,9 @@ def fit_posterior(
     Returns:
         What ``after_epoch`` returned, for each epoch.
 
+    Raises:
+        ValueError: If ``split`` is not as large as the model's ``num_data``.
+
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
@@ -110,6 +113,8 @@ def fit_posterior(
         >>> elbo.kl_weight
         1.0
     """
+    if len(split) != model.num_data:
+        raise ValueError(f"split: expected the num_data = {model.num_data} data of the model, but got {len(split)}")
     loss = elbo(model, guide)
     optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
     schedule = LinearWarmup(epochs / 40, warm_up * epochs)
@@ -164,6 +169,13 @@ def train_sparse(
         For each epoch ``nll`` and ``kl``, in nats over the data set, of its last batch, and ``error``, ``sparsity``
         and ``compression`` of the pruned network.
 
+    Raises:
+        ValueError: If ``split`` is not as large as the model's ``num_data``.
+
+    Warns:
+        UserWarning: If no weight is left although, at zero KL weight, the network predicted held-out data better. With
+            labels that do not depend on the inputs, it did not.
+
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
@@ -183,7 +195,7 @@ def train_sparse(
             "compression": summary.compression,
         }
 
-    return fit_posterior(
+    history = fit_posterior(
         elbo,
         model,
         guide,
@@ -195,6 +207,20 @@ def train_sparse(
         after_epoch=after_epoch,
         checkpoint=checkpoint,
     )
+    _warn_of_collapse(history[epochs // 40]["error"], history[-1], len(validation))
+    return history
+
+
+def _warn_of_collapse(at_zero_kl_weight: float, last: dict[str, float], count: int) -> None:
+    """Warns if every weight is gone and held-out data show that there was something to learn, by 4 standard errors."""
+    errors = at_zero_kl_weight, last["error"]
+    standard_error = math.sqrt(sum(e * (1 - e) for e in errors) / count)
+    if last["sparsity"] == 1 and errors[1] - errors[0] > 4 * standard_error:
+        warnings.warn(
+            f"the posterior collapsed: every weight is dropped, and the held-out error, {errors[0]:.3f} at zero KL "
+            f"weight, is {errors[1]:.3f}; raise the KL weight more slowly (warm_up), or train on more data",
+            stacklevel=3,
+        )
 
 
 def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int, lr: float = 1e-3) -> nn.Module:
@@ -202,13 +228,17 @@ def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int,
 
     Args:
         network: A plain sparse network; it is not changed.
-        split: The training data.
+        split: The training data, with classes for labels: a regression needs a loss of its own, given to
+            :func:`~.training.fit` within :func:`~.pruning.masks_held`.
         epochs: How many times to go through the data.
         batch_size: The number of data of a step.
         lr: The learning rate, as for :func:`train_dense`.
 
     Returns:
         The tuned network.
+
+    Raises:
+        TypeError: If the labels are no integers.
 
     Example:
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -229,58 +259,39 @@ def choose_threshold(
     thresholds: Iterable[float],
     epochs: int,
     batch_size: int,
-    tolerance: float | None = None,
+    tolerance: float = 0.05,
 ) -> float:
-    """Returns the smallest threshold whose fine-tuned network predicts held-out data not significantly worse.
+    """Returns a threshold whose fine-tuned network predicts held-out data about as well as the best.
 
-    Each network is compared with that of the smallest negative log likelihood, in this and in its error: by the means
-    of the differences, datum by datum. A mean is significantly larger than 0 if it is more than 1.96 of its standard
-    errors: a one-sided test at the level of 2.5 %, for at most 5 % in the two together. A few data that are very
-    unlikely under either network hide in the one what the other shows.
+    The network of each threshold is fine-tuned, and :func:`~.sweep.smoothed_threshold` chooses by their mean negative
+    log likelihoods.
 
     Args:
-        model: The model.
+        model: The model of a classifier.
         guide: Its guide.
         split: The data to fine-tune with.
         validation: The held-out data.
-        thresholds: The thresholds to try, at least one.
+        thresholds: The thresholds to try, at least one; seven or more, evenly spaced, leave little to chance.
         epochs: How many epochs to fine-tune for.
         batch_size: The number of data of a step.
-        tolerance: How much larger than the smallest the mean negative log likelihood may be, as a fraction of it,
-            instead of the tests.
+        tolerance: As for :func:`~.sweep.smoothed_threshold`.
 
     Returns:
         The threshold.
 
     Raises:
-        ValueError: If there is no threshold, or if the tolerance is negative or NaN.
+        ValueError: As of :func:`~.sweep.smoothed_threshold`.
 
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
-        >>> options = {"validation": split, "thresholds": [1.0, 3.0], "epochs": 1, "batch_size": 10}
+        >>> options = {"validation": split, "thresholds": [3.0], "epochs": 1, "batch_size": 10}
         >>> choose_threshold(model, AutoSparseNormal(model), split, **options)
-        1.0
+        3.0
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
-    nlls, wrong = {}, {}
-    thresholds = list(thresholds)
-    if not thresholds:
-        raise ValueError("thresholds: expected at least one, but got none")
+    nlls = {}
     for threshold in thresholds:
         pruned = prune(model.network, guide, sparsify(guide, threshold))
         tuned = fine_tune(pruned, split, epochs=epochs, batch_size=batch_size)
-        found = logits(tuned, validation)
-        nlls[threshold] = F.cross_entropy(found, validation.labels, reduction="none").double()
-        wrong[threshold] = (found.argmax(-1) != validation.labels).double()
-    best = min(nlls, key=lambda t: float(nlls[t].mean()))
-    if tolerance is not None:
-        return min(t for t in nlls if nlls[t].mean() <= (1 + tolerance) * nlls[best].mean())
-    return min(t for t in nlls if all(_is_as_good(of[t], of[best]) for of in (nlls, wrong)))
-
-
-def _is_as_good(losses: Tensor, best: Tensor) -> bool:
-    difference = losses - best
-    standard_error = difference.std(correction=0) / math.sqrt(len(difference))
-    return bool(difference.mean() <= NormalDist().inv_cdf(0.975) * standard_error)
+        nlls[threshold] = negative_log_likelihood(tuned, validation)
+    return smoothed_threshold(nlls, tolerance)

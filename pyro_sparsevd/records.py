@@ -5,7 +5,6 @@ __all__ = ["SampleSites", "Sites", "checkpoint_contexts", "density", "log_prob",
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -15,6 +14,7 @@ from torch import Tensor
 from .distributions import IMPROPER_LOG_NORMALIZER, LogUniform, unwrap_independent
 from .lazy_weight import LazyWeight
 from .local_reparam import LocalReparamMessenger
+from .masking import unmasked
 
 Sites: TypeAlias = dict[str, Any]
 
@@ -155,29 +155,27 @@ def log_prob(site: Any) -> Tensor:
         tensor(0.)
     """
     fn, value = site["fn"], site["value"]
-    base: Any = unwrap_independent(fn)
-    counted: Any = torch.tensor(True)
-    if isinstance(base, MaskedDistribution):
-        base, counted = base.base_dist, torch.as_tensor(base._mask)
+    plain, counted = unmasked(fn)
+    base: Any = unwrap_independent(plain)
     is_improper = isinstance(base, LogUniform) and not base.is_proper
     value = value.value_for_density() if isinstance(value, LazyWeight) else value
     if is_improper:  # a draw that rounding made 0, once in some 1e9, has no density
         value = torch.where(value == 0, torch.finfo(value.dtype).eps, value)
-    found = density(site["name"], fn, value)
+    found = density(site["name"], fn, value, site["cond_indep_stack"])
     if is_improper:
-        found = found + IMPROPER_LOG_NORMALIZER * sum_rightmost(
-            counted.to(found).expand(base.batch_shape), len(fn.event_shape)
-        )
+        weights = torch.as_tensor(counted, device=found.device).to(found).expand(base.batch_shape)
+        found = found + IMPROPER_LOG_NORMALIZER * sum_rightmost(weights, len(fn.event_shape))
     return scale_and_mask(found, site["scale"], site["mask"]).sum()
 
 
-def density(name: str, fn: Any, value: Tensor) -> Tensor:
+def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> Tensor:
     """Returns the log density of a value, which must not broadcast with its distribution to something larger.
 
     Args:
         name: The name of the site.
         fn: Its distribution.
         value: Its value.
+        plates: The frames of the plates it is in, of which those without a size take a value of any.
 
     Returns:
         The log density, of the batch shape, in nats.
@@ -193,7 +191,10 @@ def density(name: str, fn: Any, value: Tensor) -> Tensor:
     """
     found: Tensor = fn.log_prob(value)
     if found.shape != fn.batch_shape:
-        raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
+        open_dims = {frame.dim for frame in plates if frame.vectorized and frame.size == -1}
+        sizes = [found.shape[dim] if dim in open_dims else 1 for dim in range(-found.dim(), 0)]
+        if found.shape != torch.broadcast_shapes(fn.batch_shape, sizes):
+            raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
     return found
 
 
@@ -204,5 +205,4 @@ class _Repeated(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.sites:
-            value = self.sites[msg["name"]]["value"]
-            msg["value"], msg["done"] = value.repeated() if isinstance(value, LazyWeight) else value, True
+            msg["value"], msg["done"] = self.sites[msg["name"]]["value"], True

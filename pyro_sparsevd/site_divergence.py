@@ -3,19 +3,22 @@
 __all__ = ["KL", "Terms", "divergences"]
 
 import logging
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
 from .divergence import Form
+from .gaussians import as_gaussian
+from .improper import ImproperPriorWarning
 from .lazy_weight import LazyWeight, kl_log_uniform_total
-from .masking import kept_parts
+from .masking import kept_parts, unmasked
 from .records import log_prob
 
 logger = logging.getLogger(__name__)
@@ -24,15 +27,21 @@ KL = Literal["approximate", "exact", "monte_carlo"]
 Terms: TypeAlias = list[tuple[str, Tensor]]  # names of sites and what they add to a bound
 
 
-def divergences(latents: Iterable[tuple[str, Any, Any]], kl: KL) -> Terms:
+def divergences(
+    latents: Iterable[tuple[str, Any, Any]], kl: KL, joint: Collection[str] = (), warned: set[str] | None = None
+) -> Terms:
     """Returns KL(q || p) of latents, each with the scale and the mask of its site.
 
-    Weights under the log-uniform prior that were not drawn are taken together, which is faster, those of the same
-    scale in one term. Where no closed form is known, a debug-level log names the site.
+    Weights under the log-uniform prior that were not sampled are taken together, which is faster, those of the same
+    scale in one term. Where no closed form is known, a debug-level log names the site; where a divergence from the
+    improper prior is sampled though a closed form was asked for, a warning does.
 
     Args:
         latents: For each the name of the site, the site in the guide and the site in the model.
         kl: The form of the divergence from the log-uniform prior, or ``"monte_carlo"`` for one sample of every latent.
+        joint: The latents that have no divergence of their own, given the others: their densities are taken at the
+            sample.
+        warned: The sites that a warning has named; more are added.
 
     Returns:
         Scalars, in nats over the data set, by the names of the sites that they are of.
@@ -45,35 +54,54 @@ def divergences(latents: Iterable[tuple[str, Any, Any]], kl: KL) -> Terms:
         >>> divergences([("w", q, p)], "exact")
         [('w', tensor(5.))]
     """
+    warned = set() if warned is None else warned
     terms: Terms = []
     lazy: dict[float, list[LazyWeight]] = {}
     for name, q, p in latents:
         prior = unwrap_independent(p["fn"])
-        if kl != "monte_carlo" and isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, p):
+        if kl == "monte_carlo" or name in joint:
+            terms.append((name, _sampled(name, q, p)))
+        elif isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, p):
             lazy.setdefault(q["scale"], []).append(q["value"])
             if prior.is_proper:
                 kept = getattr(q["value"].base_dist, "kept", 1)
                 terms.append((name, (prior.log_normalizer * kept).sum() * q["scale"]))
         else:
-            terms.append((name, _divergence(name, q, p, kl)))
+            known = _closed_form(q, p, kl)
+            if known is None:
+                _report(name, q["fn"], p["fn"], warned)
+                known = _sampled(name, q, p)
+            terms.append((name, known))
     for scale, weights in lazy.items():
         names = ", ".join(weight.site for weight in weights)
         terms.append((names, scale * kl_log_uniform_total(weights, cast(Form, kl))))
     return terms
 
 
-def _divergence(name: str, q: Any, p: Any, kl: KL) -> Tensor:
-    if kl != "monte_carlo":
-        if _have_same_scale_and_mask(q, p):
-            known = _closed_form(q, p, kl)
-            if known is not None:
-                return scale_and_mask(known, q["scale"], q["mask"]).sum()
-        logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q["fn"], p["fn"])
+def _sampled(name: str, q: Any, p: Any) -> Tensor:
+    """Returns log q - log p, both at the one sample."""
+    if isinstance(q["value"], LazyWeight):
+        sample = q["value"].value_for_density()
+        q, p = {**q, "value": sample}, {**p, "value": sample}
     q, p = kept_parts(q, p)
     try:
         return log_prob(q) - log_prob(p)
     except NotImplementedError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _report(name: str, q: Distribution, p: Distribution, warned: set[str]) -> None:
+    logger.debug("%s: no closed form of KL(%s || %s), sampling it", name, q, p)
+    prior = unwrap_independent(unmasked(p)[0])
+    if isinstance(prior, LogUniform) and not prior.is_proper and name not in warned:
+        warned.add(name)
+        warnings.warn(
+            f"{name}: no closed form of the divergence of this guide's {type(unwrap_independent(q)).__name__} from the "
+            "improper log-uniform prior is known, so it is sampled, with a gradient of infinite variance; use a "
+            "Gaussian of independent elements, as of AutoSparseNormal or AutoNormal, or LogUniform(low, high)",
+            ImproperPriorWarning,
+            stacklevel=2,
+        )
 
 
 def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
@@ -82,12 +110,9 @@ def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
         and prior.batch_shape == q["value"].base_dist.batch_shape
         and isinstance(q["scale"], float)
         and q["mask"] is None
-        and _have_same_scale_and_mask(q, p)
+        and _are_same(q["scale"], p["scale"])
+        and _are_same(q["mask"], p["mask"])
     )
-
-
-def _have_same_scale_and_mask(q: Any, p: Any) -> bool:
-    return _are_same(q["scale"], p["scale"]) and _are_same(q["mask"], p["mask"])
 
 
 def _are_same(first: Any, second: Any) -> bool:
@@ -97,14 +122,43 @@ def _are_same(first: Any, second: Any) -> bool:
 
 
 def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
-    """Returns the divergence of a site with its batch shape, or None where no closed form is known."""
-    base_q, base_p = unwrap_independent(q["fn"]), unwrap_independent(p["fn"])
-    if isinstance(base_q, torch.distributions.Normal) and isinstance(base_p, LogUniform):
-        return sum_rightmost(kl_normal_log_uniform(base_q, base_p, form), len(p["fn"].event_shape))
-    if isinstance(base_q, Delta):  # Pyro's rule for it ignores the density that an AutoNormal gives it
+    """Returns E[c log q - d log p], c and d the scales and masks of the two, or None where no closed form is known.
+
+    That is d KL(q || p) + (d - c) H(q), which is the divergence where they are the same.
+    """
+    (q_fn, q_mask), (p_fn, p_mask) = unmasked(as_gaussian(q["fn"])), unmasked(p["fn"])
+    q_base, p_base = as_gaussian(unwrap_independent(q_fn)), unwrap_independent(p_fn)
+    if isinstance(q_base, Delta):  # Pyro's rule for it ignores the density that a guide may give it
         return None
-    q, p = kept_parts(q, p)
+    event_dims = len(q_base.batch_shape) - len(q_fn.batch_shape)
+    if q_base.batch_shape == p_base.batch_shape:
+        kept = getattr(q_base, "kept", True)
+        q_mask, p_mask = q_mask & kept, p_mask & kept
+    elif q_mask is True and p_mask is True:  # one of them is multivariate
+        q_base, p_base, event_dims = q_fn, p_fn, 0
+    else:
+        return None
+    is_same = all(_are_same(*pair) for pair in ((q["scale"], p["scale"]), (q["mask"], p["mask"]), (q_mask, p_mask)))
     try:
-        return kl_divergence(q["fn"], p["fn"])
+        if isinstance(q_base, torch.distributions.Normal) and isinstance(p_base, LogUniform):
+            known = kl_normal_log_uniform(q_base, p_base, form)
+        else:
+            known = kl_divergence(q_base, p_base)
+        total = _counted(known, p, p_mask, event_dims)
+        if not is_same:
+            entropy = q_base.entropy()
+            total = total + _counted(entropy, p, p_mask, event_dims) - _counted(entropy, q, q_mask, event_dims)
     except NotImplementedError:
         return None
+    return total
+
+
+def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:
+    """Returns the sum of what a site counts of the values of its elements."""
+    if mask is not True:
+        values = scale_and_mask(values, mask=mask)
+    scale, mask = (
+        factor.reshape(factor.shape + (1,) * event_dims) if isinstance(factor, Tensor) else factor
+        for factor in (site["scale"], site["mask"])
+    )
+    return scale_and_mask(values, scale, mask).sum()

@@ -1,6 +1,6 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "in_backward_pass", "map_tensors", "without_sites"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "map_tensors", "without_sites"]
 
 import copy
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from pyro.distributions.util import sum_rightmost
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
+
+from ._compat import in_backward_pass
 
 
 class WeightPrior(dist.Independent):
@@ -230,19 +232,6 @@ def without_sites(network: nn.Module, state: dict[str, Any], prefix: str, *_: An
     for path, module in network.named_modules(prefix=prefix.rstrip(".")):
         for attribute in module.__dict__.get("_pyro_samples", ()):
             state.pop(_full(path, attribute), None)
-
-
-def in_backward_pass() -> bool:
-    """Tells whether autograd is computing gradients, and what runs is a checkpoint's forward pass once more.
-
-    Returns:
-        Whether it is.
-
-    Example:
-        >>> in_backward_pass()
-        False
-    """
-    return torch._C._current_graph_task_id() != -1
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:

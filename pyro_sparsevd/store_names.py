@@ -1,9 +1,9 @@
-"""The names under which parameters stand in Pyro's store: a model's or guide's own, never those of another."""
+"""The names under which parameters stand in Pyro's store: a model's or guide's own, for as long as there is one."""
 
 __all__ = ["OwnParameters", "claim_name", "mark_as_taken", "parameters_are_seen"]
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -20,15 +20,22 @@ class OwnParameters(Messenger):
 
     ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
     make a frozen parameter trainable, which is therefore no parameter to Pyro, and copy one that is not contiguous,
-    which is therefore put into the store here.
+    which is therefore put into the store here. What it put there leaves the store with the model.
+
+    Args:
+        model: The model, or what lives as long as it.
 
     Example:
         >>> frozen = PyroModule[nn.Linear](2, 1).requires_grad_(False)
-        >>> with OwnParameters():
+        >>> with OwnParameters(frozen):
         ...     output = frozen(torch.zeros(1, 2))
         >>> frozen.weight.requires_grad, list(pyro.get_param_store())
         (False, [])
     """
+
+    def __init__(self, model: object) -> None:
+        super().__init__()
+        self.model = model
 
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
@@ -49,6 +56,7 @@ class OwnParameters(Messenger):
             store._params[msg["name"]] = parameter
             store._param_to_name[parameter] = msg["name"]
             store._constraints[msg["name"]] = constraints.real
+        _own(self.model, {msg["name"]: parameter})
 
 
 def parameters_are_seen() -> bool:
@@ -101,26 +109,52 @@ def claim_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
         _take_number(guide)
 
 
-def mark_as_taken(parameters: Iterable[Tensor]) -> None:
-    """Notes that parameters are those of a guide, for as long as they are in use.
+def mark_as_taken(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
+    """Notes that parameters are those of a guide, with which they leave the store.
 
     Args:
-        parameters: The parameters.
+        guide: The guide.
+        parameters: Its parameters, by their names below the guide's.
 
     Example:
-        >>> mark_as_taken([torch.zeros(3)])
+        >>> mark_as_taken(PyroModule("guide"), {"locs.w": torch.zeros(3)})
     """
-    for parameter in parameters:
+    for parameter in _own(guide, {f"{guide._pyro_name}.{name}": value for name, value in parameters.items()}):
         _OF_GUIDES[parameter] = True
 
 
+def _own(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Notes whose parameters they are, and returns those that are new."""
+    own = _OWN.get(owner)
+    if own is None:
+        own = _OWN[owner] = {}
+        weakref.finalize(owner, _leave_store, own).atexit = False
+    new = {key: value for key, value in parameters.items() if key not in own or own[key]() is not value}
+    own.update((key, weakref.ref(value)) for key, value in new.items())
+    return list(new.values())
+
+
+def _leave_store(own: Mapping[str, Callable[[], Tensor | None]]) -> None:
+    """Removes from the store those of its parameters that were an owner's, which is gone."""
+    store = pyro.get_param_store()
+    gone = {key for key, value in own.items() if key in store and store._params[key] is value()}
+    if gone:
+        # New dictionaries: the garbage collector may come here while somebody goes through the old ones.
+        store._params = {key: value for key, value in store._params.items() if key not in gone}
+        store._param_to_name = {value: key for value, key in store._param_to_name.items() if key not in gone}
+        store._constraints = {key: value for key, value in store._constraints.items() if key not in gone}
+
+
 def _take_number(guide: PyroModule) -> None:
-    stored = pyro.get_param_store()._params
     old, number = guide._pyro_name, 2
-    while any(key.startswith(f"{old}_{number}.") for key in stored):
+    start = f"{old}_"
+    taken = {key[len(start) :].split(".")[0] for key in pyro.get_param_store() if key.startswith(start)}
+    while str(number) in taken:
         number += 1
     for module in guide.modules():
         module._pyro_name = f"{old}_{number}{module._pyro_name[len(old) :]}"
 
 
 _OF_GUIDES: Any = WeakTensorKeyDictionary()
+# The names in the store, and the parameters, of each guide and model.
+_OWN: Any = weakref.WeakKeyDictionary()

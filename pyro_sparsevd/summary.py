@@ -131,10 +131,10 @@ class SparsitySummary:
         }
 
     def __str__(self) -> str:
-        return tables.as_text(self._cells())
+        return tables.as_text(self._cells()) + (f"\n{_NOTHING_KEPT}" if self.total and not self.kept else "")
 
     def _repr_html_(self) -> str:
-        return tables.as_html(self._cells())
+        return tables.as_html(self._cells()) + (f"<p>{_NOTHING_KEPT}</p>" if self.total and not self.kept else "")
 
     def _cells(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [_HEADER]
@@ -244,6 +244,10 @@ def _matches(name: str, glob: str) -> bool:
     return name == glob or fnmatchcase(name, glob)
 
 
+_NOTHING_KEPT = (
+    "No weight is kept. Unless the targets do not depend on the inputs, the training lost what there was to learn: "
+    "raise the KL weight slowly (LinearWarmup)."
+)
 _HEADER = ("site", "shape", "kept", "of weights", "dropped %", "compression", "log alpha <=")
 
 

@@ -88,7 +88,7 @@ class Supervised(PyroModule):
                 likelihood differ, or another PyroModule has renamed the network's sites.
         """
         index, size = self._batch(x, y)
-        with OwnParameters():
+        with OwnParameters(self):
             with self.network._pyro_context:
                 output = self._run(x)
                 self._draw_every_site(self.network)

@@ -1,11 +1,13 @@
 """Error, likelihood and compression against the threshold."""
 
-__all__ = ["SweepPoint", "threshold_grid", "threshold_sweep"]
+__all__ = ["SweepPoint", "smoothed_threshold", "threshold_grid", "threshold_sweep"]
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -61,6 +63,51 @@ def threshold_grid(guide: AutoSparseNormal) -> list[float]:
     kept = dict.fromkeys(math.ceil(len(log_alphas) * 0.9**step) for step in steps)
     found = log_alphas[torch.tensor(list(kept), device=log_alphas.device) - 1].tolist()
     return list(dict.fromkeys([math.inf, *found, -math.inf]))
+
+
+def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> float:
+    """Returns the smallest threshold at which a smooth curve through noisy likelihoods is close to its minimum.
+
+    The curve is a quadratic in the threshold, by least squares, or a line where the quadratic would bend downwards.
+    The best of several noisy likelihoods is the best in part by luck; the curve has less of that. The tolerance says
+    how much likelihood to give for compression. Thresholds whose likelihood is infinite or NaN are left out, of the
+    curve and of the choice.
+
+    Args:
+        nlls: The mean negative log likelihood of held-out data at each threshold.
+        tolerance: How far above its minimum over the thresholds the curve may be, as a fraction of that minimum.
+
+    Returns:
+        The threshold, one of those given.
+
+    Warns:
+        UserWarning: If it is the smallest or the largest of several, beyond which a better one may lie.
+
+    Raises:
+        ValueError: If no likelihood is finite, a threshold is not, or the tolerance is negative or not finite.
+
+    Example:
+        >>> smoothed_threshold({-1.0: 0.088, 0.0: 0.074, 1.0: 0.070, 2.0: 0.068, 3.0: 0.071})
+        1.0
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
+    if not all(map(math.isfinite, nlls)):
+        raise ValueError(f"thresholds: expected finite numbers, but got {list(nlls)}")
+    finite = {threshold: nlls[threshold] for threshold in sorted(nlls) if math.isfinite(nlls[threshold])}
+    if not finite:
+        raise ValueError(f"thresholds: expected one with a finite negative log likelihood, but got {dict(nlls)}")
+    points = list(finite), list(finite.values())
+    coefficients = np.polyfit(*points, min(2, len(finite) - 1))
+    if len(coefficients) == 3 and coefficients[0] < 0:
+        coefficients = np.polyfit(*points, 1)
+    curve = dict(zip(finite, np.polyval(coefficients, points[0]), strict=True))
+    lowest = min(curve.values())
+    chosen = next(t for t, nll in curve.items() if nll <= lowest + tolerance * abs(lowest))
+    if len(nlls) > 1 and chosen in (min(nlls), max(nlls)):
+        end = "smallest" if chosen == min(nlls) else "largest"
+        warnings.warn(f"thresholds: chose {chosen:g}, the {end} that was tried; try some beyond it", stacklevel=2)
+    return chosen
 
 
 @torch.no_grad()
@@ -123,7 +170,7 @@ def _evaluate(
             mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
             if isinstance(fn, dist.MaskedDistribution):
                 fn, mask = fn.base_dist, mask & torch.as_tensor(fn._mask, device=value.device)
-            log_prob = density(site["name"], fn, value).double()
+            log_prob = density(site["name"], fn, value, site["cond_indep_stack"]).double()
             mask = mask.expand_as(log_prob)
             error += float(_errors(fn, value)[mask].sum())
             nll -= float(log_prob[mask].sum())

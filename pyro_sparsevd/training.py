@@ -54,6 +54,9 @@ class CrossEntropy(nn.Module):
     Args:
         network: A network that returns class logits.
 
+    Raises:
+        TypeError: When called with labels that are no integers, such as the targets of a regression.
+
     Example:
         >>> loss = CrossEntropy(nn.Linear(3, 2))(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
         >>> loss.shape
@@ -66,7 +69,17 @@ class CrossEntropy(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of a batch."""
-        return F.cross_entropy(self.network(x), y)
+        return F.cross_entropy(self.network(x), _classes(y))
+
+
+def _classes(labels: Tensor) -> Tensor:
+    # Torch would take floating-point targets for the probabilities of the classes.
+    if labels.is_floating_point():
+        raise TypeError(
+            f"labels: expected the classes of a classifier as integers, but got {labels.dtype}; "
+            "for a regression, give training.fit a loss of its own, within masks_held for a sparse network"
+        )
+    return labels
 
 
 @torch.no_grad()
@@ -105,7 +118,7 @@ def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
         >>> 0 <= error(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) <= 1
         True
     """
-    return float((logits(network, split, batch_size).argmax(-1) != split.labels).float().mean())
+    return float((logits(network, split, batch_size).argmax(-1) != _classes(split.labels)).float().mean())
 
 
 def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
@@ -124,7 +137,7 @@ def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 
         >>> negative_log_likelihood(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) > 0
         True
     """
-    return float(F.cross_entropy(logits(network, split, batch_size), split.labels))
+    return float(F.cross_entropy(logits(network, split, batch_size), _classes(split.labels)))
 
 
 def constant_then_linear(

@@ -116,8 +116,18 @@ def _kl_normal_empirical_normal(q: torch.distributions.Normal, p: EmpiricalNorma
         return kl_ard(q.loc, log_variance)
     second_moment = q.loc**2 + log_variance.exp()
     pooled = [dim for dim in range(second_moment.dim()) if dim not in p.group_dims]
-    variance = second_moment.mean(pooled, keepdim=True) if pooled else second_moment
+    variance = _mean_of_kept(second_moment, getattr(q, "kept", None), pooled)
     return 0.5 * (variance.log() - log_variance + second_moment / variance - 1)
+
+
+def _mean_of_kept(values: Tensor, kept: Tensor | None, dims: list[int]) -> Tensor:
+    """Returns means along dimensions, over what is not held at zero."""
+    if not dims:
+        return values
+    if kept is None:
+        return values.mean(dims, keepdim=True)
+    count = kept.sum(dims, keepdim=True)
+    return torch.where(count > 0, (values * kept).sum(dims, keepdim=True) / count.clamp_min(1), 1.0)
 
 
 @register_kl(torch.distributions.Normal, torch.distributions.Laplace)

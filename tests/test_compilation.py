@@ -45,7 +45,7 @@ class _Doubled(nn.Module):
 )
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute:UserWarning",  # of the compiler's own
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated",
 )
 def test_loss_and_gradients_are_those_without(options, contain, backend, compiled, device):
     plain, other = (contain(_loss(device, **options)) for _ in range(2))
@@ -61,12 +61,16 @@ def test_loss_and_gradients_are_those_without(options, contain, backend, compile
 
 def test_neither_import_nor_a_loss_without_it_touches_what_is_global():
     code = """
-import sys, torch, pyro.distributions as dist, pyro_sparsevd as svd
-print("torch._dynamo" in sys.modules)
+import os, sys, warnings, torch, pyro.distributions as dist
+def state():
+    validates = torch.distributions.Distribution._validate_args
+    return validates, dict(os.environ), list(warnings.filters), "torch._dynamo" in sys.modules
+before = state()
+import pyro_sparsevd as svd
+print(state() == before)
 model = svd.Supervised(svd.bayesianize(torch.nn.Linear(2, 1)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
-validates = torch.distributions.Distribution._validate_args
 svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))(torch.zeros(5, 2), torch.zeros(5)).backward()
-print(torch.distributions.Distribution._validate_args is validates)
+print(state() == before, before[-1])
 """
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert (result.stdout, result.stderr) == ("False\nTrue\n", "")
+    assert (result.stdout, result.stderr) == ("True\nTrue False\n", "")

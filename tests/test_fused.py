@@ -305,7 +305,7 @@ def test_compilers_see_what_torch_computes(compiled):
 
 
 @pytest.mark.parametrize("trace", ["make_fx", "jit"])
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 def test_tracers_see_what_torch_computes(trace):
     def variance(log_variance):
         return fused.exp(log_variance, torch.empty_like(log_variance)) + 0

@@ -1,13 +1,16 @@
 """The guide: its parameters and their life, its sites, its densities, and what Pyro's tools make of it."""
 
 import copy
+import gc
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -170,12 +173,37 @@ def test_initial_means_own_their_memory(device):
 
 @pytest.mark.parametrize("log_variance", [-10.0, -3.0, 0.0])
 @pytest.mark.parametrize("make", CASES)
-def test_initial_log_variance_is_the_one_given(make, log_variance, device):
+def test_initial_variances_are_those_given_for_sparse_and_for_other_sites(make, log_variance, device):
     case = make(device)
-    guide = AutoSparseNormal(case.model, init_log_variance=log_variance)
+    guide = AutoSparseNormal(case.model, init_log_variance=log_variance, init_scale=0.5)
     guide(*case.data)
-    assert guide.posteriors.keys() == set(case.sites)
-    assert all((q.log_variance == log_variance).all() for q in guide.posteriors.values())
+    expected = {name: log_variance if name in case.sparse else 2 * math.log(0.5) for name in case.sites}
+    assert {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "prior", [dist.Normal(0.0, 1.0), svd.fan_in_normal(), svd.EmpiricalNormal(()), svd.scale_mixture()]
+)
+def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
+    bnn = bayesianize(nn.Linear(4, 3), prior)
+    ours, of_pyro = AutoSparseNormal(bnn), AutoNormal(bnn)
+    of_pyro(torch.zeros(1, 4))
+    torch.testing.assert_close(ours.posteriors["weight"].scale, of_pyro.scales.weight)
+
+
+@pytest.mark.parametrize("prior", [svd.horseshoe(), svd.group_normal_jeffreys()], ids=["horseshoe", "groups"])
+def test_scales_that_are_latents_start_as_those_of_auto_normal_and_their_weights_sparse(prior):
+    guide = AutoSparseNormal(bayesianize(nn.Linear(4, 3), prior))
+    starts = {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()}
+    assert starts.pop("weight") == -10
+    assert all(start == pytest.approx(2 * math.log(0.1)) for start in starts.values())
+    assert starts
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_positive_number_is_refused(scale):
+    with pytest.raises(ValueError, match=r"init_scale: expected a number from exp\(-40\) to exp\(40\), but got"):
+        AutoSparseNormal(lambda: None, init_scale=scale)
 
 
 @pytest.mark.parametrize("log_variance", [float("nan"), float("inf"), -float("inf"), 81.0, -104.0])
@@ -698,9 +726,10 @@ def test_a_store_that_was_loaded_is_the_guides(make, called, device, tmp_path):
     assert {name.split(".")[0] for name in _store() if name.startswith("Auto")} == {"AutoSparseNormal"}
 
 
-def test_what_a_guide_left_in_the_store_is_not_taken_for_loaded(device):
+def test_what_a_guide_put_into_the_store_is_not_taken_for_loaded(device):
     model = _supervised(device)
-    _train(model, AutoSparseNormal(model), _data(device))
+    other = AutoSparseNormal(model)
+    _train(model, other, _data(device))
     new = AutoSparseNormal(model)
     before = _state(new)
     new(*_data(device))
@@ -709,13 +738,55 @@ def test_what_a_guide_left_in_the_store_is_not_taken_for_loaded(device):
 
 def test_a_store_that_was_loaded_with_another_shape_is_an_error(device, tmp_path):
     model, other = _supervised(device), _supervised(device, width=5)
-    _train(model, AutoSparseNormal(model), _data(device), steps=1)
+    guide = AutoSparseNormal(model)
+    _train(model, guide, _data(device), steps=1)
     pyro.get_param_store().save(tmp_path / "store.pt")
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store.pt")
     message = r"AutoSparseNormal.locs.0.weight: expected a parameter of shape \(5, 4\), but .* of \(3, 4\)"
     with pytest.raises(ValueError, match=message):
         AutoSparseNormal(other)(*_data(device))
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_guides_and_models_that_are_gone_have_left_the_store(make, device):
+    case = make(device)
+    kept = AutoSparseNormal(case.model)
+    _train(case.model, kept, case.data, steps=1)
+    before = _store()
+    for _ in range(3):
+        new = make(device)
+        guide = AutoSparseNormal(new.model)
+        _train(new.model, guide, new.data, steps=1)
+        assert len(_store()) > len(before)
+        del new, guide
+        gc.collect()
+        assert _store().keys() == before.keys()
+        assert all(_store()[name] is value for name, value in before.items())
+
+
+def test_a_guide_that_goes_takes_nothing_that_was_loaded_meanwhile(device, tmp_path):
+    case = _function_case(device)
+    guide = AutoSparseNormal(case.model)
+    _train(case.model, guide, case.data, steps=1)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    names = _store().keys()
+    del guide
+    gc.collect()
+    assert _store().keys() == names != set()
+
+
+def test_the_store_may_be_read_while_a_guide_goes(device):
+    case = _function_case(device)
+    guide, kept = AutoSparseNormal(case.model), AutoSparseNormal(case.model)
+    guide(*case.data)
+    kept(*case.data)
+    names = []
+    for name in pyro.get_param_store():
+        guide = None
+        names.append(name)
+    assert len(names) == 2 * len(_store()) > 0
 
 
 def test_guides_that_share_the_name_of_one_site_train_apart_after_the_store_was_cleared():
@@ -888,8 +959,9 @@ def test_the_plates_of_a_guide_without_local_latents_choose_the_data_of_the_mode
     index = torch.tensor([7, 1, 4], device=device)
     guide(index)
     seen.clear()
-    SparseVD_ELBO()(model, guide)(index)
-    assert seen == [[7, 1, 4]]
+    SparseVD_ELBO()(model, guide)(index)  # runs the model again where it samples a weight for the first time
+    assert seen
+    assert all(chosen == [7, 1, 4] for chosen in seen)
 
 
 def test_create_plates_gives_the_subsample_of_the_data(device):
@@ -1613,3 +1685,41 @@ def test_a_guide_after_one_whose_first_pass_failed_starts_at_its_own_weights(out
     model, guide = model_and_guide(network, lambda logits: dist.Categorical(logits=logits))
     svd.SparseVD_ELBO()(model, guide)(x, y)
     assert torch.equal(guide.posteriors["weight"].loc, network.weight)
+
+
+def test_a_plate_whose_subsample_the_model_gives_is_refused_by_name_unless_create_plates_makes_it(device):
+    def model(index):
+        with pyro.plate("groups", 10, subsample=index):
+            pyro.sample("z", dist.Normal(torch.zeros(len(index), device=device), 1.0))
+
+    index = torch.tensor([7, 1, 4], device=device)
+    with pytest.raises(ValueError, match=r"^groups: expected this plate from create_plates, .*subsample="):
+        AutoSparseNormal(model)(index)
+    guide = AutoSparseNormal(model, create_plates=lambda index: pyro.plate("groups", 10, subsample=index))
+    assert guide(index)["z"].shape == (3,)
+
+
+def test_a_plate_without_a_size_takes_that_of_its_latents(device):
+    def model():
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal(torch.zeros(17, device=device), 1.0))
+
+    assert AutoSparseNormal(model)()["z"].shape == (17,)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.full((1, 4), 0.5), torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.float64)]
+)
+def test_initial_values_of_other_types_are_converted_to_that_of_the_weight(value, device):
+    model = svd.bayesianize(nn.Linear(4, 1).to(device))
+    guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"weight": value}))
+    loc = guide.posteriors["weight"].loc
+    assert loc.dtype == torch.float32
+    torch.testing.assert_close(loc, torch.as_tensor(value).float().expand(1, 4).to(device))
+
+
+def test_an_initial_value_that_is_no_number_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"^weight: expected an initial value of shape \(1, 4\), but init_loc_fn gave str"
+    ):
+        AutoSparseNormal(svd.bayesianize(nn.Linear(4, 1)), init_loc_fn=lambda site: "zero")

@@ -181,7 +181,7 @@ def test_weights_are_drawn_or_their_output_sampled_as_the_table_says(make, shape
     assert set(record.weights) - sampled == expected
     assert all(p.grad.isfinite().all() and p.grad.any() for p in guide.parameters())
     if not sampled:
-        values = {name: w.draw() if type(w) is LazyWeight else w for name, w in record.weights.items()}
+        values = {name: w.clone() if type(w) is LazyWeight else w for name, w in record.weights.items()}
         torch.testing.assert_close(record.output, functional_call(net, values, (x,)))
 
 

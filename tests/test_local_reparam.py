@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize, divergence
 from pyro_sparsevd.checks import is_finite
 from pyro_sparsevd.distributions import LogUniform
-from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, kl_log_uniform_total
+from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
 from pyro_sparsevd.local_functions import LocalGreyConvolution
 from pyro_sparsevd.local_reparam import LocalReparamMessenger, local_reparam
 from pyro_sparsevd.workspace import Workspace
@@ -200,16 +200,16 @@ def _assert_close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 
 @pytest.fixture
-def draws(monkeypatch: pytest.MonkeyPatch) -> list[SparseNormal]:
-    """Every distribution that is sampled, once for each sample."""
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The distribution of every weight that is sampled, once for each sample."""
     drawn = []
-    rsample = SparseNormal.rsample
+    draw = _Noise.draw
 
-    def counted(self: SparseNormal, *args: Any) -> Tensor:
-        drawn.append(self)
-        return rsample(self, *args)
+    def counted(self: _Noise) -> None:
+        drawn.append(self.base_dist)
+        draw(self)
 
-    monkeypatch.setattr(SparseNormal, "rsample", counted)
+    monkeypatch.setattr(_Noise, "draw", counted)
     return drawn
 
 
@@ -566,7 +566,7 @@ def test_another_use_draws_once_and_computes_with_that_draw(use, device, draws):
     plain = SparseNormal(loc, log_variance).rsample()
     expected = use(plain, x)
     assert all(type(result) is Tensor and torch.equal(result, expected) for result in results)
-    assert weight.draw() is weight.draw()
+    assert torch.equal(weight.clone(), weight.clone())
     if expected.requires_grad:
         gradients = torch.autograd.grad(results[0].sum(), (loc, log_variance))
         _assert_close(gradients, torch.autograd.grad(expected.sum(), (loc, log_variance)))
@@ -600,7 +600,7 @@ def test_modules_without_a_local_form_compute_with_one_draw_of_each_weight(make,
     output = functional_call(module, weights, inputs)
     assert sorted(map(id, draws)) == sorted(id(w.base_dist) for name, w in weights.items() if name not in local)
     if not local:
-        expected = functional_call(module, {name: w.draw() for name, w in weights.items()}, inputs)
+        expected = functional_call(module, {name: w.clone() for name, w in weights.items()}, inputs)
         _assert_close(output, expected)
 
 
@@ -657,7 +657,7 @@ def test_a_linear_layer_after_a_draw_uses_that_draw(device, draws):
         pytest.param(lambda w: w.T, id="T"),
         pytest.param(lambda w: w + 1, id="add"),
         pytest.param(lambda w: F.embedding(torch.tensor([0], device=w.device), w), id="embedding"),
-        pytest.param(lambda w: w.draw(), id="draw"),
+        pytest.param(lambda w: w.clone(), id="clone"),
     ],
 )
 def test_a_second_use_after_a_local_one_raises_an_error_that_names_the_site(second, device):
@@ -698,8 +698,8 @@ def test_an_input_that_is_a_lazy_weight_itself_is_drawn(device, draws):
     loc, log_variance = _posterior(device)
     x, weight = _lazy(loc, log_variance, "x"), _lazy(loc, log_variance, "w")
     output = F.linear(x, weight)
-    assert torch.equal(output, F.linear(x.draw(), weight.draw()))
-    assert draws == [x.base_dist, weight.base_dist]
+    assert torch.equal(output, F.linear(x.clone(), weight.clone()))
+    assert sorted(map(id, draws)) == sorted(map(id, [x.base_dist, weight.base_dist]))
 
 
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
@@ -787,7 +787,7 @@ def test_two_calls_give_two_weights(device):
     guide = local_reparam(_three_layer_guide(device))
     first, second = guide()["first"], guide()["first"]
     assert first is not second
-    assert not torch.equal(first.draw(), second.draw())
+    assert not torch.equal(first.clone(), second.clone())
 
 
 ZEROS = torch.zeros(3, 4)
@@ -1016,7 +1016,7 @@ def test_divergence_of_several_weights_used_in_every_way_is_the_sum(form, device
     for inputs, p in zip(every[:2], [LINEAR, CONV2D], strict=True):
         weights.append(_local(p.values[0], inputs, seed=3)[1])
     drawn, unused = (_lazy(inputs.loc, inputs.log_variance) for inputs in every[2:])
-    drawn.draw()
+    drawn.clone()
     kl = kl_log_uniform_total([weights[0], drawn, unused, weights[1]], form)
     parameters = [t for inputs in every for t in (inputs.loc, inputs.log_variance)]
     expected = sum(divergence.kl_log_uniform_total(i.loc, i.log_variance, form) for i in every)

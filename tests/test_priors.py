@@ -3,6 +3,7 @@
 import abc
 import copy
 import io
+import math
 import pickle
 import re
 import warnings
@@ -1115,7 +1116,7 @@ def test_a_loss_or_a_class_is_no_likelihood(likelihood):
 
 
 def test_a_likelihood_that_returns_no_distribution_is_refused():
-    with pytest.raises(TypeError, match="^likelihood: expected a function that returns a distribution, but it gave Te"):
+    with pytest.raises(TypeError, match="expected a function that returns a distribution, but it gave Tensor"):
         regression("cpu", likelihood=lambda output: output)(ONE)
 
 
@@ -1230,7 +1231,7 @@ def test_the_divergence_of_a_padded_embedding_is_that_of_its_other_rows(prior, e
     losses = []
     for net, tokens in ((padded, torch.tensor([1, 2, 5])), (plain, torch.tensor([0, 1, 4]))):
         model = svd.Supervised(svd.bayesianize(net, prior), lambda out: dist.Normal(out, 1.0).to_event(1), 3)
-        guide = svd.AutoSparseNormal(model, init_log_variance=-20.0)
+        guide = svd.AutoSparseNormal(model, init_log_variance=-20.0, init_scale=math.exp(-10))
         torch.manual_seed(1)
         losses.append(elbo.differentiable_loss(model, guide, tokens, torch.zeros(3, 3).double()))
         losses[-1].backward()
@@ -1586,7 +1587,7 @@ UNFIT = {  # a network, and what is said
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(("make", "message"), UNFIT.values(), ids=UNFIT)
 def test_modules_that_pyro_cannot_make_its_own_are_refused_by_name(make, message):
     with pytest.raises(TypeError, match=message):

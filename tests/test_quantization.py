@@ -176,7 +176,7 @@ class _Own(pyro.nn.PyroModule):
 
     def __init__(self, net):
         super().__init__()
-        self.slope = pyro.nn.PyroSample(torch.distributions.Normal(0.0, 1.0))
+        self.slope = pyro.nn.PyroSample(pyro.distributions.Normal(0.0, 1.0))
         self.bnn = svd.bayesianize(net)
 
     def forward(self, x):

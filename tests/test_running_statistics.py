@@ -114,7 +114,7 @@ def test_a_layer_first_called_twice_in_a_later_step_counts_once(once_before, dev
         for _ in range(once_before):
             each(x, y)
         each(x.abs() + 0.1, y)
-    assert loss.elbo._drawn_sites == {"layer.weight"}
+    assert loss.elbo._sampled_sites == {"layer.weight"}
     assert loss.model.network.norm.num_batches_tracked == once_before + 1
     torch.testing.assert_close(*(_buffers(each.model.network.norm) for each in (loss, expected)))
 

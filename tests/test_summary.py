@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_value
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.summary import SiteSparsity
+from pyro_sparsevd.summary import SiteSparsity, SparsitySummary
 
 
 @pytest.fixture
@@ -178,8 +178,7 @@ def test_the_parts_of_a_guide_list_are_summed(device):
     guide = pyro.infer.autoguide.AutoGuideList(model)
     guide.append(svd.AutoSparseNormal(pyro.poutine.block(model, hide=["b"])))
     guide.append(svd.AutoSparseNormal(pyro.poutine.block(model, hide=["a"])))
-    with pytest.warns(svd.ImproperPriorWarning):  # Pyro's list runs the model to learn shapes
-        guide()
+    guide()
     assert svd.sparsify(guide).total == 7
 
 
@@ -436,3 +435,13 @@ def test_the_sweep_leaves_masked_discrete_parts_of_data_out(kind, device):
     guide(y)
     (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
     assert point.error == pytest.approx((0 + 1 + 0) / 3)
+
+
+@pytest.mark.parametrize("text", [str, SparsitySummary._repr_html_])
+def test_a_table_says_what_to_do_where_no_weight_is_kept(text):
+    def table(kept):
+        return text(SparsitySummary((SiteSparsity("w", (2, 3), kept, 3.0),), {}, 6))
+
+    assert "No weight is kept. Unless the targets do not depend on the inputs" in table(0)
+    assert "(LinearWarmup)" in table(0)
+    assert "No weight" not in table(1) + text(SparsitySummary((), {}, 6))

@@ -53,6 +53,10 @@ SCRIPTS = {
         ["--width", 0.04],
     ),
     "compress.py": (["--epochs", 2, "--fine-tune", 1, "--batch-size", 500, "--rounds", 1], ["--warm-up", 0.4]),
+    "threshold_choice.py": (
+        ["--epochs", 1, "--seeds", 1, "--fine-tune", 1, "--batch-size", 500],
+        ["--batch-size", 400],
+    ),
     "pruning_compared.py": (["--epochs", 1, "--fine-tune", 1, "--batch-size", 500], ["--batch-size", 400]),
 }
 PRIORS = {data: ["--epochs", 2, "--data", data] for data in ("diabetes", "synthetic")}
@@ -88,6 +92,14 @@ def test_script_writes_numbers_and_a_figure_and_goes_on_with_the_same_options_on
     _check_output(tmp_path / "figure.png")
     with pytest.raises(SystemExit, match=f"--resume: .* expected a training with {other[0]} {other[1]}, but"):
         _run(monkeypatch, name, *options, "--resume", *other)
+
+
+def test_intervals_are_measured(monkeypatch, tmp_path):
+    out = tmp_path / "figure.png"
+    _run(monkeypatch, "intervals.py", "--epochs", 20, "--seeds", 1, "--nuts-samples", 2, "--out", out)
+    results = _check_output(out)["results"]
+    assert 1.6 < results["normal, exact, r = 0"]["NLL of new targets"] < 1.95
+    assert 0.8 < results["normal, exact, r = 0.7"]["coverage of new targets"] < 0.95
 
 
 def test_random_labels_of_images_in_colour_are_one_picture(monkeypatch, tmp_path, request):
@@ -147,7 +159,7 @@ def test_linear_models_are_drawn_on_one_scale_with_the_kept_features_marked(monk
 
 
 def test_every_script_is_tried():
-    others = {"classification.py", "common.py", "compare_priors.py", "lenet.py"}
+    others = {"classification.py", "common.py", "compare_priors.py", "intervals.py", "lenet.py"}
     assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}
 
 

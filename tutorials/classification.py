@@ -60,13 +60,14 @@ def add_options(
     options.add_argument(
         "--threshold",
         type=finite,
-        help="log alpha above which weights are dropped (default: the smallest whose fine-tuned network has neither a "
-        "significantly larger negative log likelihood of held-out training data than the best nor more errors)",
+        help="log alpha above which weights are dropped (default: the smallest of several at which a smooth curve "
+        "through the held-out likelihoods of the fine-tuned networks is close to its best)",
     )
     options.add_argument(
         "--threshold-tolerance",
         type=tolerance,
-        help="how far above the best likelihood it may be, as a fraction, in the place of two tests at 2.5 %% each",
+        default=0.05,
+        help="how far above its minimum that curve of negative log likelihoods may be, as a fraction (%(default)s)",
     )
 
 

@@ -177,11 +177,11 @@ def device(name: str) -> torch.device:
     return found
 
 
-def load(args: argparse.Namespace) -> Data:
-    """Reads the digits, holds a part of the training digits out, and settles the batch size."""
+def load(args: argparse.Namespace, held_out: tuple[int, int] = (500, 5_000)) -> Data:
+    """Reads the digits, holds so many of the bundled or the MNIST ones for training out, and settles the batch size."""
     bundled = args.data_dir is None
     args.batch_size = args.batch_size or (100 if bundled else 500)
-    return prepare(args, digits if bundled else lambda: mnist(args.data_dir), held_out=500 if bundled else 5_000)
+    return prepare(args, digits if bundled else lambda: mnist(args.data_dir), held_out[not bundled])
 
 
 def load_cifar10(args: argparse.Namespace) -> Data:

@@ -39,7 +39,6 @@ def data_dir(request):
 def test_a_compressed_network_is_small_fast_and_as_accurate(net, seed, data_dir, device, tmp_path):
     case, out = CASES[net], tmp_path / "compress.png"
     options = ["--data-dir", data_dir, "--net", net, "--seed", str(seed), "--device", str(device), "--out", str(out)]
-    options += ["--threshold-tolerance", "0.02"]  # as for README's table
     subprocess.run([sys.executable, SCRIPT, *options, *case.options], check=True)
     found = json.loads(out.with_suffix(".json").read_text())
     sizes, errors, taken = found["bytes"], found["errors"], found["milliseconds"]

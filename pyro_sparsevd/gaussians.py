@@ -1,0 +1,87 @@
+"""Gaussians that a guide writes in other ways."""
+
+__all__ = ["as_gaussian", "with_auxiliary_sites_exchanged"]
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Independent, Normal
+from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+
+from .distributions import unwrap_independent
+
+
+def as_gaussian(distribution: Any) -> Any:
+    """Returns the Gaussian that transforms make of a Gaussian, if they do; any other distribution as it is.
+
+    Args:
+        distribution: A distribution.
+
+    Returns:
+        The same distribution, as a normal one, perhaps within ``to_event``.
+
+    Example:
+        >>> as_gaussian(dist.TransformedDistribution(dist.Normal(1.0, 1.0), dist.transforms.AffineTransform(0.0, 3.0)))
+        Normal(loc: 3.0, scale: 3.0)
+    """
+    if not isinstance(distribution, TransformedDistribution):
+        return distribution
+    base = unwrap_independent(distribution.base_dist)
+    if not isinstance(base, torch.distributions.Normal):
+        return distribution
+    for part in _parts(ComposeTransform(list(distribution.transforms))):
+        if not isinstance(part, AffineTransform):
+            return distribution
+        loc, scale = torch.as_tensor(part.loc), torch.as_tensor(part.scale)
+        base = Normal(loc + scale * base.loc, scale.abs() * base.scale)
+    event_dims = len(distribution.event_shape)
+    return Independent(base, event_dims) if event_dims else base
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    """Returns the transforms of single elements that one is made of."""
+    if isinstance(transform, IndependentTransform):
+        return _parts(transform.base_transform)
+    if isinstance(transform, ComposeTransform):
+        return [inner for part in transform.parts for inner in _parts(part)]
+    return [transform]
+
+
+def with_auxiliary_sites_exchanged(sites: dict[str, Any]) -> dict[str, Any]:
+    """Exchanges each Delta at the value of an auxiliary site with that site, as those of ``AutoNormal``.
+
+    The density of the two is the same, and the latent then has the distribution that its value is sampled from.
+
+    Args:
+        sites: The sites of a guide.
+
+    Returns:
+        The sites, in the order in which they were sampled.
+
+    Example:
+        >>> with svd.records.SampleSites() as sites:
+        ...     u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        ...     w = pyro.sample("w", dist.Delta(u))
+        >>> list(with_auxiliary_sites_exchanged(sites.found))
+        ['w', 'u']
+    """
+    auxiliary = {id(site["value"]): name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
+    partners = {}
+    for name, site in sites.items():
+        found = auxiliary.pop(id(_value_of_delta(site["fn"])), None)
+        if found is not None and _shapes(sites[found]["fn"]) == _shapes(site["fn"]):
+            partners.update({name: found, found: name})
+    if not partners:
+        return sites
+    names = {name: partners.get(name, name) for name in sites}
+    return {names[name]: {**site, "infer": sites[names[name]]["infer"]} for name, site in sites.items()}
+
+
+def _value_of_delta(distribution: Distribution) -> Any:
+    base = unwrap_independent(distribution)
+    return base.v if isinstance(base, Delta) else None
+
+
+def _shapes(distribution: Distribution) -> tuple[torch.Size, torch.Size]:
+    return distribution.batch_shape, distribution.event_shape
