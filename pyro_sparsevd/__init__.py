@@ -21,9 +21,12 @@ Data walks down this list of modules, and a module imports only from those above
     masking          the posterior with dropped weights at zero
     records          the sample sites of a run, and their densities
     hierarchical     priors whose scales are latents, too: horseshoe, group_normal_jeffreys
+    weights          which parameters are weights, and which parameters can have no prior: torch only
     selection        which parameters to give one
     store_names      names of a model's or guide's own in Pyro's parameter store
-    priors           bayesianize: priors onto a network; Supervised: network + likelihood + data-set size
+    network_context  the context of a call of a network with priors
+    priors           bayesianize: priors onto a network
+    supervised       Supervised: network + likelihood + data-set size
     likelihoods      GaussianLikelihood
     common_priors    ten priors to compare
     latents          what a guide learns about the latents of a model, and where it starts
@@ -87,13 +90,13 @@ from .initialization import init_to_weights as init_to_weights
 from .likelihoods import GaussianLikelihood as GaussianLikelihood
 from .local_gap import local_reparam_gap as local_reparam_gap
 from .local_reparam import local_reparam as local_reparam
-from .priors import Supervised as Supervised
 from .priors import bayesianize as bayesianize
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .quantization import quantization_steps as quantization_steps
 from .records import checkpoint_contexts as checkpoint_contexts
 from .schedules import LinearWarmup as LinearWarmup
+from .selection import choose as choose
 from .shrinking import shrink as shrink
 from .shrinking import shrink_with_report as shrink_with_report
 from .sparse_layers import to_sparse as to_sparse
@@ -103,6 +106,7 @@ from .storage import register_architecture as register_architecture
 from .storage import save_sparse as save_sparse
 from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
+from .supervised import Supervised as Supervised
 from .sweep import threshold_sweep as threshold_sweep
 from .weight_priors import EmpiricalNormal as EmpiricalNormal
 from .weight_priors import fan_in_normal as fan_in_normal

@@ -5,20 +5,26 @@ fails.
 """
 
 __all__ = [
+    "PyroContext",
+    "forget_on_state_dict",
     "in_backward_pass",
     "in_function_transform",
     "not_compiled",
+    "on_state_dict",
     "validation_kept",
     "without_torch_function",
 ]
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from pyro.nn.module import _Context
+from torch import nn
 from torch.distributions import Distribution
 
 P = ParamSpec("P")
@@ -72,3 +78,20 @@ def validation_kept() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(validates)
+
+
+# What the modules of a PyroModule share during a call; nothing public is told of its beginning and end.
+PyroContext = _Context
+
+
+def on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Has a function of module, state and prefix change each state of a module.
+
+    The public ``register_state_dict_post_hook`` is this one; not every torch that is supported has it.
+    """
+    module._register_state_dict_hook(hook)
+
+
+def forget_on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Undoes :func:`on_state_dict`, in a copy of the module, too, of which nobody has torch's handle."""
+    module._state_dict_hooks = OrderedDict((k, h) for k, h in module._state_dict_hooks.items() if h is not hook)

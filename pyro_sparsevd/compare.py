@@ -26,8 +26,9 @@ from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .metrics import uncertainty
 from .plain import evaluation_mode, same_random_numbers
-from .priors import Prior, Supervised, bayesianize
+from .priors import Prior, bayesianize
 from .recipes import fit_posterior
+from .supervised import Supervised
 from .sweep import SweepPoint, threshold_grid, threshold_sweep
 
 
@@ -71,7 +72,7 @@ def compare_priors(
     Args:
         network: A function that returns a new network; called with the same random numbers for all priors of a seed.
         priors: What :func:`~.priors.bayesianize` takes as its prior, by what to call it.
-        likelihood: As for :class:`~.priors.Supervised`. A module with parameters, such as a noise scale, is copied
+        likelihood: As for :class:`~.supervised.Supervised`. A module with parameters, such as a noise scale, is copied
             for each run, and trained.
         train: The data to train on. The targets of any split may be real numbers.
         validation: The data to choose thresholds on.

@@ -31,6 +31,7 @@ from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 from .plain import same_random_numbers
 from .records import sole_recorder
+from .sites import WeightPrior
 from .store_names import claim_name, mark_as_taken, parameters_are_seen
 
 _NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
@@ -107,7 +108,7 @@ class AutoSparseNormal(GaussianParameters):
     @property
     def posteriors(self) -> dict[str, SparseNormal]:
         """The Gaussian of each site, in unconstrained space, over the full size of every plate."""
-        return {name: SparseNormal(*self._parameters_of(name), validate_args=False) for name in self._site_names()}
+        return {name: self._posterior(name) for name in self._site_names()}
 
     @property
     def site_log_alphas(self) -> dict[str, Tensor]:
@@ -290,9 +291,15 @@ class AutoSparseNormal(GaussianParameters):
             if full_size != frame.size:
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
         plates = tuple(frame.name for frame in frames if frame.vectorized)
-        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior))
+        zero_row = prior.zero_row if isinstance(prior, WeightPrior) else None
+        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior), zero_row)
         log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
         self._set_parameters(name, loc, event_dim, log_variance)
+
+    def _posterior(self, name: str) -> SparseNormal:
+        loc, log_variance = self._parameters_of(name)
+        site = self._sites.get(name)
+        return site.gaussian(loc, log_variance) if site else SparseNormal(loc, log_variance, validate_args=False)
 
     def _known_sites(self) -> dict[str, Latent]:
         if not self._sites:

@@ -124,6 +124,7 @@ class ShrunkWeightPrior(WeightPrior):
         reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
         value: The value that the parameter had.
         group_dims: As for :class:`HierarchicalPrior`.
+        zero_row: As for :class:`~.sites.WeightPrior`.
 
     Example:
         >>> prior = ShrunkWeightPrior(dist.Normal(0.0, 1.0).expand([3, 4]), 2, torch.zeros(3, 4), (0,))
@@ -137,8 +138,9 @@ class ShrunkWeightPrior(WeightPrior):
         reinterpreted_batch_ndims: int,
         value: Tensor,
         group_dims: tuple[int, ...] | None,
+        zero_row: int | None = None,
     ) -> None:
-        super().__init__(base_dist, reinterpreted_batch_ndims, value)
+        super().__init__(base_dist, reinterpreted_batch_ndims, value, zero_row)
         self.group_dims = group_dims
 
 
@@ -180,7 +182,7 @@ class HierarchicalSite(SitePrior):
         for name in self.scales:
             scale = scale * getattr(module, name)
         prior = dist.Normal(torch.zeros_like(value), scale, validate_args=False)
-        found = ShrunkWeightPrior(prior, value.dim(), value, self.group_dims)
+        found = ShrunkWeightPrior(prior, value.dim(), value, self.group_dims, self.zero_row)
         found.site = self._name(module)
         return found
 

@@ -25,6 +25,7 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
 from .hierarchical import ShrunkWeightPrior
+from .masking import KeptNormal
 from .sites import SitePrior, map_tensors
 from .weight_priors import EmpiricalNormal
 
@@ -38,6 +39,7 @@ class Latent(NamedTuple):
         plates: The names of the plates it is in.
         is_sparse: Whether its prior makes weights sparse.
         group_dims: Those of its dimensions along which groups differ that matter or not as a whole; none if empty.
+        zero_row: The row that is held at zero, if there is one.
     """
 
     transform: Transform
@@ -45,6 +47,7 @@ class Latent(NamedTuple):
     plates: tuple[str, ...]
     is_sparse: bool
     group_dims: tuple[int, ...]
+    zero_row: int | None = None
 
     @property
     def is_real(self) -> bool:
@@ -61,9 +64,16 @@ class Latent(NamedTuple):
         of_group = q.log_variance.logsumexp(pooled, keepdim=True) - q.loc.square().sum(pooled, keepdim=True).log()
         return of_group.expand_as(q.loc)
 
+    def gaussian(self, loc: Tensor, log_variance: Tensor) -> SparseNormal:
+        """Returns the distribution in unconstrained space, given its parameters."""
+        if self.zero_row is None:
+            return SparseNormal(loc, log_variance, validate_args=False)
+        kept = torch.arange(loc.shape[-2], device=loc.device) != self.zero_row
+        return KeptNormal(loc, log_variance, kept.unsqueeze(-1).expand_as(loc))
+
     def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
         """Returns the distribution at the site, given the parameters in unconstrained space."""
-        base = SparseNormal(loc, log_variance, validate_args=False).to_event(self.event_dim)
+        base = self.gaussian(loc, log_variance).to_event(self.event_dim)
         if self.is_real:
             return base
         # The cache makes the density at a sample exact, and finite where the inverse is not.

@@ -124,6 +124,10 @@ class KeptNormal(SparseNormal):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the log density of each weight, 0 where it is held at zero."""
+        return torch.where(self.kept, super().log_prob(value), 0.0)
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "KeptNormal":
         """Returns this distribution with its batch shape expanded."""
         new = super().expand(batch_shape, self._get_checked_instance(KeptNormal, _instance))
@@ -197,4 +201,5 @@ class _MaskMessenger(Messenger):
         fn = msg["fn"]
         mask = pyro.subsample(mask, event_dim=len(fn.event_shape))
         q: Any = unwrap_independent(fn)
+        mask = mask & q.kept if isinstance(q, KeptNormal) else mask
         msg["fn"] = KeptNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))

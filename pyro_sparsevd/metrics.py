@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .datasets import Split
 from .plain import evaluation_mode
-from .priors import Supervised
+from .supervised import Supervised
 from .training import logits
 
 

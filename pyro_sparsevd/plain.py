@@ -1,8 +1,9 @@
 """What is common to all networks: checks, copies, and what is undone after a while."""
 
-__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "random_state", "same_random_numbers"]
+__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "random_state", "same_random_numbers", "takes"]
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -122,9 +123,9 @@ def check_plain(net: Any) -> None:
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected an nn.Module, but got {type(net).__name__}")
-    for name, module in net.named_modules():
-        if isinstance(module, PyroModule):
-            raise TypeError(f"net: expected a plain network, but {name or 'it'} is Bayesian; prune it first")
+    bayesian = [(name, module) for name, module in net.named_modules() if isinstance(module, PyroModule)]
+    if any(module._pyro_samples for _, module in bayesian):
+        raise TypeError(f"net: expected a plain network, but {bayesian[0][0] or 'it'} is Bayesian; prune it first")
 
 
 def check_finite(net: nn.Module) -> None:
@@ -147,3 +148,26 @@ def check_finite(net: nn.Module) -> None:
             raise ValueError(
                 f"{name}: expected {expected}, but {int(bad.sum())} of {values.numel()} are {found}; train it again"
             )
+
+
+def takes(function: Callable[..., Any], *args: Any) -> bool:
+    """Tells whether a function can be called with these arguments, as far as its signature says.
+
+    Args:
+        function: The function.
+        *args: The arguments.
+
+    Returns:
+        Whether it can; True where there is no signature.
+
+    Example:
+        >>> takes(torch.nn.functional.mse_loss, None), takes(lambda output: None, None)
+        (False, True)
+    """
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True

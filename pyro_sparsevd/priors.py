@@ -1,31 +1,26 @@
-"""Priors onto the parameters of a network, and the network as a Pyro model of a data set.
+"""Priors onto the parameters of a network: sample sites of Pyro, named as the parameters are."""
 
-:func:`bayesianize` turns chosen parameters of any ``nn.Module`` into Pyro sample sites named as the parameters are;
-:class:`Supervised` adds a likelihood and the size of the data set.
-"""
+__all__ = ["Prior", "bayesianize"]
 
-__all__ = ["Supervised", "bayesianize"]
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Integral
 from typing import Any, TypeAlias
 
-import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
-from pyro.poutine.indep_messenger import CondIndepStackFrame
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Distribution
+from torch.fx import GraphModule
 
+from ._compat import on_state_dict
 from .distributions import LogUniform
 from .hierarchical import HierarchicalPrior
-from .plain import copied
-from .records import sole_recorder
+from .network_context import NetworkContext
+from .plain import copied, takes
 from .selection import Pattern, choose, matches
-from .sites import EverySite, SharedSite, SitePrior
-from .store_names import OwnParameters
+from .sites import SharedSite, SitePrior, without_sites
+from .weights import padding_row
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
 Prior: TypeAlias = WeightPriors | Mapping[str, WeightPriors] | Callable[[str, nn.Parameter], WeightPriors]
@@ -52,11 +47,12 @@ def bayesianize(
         prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a prior with scales
             such as :func:`~.hierarchical.horseshoe`, a mapping from globs on the parameters' names to these (the
             first that matches counts), or a function of ``(name, parameter)``; see :mod:`~.weight_priors`. The
-            default is the improper :class:`~.distributions.LogUniform`.
-        include: What to choose instead of the default: globs on the parameters' names, module types, predicates of
-            ``(name, parameter)``, or several of these. A glob or a type takes parameters of fewer than two
-            dimensions only where it would take nothing else.
-        exclude: What to leave out of the choice, in the same terms.
+            default is the improper :class:`~.distributions.LogUniform`. A glob that matches no chosen parameter is an
+            error, and so is one after a glob that matches more.
+        include: What to choose instead of the default: globs on the parameters' names, predicates of
+            ``(name, parameter)``, module types, or several of these. A glob takes all that it matches, biases, too; a
+            type the weights of its modules, or where they have none, all their parameters.
+        exclude: What to leave out of the choice, in the same terms; a type leaves out all of its modules' parameters.
 
     Returns:
         The Bayesian network.
@@ -65,7 +61,8 @@ def bayesianize(
         TypeError: If ``net`` is not a module, or has a part that Pyro cannot make its own, such as a compiled one; or
             if ``prior`` or a pattern is of another type than these.
         ValueError: If a pattern matches no parameter, a prior does not fit its parameter, nothing is chosen, or a
-            chosen parameter is not initialised, not floating point or hidden behind a parametrisation.
+            chosen parameter is not initialised, not floating point, hidden behind a parametrisation, held in a list
+            or the like, or a view of another's memory.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -76,133 +73,26 @@ def bayesianize(
     if not isinstance(net, nn.Module):
         raise TypeError(f"bayesianize: expected an nn.Module, but got {type(net).__name__}")
     for path, module in net.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
+        if isinstance(module, torch.jit.ScriptModule | GraphModule) or "_orig_mod" in module._modules:
             raise TypeError(
-                f"{path or 'net'}: expected a module in Python, but it is compiled or scripted; give bayesianize the "
-                "network before that"
+                f"{path or 'net'}: expected a module in Python, but it is compiled, scripted or traced; give "
+                "bayesianize the network before that (instead of a feature extractor, a module that calls its layers)"
             )
-    chosen = choose(net, include, exclude)
-    prior = LogUniform() if prior is None else prior
-    if isinstance(prior, Mapping):
-        for glob in prior:
-            if not isinstance(glob, str):
-                raise TypeError(f"prior: expected globs on the names of parameters as keys, but got {glob!r}")
-            matches(net, dict(net.named_parameters()), glob, "prior")
+    chosen = choose(net, include=include, exclude=exclude)
     names = _aliases(net)
-    priors = {name: _fitted_prior(names[name], net.get_parameter(name), prior) for name in chosen}
+    priors = _fitted_priors(net, {name: names[name] for name in chosen}, LogUniform() if prior is None else prior)
     bnn = copied(net)
     _to_pyro_modules(bnn)
+    context = NetworkContext()
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
-        if path and isinstance(module, PyroModule):
-            module._pyro_name = path
+        if isinstance(module, PyroModule):
+            module._pyro_name, module._pyro_context = path, context
     for name, fitted in priors.items():
+        row = padding_row(net, name)
         for alias in names[name]:
-            _make_site(bnn, alias, name, fitted)
+            _make_site(bnn, alias, name, fitted, row)
+    on_state_dict(bnn, without_sites)
     return bnn
-
-
-class Supervised(PyroModule):
-    r"""A network, a likelihood and the size of a data set, as a Pyro model.
-
-    .. math:: y_n \mid x_n, w \sim \mathrm{likelihood}(\mathrm{network}(x_n; w)), \quad n = 1 \ldots N
-
-    The observations are the site ``y`` in the plate ``data``, which scales the log likelihood of a mini-batch of M
-    by N/M. The sites of the network keep their own names, and all are drawn in every pass, those of layers that it
-    skips too. The parameters of two models live side by side in Pyro's parameter store, whatever their names: the
-    second to come is numbered. A store that was saved does not bring the network's own parameters, such as biases, back
-    into another model: save ``state_dict()`` of model and guide.
-
-    Args:
-        network: A Bayesian network, as :func:`bayesianize` returns it.
-        likelihood: A function from the network's output to the distribution of the targets, one per datum: its
-            batch shape ends in the batch size.
-        num_data: N, the size of the data set.
-
-    Raises:
-        TypeError: If ``network`` is not a ``PyroModule`` or ``likelihood`` not callable.
-        ValueError: If ``num_data`` is not a positive integer, or if a weight is called ``data`` or ``y``.
-
-    Example:
-        >>> bnn = bayesianize(nn.Linear(4, 3))
-        >>> model = Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=60_000)
-        >>> guide = svd.AutoSparseNormal(model)
-        >>> loss = svd.SparseVD_ELBO()(model, guide)(torch.randn(8, 4), torch.zeros(8))
-    """
-
-    def __init__(self, network: PyroModule, likelihood: Callable[[Any], Distribution], num_data: int) -> None:
-        super().__init__()
-        if not isinstance(network, PyroModule):
-            raise TypeError(f"Supervised: expected network = bayesianize(net), but got {type(network).__name__}")
-        if isinstance(likelihood, Distribution) or not callable(likelihood):
-            raise TypeError(f"Supervised: expected a callable likelihood, but got {type(likelihood).__name__}")
-        if isinstance(num_data, bool) or not isinstance(num_data, Integral) or num_data <= 0:
-            raise ValueError(f"Supervised: expected num_data, a positive integer, but got {num_data!r}")
-        # Past PyroModule.__setattr__, which would prefix the names of the network's sites.
-        self._modules["network"] = network
-        self.likelihood: Callable[[Any], Distribution] = likelihood
-        self.num_data: int = num_data
-        self._draw_every_site: EverySite = EverySite(network)
-        for name in ("data", "y"):
-            if name in self._draw_every_site.names:
-                raise ValueError(
-                    f"Supervised: a parameter of the network is called {name!r}, as a site of the model is"
-                )
-
-    @property
-    def network(self) -> PyroModule:
-        """The Bayesian network."""
-        return self._modules["network"]
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        """Runs the model on a batch.
-
-        Args:
-            x: Inputs, of shape ``(M, ...)``.
-            y: Targets, of shape ``(M, ...)``; to predict, None.
-
-        Returns:
-            The output of the network.
-
-        Raises:
-            ValueError: If the batch is empty or larger than ``num_data``, or the sizes of ``x``, ``y`` and the
-                likelihood differ.
-        """
-        size = self._batch_size(x, y)
-        with OwnParameters(self):
-            with self.network._pyro_context:
-                output = self.network(x)
-                self._draw_every_site(self.network)
-            likelihood = self.likelihood(output)
-        if not likelihood.batch_shape or likelihood.batch_shape[-1] != size:
-            raise ValueError(
-                f"likelihood: expected one distribution per datum, batch_shape (..., {size}), but got "
-                f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
-            )
-        expected = likelihood.batch_shape + likelihood.event_shape
-        if y is not None and y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
-            raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
-        recorder = sole_recorder()
-        if recorder is not None and y is not None:
-            plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
-            recorder.sample("y", likelihood, y, self.num_data / size, (plate,))
-            return output
-        with pyro.plate("data", self.num_data, subsample=x):
-            pyro.sample("y", likelihood, obs=y, infer={"is_target": True})
-        return output
-
-    def _batch_size(self, x: Tensor, y: Tensor | None) -> int:
-        size = len(x)
-        if size == 0:
-            raise ValueError("x: expected at least one datum, but got an empty batch")
-        if y is None:
-            return size
-        if len(y) != size:
-            raise ValueError(f"x and y: expected as many targets as inputs, but got {size} and {len(y)}")
-        if size > self.num_data:
-            raise ValueError(
-                f"num_data: expected the size of the whole data set, but got {self.num_data} and a batch of {size}"
-            )
-        return size
 
 
 def _to_pyro_modules(net: nn.Module) -> None:
@@ -232,43 +122,72 @@ def _is_plain_function(module: nn.Module) -> bool:
     return package == ["torch", "nn", "modules"] and file != "container" and not (holds or has_reals)
 
 
-def _fitted_prior(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:
-    """Returns the prior of a parameter, which may have several names, expanded to its shape."""
-    name = names[0]
-    found = _prior_of(names, parameter, prior)
-    if isinstance(found, HierarchicalPrior):
-        found.check_shape(name, parameter.shape)
-        return found
-    event_dim = len(found.event_shape)
+def _fitted_priors(net: nn.Module, chosen: Mapping[str, Sequence[str]], prior: Prior) -> dict[str, WeightPriors]:
+    """Returns the prior of each chosen parameter, of its shape, given all names of each."""
+    if isinstance(prior, Mapping):
+        givers = _first_matches(net, chosen, prior)
+        found: dict[str, Any] = {name: prior[givers[name]] for name in chosen}
+    elif callable(prior) and not isinstance(prior, WeightPriors | type):
+        if not takes(prior, "name", None):
+            raise TypeError(f"prior: expected a function of (name, parameter), but got {prior}; perhaps call it first")
+        found = {name: prior(name, net.get_parameter(name)) for name in chosen}
+    else:
+        found = dict.fromkeys(chosen, prior)
+    return {name: _fitted(name, net.get_parameter(name).shape, value) for name, value in found.items()}
+
+
+def _first_matches(net: nn.Module, chosen: Mapping[str, Sequence[str]], table: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the first glob that matches a name of each chosen parameter."""
+    for glob in table:
+        if not isinstance(glob, str):
+            raise TypeError(f"prior: expected globs on the names of parameters as keys, but got {glob!r}")
+    found = {}
+    for name, names in chosen.items():
+        matching = [glob for glob in table if any(fnmatchcase(alias, glob) for alias in names)]
+        if not matching:
+            raise ValueError(f"{name}: expected a prior, but none of {list(table)} matches; add one or exclude it")
+        found[name] = matching[0]
+    _check_table(net, chosen, table)
+    return found
+
+
+def _check_table(net: nn.Module, chosen: Collection[str], table: Iterable[str]) -> None:
+    """Refuses globs that are of no use by mistake; one that matches more than others is a last resort."""
+    wider: list[set[str]] = []
+    for glob in table:
+        matched = matches(net, dict(net.named_parameters()), glob, "prior")
+        if matched.isdisjoint(chosen):
+            raise ValueError(
+                f"prior: expected {glob!r} to match a chosen parameter, but {', '.join(sorted(matched))} is not; name "
+                "it in include=, or leave the prior out"
+            )
+        if any(matched < others for others in wider):
+            raise ValueError(
+                f"prior: expected {glob!r} before the globs that match more, as the first that matches counts"
+            )
+        wider.append(matched)
+
+
+def _fitted(name: str, shape: torch.Size, prior: Any) -> WeightPriors:
+    """Returns the prior of a parameter expanded to its shape."""
+    if isinstance(prior, type):
+        raise TypeError(f"{name}: expected a distribution as its prior, but got the class; write {prior.__name__}()")
+    if not isinstance(prior, WeightPriors):
+        raise TypeError(f"{name}: expected a distribution as its prior, but got {prior!r}")
+    if isinstance(prior, HierarchicalPrior):
+        prior.check_shape(name, shape)
+        return prior
     wrong = (
-        f"{name}: expected a prior that broadcasts to shape {tuple(parameter.shape)}, but got batch shape "
-        f"{tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}"
+        f"{name}: expected a prior that broadcasts to shape {tuple(shape)}, but got batch shape "
+        f"{tuple(prior.batch_shape)} and event shape {tuple(prior.event_shape)}"
     )
     try:
-        fitted = found.expand(parameter.shape[: parameter.dim() - event_dim])
+        fitted = prior.expand(shape[: len(shape) - len(prior.event_shape)])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{wrong}: {error}") from error
-    if fitted.batch_shape + fitted.event_shape != parameter.shape:
+    if fitted.batch_shape + fitted.event_shape != shape:
         raise ValueError(wrong)
     return fitted
-
-
-def _prior_of(names: Sequence[str], parameter: nn.Parameter, prior: Prior) -> WeightPriors:
-    name = names[0]
-    if isinstance(prior, Mapping):
-        matching = [p for glob, p in prior.items() if any(fnmatchcase(alias, glob) for alias in names)]
-        if not matching:
-            raise ValueError(f"{name}: expected a prior, but none of {list(prior)} matches; add one or exclude it")
-        found = matching[0]
-    elif isinstance(prior, WeightPriors):
-        found = prior
-    elif callable(prior):
-        found = prior(name, parameter)
-    else:
-        found = prior
-    if not isinstance(found, WeightPriors):
-        raise TypeError(f"{name}: expected a distribution as its prior, but got {found!r}")
-    return found
 
 
 def _aliases(net: nn.Module) -> dict[str, list[str]]:
@@ -281,7 +200,7 @@ def _aliases(net: nn.Module) -> dict[str, list[str]]:
     return {aliases[0]: aliases for aliases in names.values()}
 
 
-def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors) -> None:
+def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors, zero_row: int | None) -> None:
     # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
     path, _, attribute = alias.rpartition(".")
     module: Any = bnn.get_submodule(path)
@@ -291,10 +210,13 @@ def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors) -> N
         while hasattr(module, buffer):
             buffer += "_"
         module.register_buffer(buffer, value.detach(), persistent=False)
-        if isinstance(prior, HierarchicalPrior):
-            module._pyro_samples[attribute] = prior.make_site(module, attribute, buffer)
-        else:
-            module._pyro_samples[attribute] = SitePrior(buffer, prior)
+        site = (
+            prior.make_site(module, attribute, buffer)
+            if isinstance(prior, HierarchicalPrior)
+            else SitePrior(buffer, prior)
+        )
+        site.zero_row = zero_row
+        module._pyro_samples[attribute] = site
     else:
         path, _, owner_attribute = name.rpartition(".")
         module._pyro_samples[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)

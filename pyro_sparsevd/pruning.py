@@ -5,25 +5,30 @@ __all__ = ["masks_held", "prune"]
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ._compat import forget_on_state_dict
 from .hierarchical import ScaleSite
 from .masking import check_masks
 from .plain import copied
-from .sites import SharedSite, SitePrior
+from .sites import SharedSite, SitePrior, without_sites
 from .summary import SparsitySummary, sparse_normal_parts
+from .weights import weights_of
 
 
 @torch.no_grad()
 def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Module:
     """Returns the network of the posterior means with the dropped weights at zero.
 
-    Its modules are of the classes that they had before :func:`~.priors.bayesianize`, with nothing of Pyro left; its
-    state has the original names. Zeros stored densely save neither memory nor time.
+    Its modules are of the classes that they had before :func:`~.priors.bayesianize`, with nothing of Pyro left but
+    where the class is itself a ``PyroModule``; its state has the original names. Zeros stored densely save neither
+    memory nor time.
 
     Args:
         bnn: The Bayesian network.
@@ -64,10 +69,12 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
 def masks_held(net: nn.Module) -> Iterator[nn.Module]:
     """Keeps weights that are zero at zero while a sparse network is trained on.
 
-    Their gradients are zero, and so are they at the end, whatever an optimiser with a momentum from before did.
+    Their gradients are zero, and after each step of any torch optimiser, one with a momentum from before, too, so are
+    they. Of the parameters of two or more dimensions, those that are no weights by :func:`~.selection.choose`, such as
+    class tokens, are left alone where they are zero as a whole.
 
     Args:
-        net: A plain network, as :func:`prune` returns it; its weights are those parameters of two or more dimensions.
+        net: A plain network, as :func:`prune` returns it.
 
     Yields:
         The network.
@@ -83,16 +90,23 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
         Parameter containing:
         tensor([[0.0000, 0.9000]], requires_grad=True)
     """
-    masks = [(weight, weight.detach() != 0) for weight in net.parameters() if weight.dim() > 1]
+    weights = weights_of(net)
+    held = [p for name, p in net.named_parameters() if p.dim() > 1 and (name in weights or p.any())]
+    masks = [(weight, weight.detach() != 0) for weight in held]
+
+    @torch.no_grad()
+    def hold(*_: Any) -> None:
+        for weight, mask in masks:
+            weight.masked_fill_(~mask, 0)  # a product would leave NaN as it is
+
     hooks = [w.register_hook(partial(torch.where, mask, other=0)) for w, mask in masks if w.requires_grad]
+    hooks.append(register_optimizer_step_post_hook(hold))
     try:
         yield net
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for weight, mask in masks:
-                weight.masked_fill_(~mask, 0)  # a product would leave NaN as it is
+        hold()
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
@@ -121,13 +135,12 @@ def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
 
 
 def _to_plain_module_(module: PyroModule) -> None:
-    """Undoes ``to_pyro_module_`` for one module."""
+    """Undoes ``to_pyro_module_`` for one module; one that was a PyroModule before stays one, without sites."""
     original = next((base for base in type(module).__bases__ if PyroModule[base] is type(module)), None)
+    forget_on_state_dict(module, without_sites)
     if original is None:
-        raise TypeError(
-            f"{type(module).__name__}: expected a module that bayesianize made Pyro's own, but its class is that by "
-            "itself, or was made at run time; predict with guide.sparsified(summary), or write it as an nn.Module"
-        )
+        module._pyro_samples.clear()
+        return
     module.__class__ = original
     for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
         del module.__dict__[name]

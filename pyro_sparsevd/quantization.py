@@ -198,17 +198,26 @@ def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
     for part in sparse_normal_parts(guide):
         posteriors.update(part.posteriors)
     parameters = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
-    scales = {name: _width(name, parameters[name], q) for name, q in posteriors.items() if name in parameters}
+    sites = _by_parameter(posteriors, parameters)
+    scales = {name: _width(name, parameters[name], q) for name, q in sites.items()}
     if not scales:
         known = ", ".join(posteriors) or "none"
         raise ValueError(f"guide: expected the sites of the network, of {', '.join(parameters)}, but it has {known}")
     scales = {name: scale for name, scale in scales.items() if scale > 0}
-    for name in parameters.keys() - posteriors.keys():
+    for name in parameters.keys() - sites.keys():
         module = name.rpartition(".")[0]
-        beside = [scales[other] for other in posteriors if other in scales and other.rpartition(".")[0] == module]
+        beside = [scales[other] for other in sites if other in scales and other.rpartition(".")[0] == module]
         if beside:
             scales[name] = max(2 * min(beside), _floor(parameters[name]))
     return {name: scales[name] for name in parameters if name in scales}
+
+
+def _by_parameter(posteriors: dict[str, SparseNormal], parameters: dict[str, nn.Parameter]) -> dict[str, SparseNormal]:
+    """Returns the posteriors by the names of parameters, without what a module around the network put before them."""
+    fits = ((site, name) for site, q in posteriors.items() for name, p in parameters.items() if q.loc.shape == p.shape)
+    ends = {site[: -len(name)] for site, name in fits if site.endswith(f".{name}")}
+    found = [{n: posteriors[p + n] for n in parameters if p + n in posteriors} for p in ("", *sorted(ends))]
+    return max(found, key=len)
 
 
 def _width(name: str, weight: Tensor, posterior: SparseNormal) -> float:

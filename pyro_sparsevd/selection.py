@@ -7,19 +7,23 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+
+from .weights import check_parameter, check_references, is_reparametrised, weights_of
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
 
-def choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
-    """Returns the names of the parameters that get a prior.
+def choose(
+    net: nn.Module,
+    *,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] = (),
+) -> list[str]:
+    """Returns the names of the parameters to which :func:`~.priors.bayesianize` gives a prior.
 
     Args:
         net: The network.
-        include: What to choose, or None for the parameters of two or more dimensions that are not frozen.
+        include: What to choose, as for ``bayesianize``; None for the weights that are not frozen.
         exclude: What to leave out.
 
     Returns:
@@ -30,26 +34,31 @@ def choose(net: nn.Module, include: Any, exclude: Any) -> list[str]:
         ValueError: If a pattern matches nothing, nothing is left, or a chosen parameter cannot have a prior.
 
     Example:
-        >>> choose(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), None, "1.*")
+        >>> choose(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), exclude="1.*")
         ['0.weight']
     """
     parameters = dict(net.named_parameters())
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"{name}: expected an initialised parameter; run the network once on data first")
+    weights = weights_of(net)
     if include is None:
-        chosen = [name for name, p in parameters.items() if p.dim() > 1 and p.requires_grad]
+        weights |= {name for name, p in parameters.items() if p.dim() > 1 and is_reparametrised(net, name)}
+        taken = {name for name in weights if parameters[name].requires_grad}
     else:
-        taken = set().union(*(matches(net, parameters, p, "include") for p in _listed(include)))
-        chosen = [name for name in parameters if name in taken]
+        taken = set()
+        for pattern in _listed(include):
+            found = matches(net, parameters, pattern, "include")
+            taken |= (found & weights or found) if isinstance(pattern, type) else found
     left_out = set().union(*(matches(net, parameters, p, "exclude") for p in _listed(exclude)))
-    chosen = [name for name in chosen if name not in left_out]
+    chosen = [name for name in parameters if name in taken - left_out]
     if not chosen:
         frozen = include is None and not all(p.requires_grad for p in parameters.values())
         hint = "; frozen ones (requires_grad=False) get one only where include= names them" if frozen else ""
         raise ValueError(f"bayesianize: no parameter is left to give a prior, of {_names(parameters)}{hint}")
     for name in chosen:
-        _check_parameter(net, name, parameters[name])
+        check_parameter(net, name)
+    check_references(net, chosen)
     return chosen
 
 
@@ -93,23 +102,8 @@ def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any
         raise ValueError(
             f"{option}: expected a pattern that matches a parameter, but {pattern!r} fits none of {_names(parameters)}"
         )
-    return {name for name in found if parameters[name].dim() > 1} or found
-
-
-def _check_parameter(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    if not parameter.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
-    owner = net.get_submodule(name.rpartition(".")[0])
-    hooks = owner._forward_pre_hooks.values()
-    if "parametrizations" in name.split(".") or any(isinstance(h, _REPARAMETRISATIONS) for h in hooks):
-        raise ValueError(
-            f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
-            "pruning, ...), and samples of its parts make no weight; remove that or exclude the parameter"
-        )
+    return found
 
 
 def _names(parameters: Iterable[str]) -> str:
     return ", ".join(parameters) or "none"
-
-
-_REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -64,7 +64,8 @@ def divergences(
         elif isinstance(prior, LogUniform) and _is_lazy_of_shape(prior, q, p):
             lazy.setdefault(q["scale"], []).append(q["value"])
             if prior.is_proper:
-                terms.append((name, prior.log_normalizer.sum() * q["scale"]))
+                kept = getattr(q["value"].base_dist, "kept", 1)
+                terms.append((name, (prior.log_normalizer * kept).sum() * q["scale"]))
         else:
             known = _closed_form(q, p, kl)
             if known is None:

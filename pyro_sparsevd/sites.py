@@ -1,6 +1,6 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "map_tensors"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "map_tensors", "without_sites"]
 
 import copy
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -22,6 +23,7 @@ class WeightPrior(dist.Independent):
         base_dist: The prior of the single weights, of the parameter's shape.
         reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
         value: The value that the parameter had.
+        zero_row: The row that is zero in every sample, if there is one.
 
     Example:
         >>> prior = WeightPrior(svd.LogUniform().expand([3, 4]), 2, torch.zeros(3, 4))
@@ -29,9 +31,12 @@ class WeightPrior(dist.Independent):
         torch.Size([3, 4])
     """
 
-    def __init__(self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor) -> None:
+    def __init__(
+        self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor, zero_row: int | None = None
+    ) -> None:
         super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
         self.value = value
+        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # no row of a joint prior is apart
         self.site = "weight"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,6 +48,27 @@ class WeightPrior(dist.Independent):
         if in_backward_pass():
             raise RuntimeError(_RECOMPUTED.format(self.site))
         return super().__call__(*args, **kwargs)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
+        """Samples the prior."""
+        return self._with_row(super().rsample(sample_shape), 0.0, 2)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
+        """Samples the prior without a gradient."""
+        return self._with_row(super().sample(sample_shape), 0.0, 2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the log density of a value; a row that is zero by construction has none."""
+        if self.zero_row is None:
+            return super().log_prob(value)
+        dims = self.reinterpreted_batch_ndims
+        found = self.base_dist.log_prob(self._with_row(value, 1.0, 2))  # as 0 may have no density
+        return sum_rightmost(self._with_row(found, 0.0, dims), dims)
+
+    def _with_row(self, values: Tensor, number: float, dims: int) -> Tensor:
+        if self.zero_row is None:
+            return values
+        return values.index_fill(-dims, torch.tensor(self.zero_row, device=values.device), number)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
         """Returns the expanded prior, without the value."""
@@ -71,6 +97,7 @@ class SitePrior:
     def __init__(self, buffer: str, prior: Distribution) -> None:
         self.buffer = buffer
         self.prior = prior
+        self.zero_row: int | None = None
         self._last: WeightPrior | None = None
 
     def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
@@ -99,14 +126,14 @@ class SitePrior:
         if self._last is None or self._last.value is not value:
             with torch.inference_mode(False):
                 prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
-            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value)
+            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value, self.zero_row)
             self._last.site = self._name(module)
         return self._last
 
     def _name(self, module: nn.Module) -> str:
         samples = module.__dict__["_pyro_samples"]
         attribute = next(name for name, prior in samples.items() if prior is self)
-        return f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute
+        return _full(module.__dict__["_pyro_name"], attribute)
 
 
 class SharedSite:
@@ -156,6 +183,7 @@ class EverySite:
             for attribute, prior in module.__dict__.get("_pyro_samples", {}).items()
             if isinstance(prior, SitePrior)
         ]
+        self._modules_called: dict[tuple[str, ...], str] = {}
 
     @property
     def names(self) -> set[str]:
@@ -167,13 +195,43 @@ class EverySite:
 
         Args:
             network: The network, in the context of its pass.
+
+        Raises:
+            ValueError: If a site is called otherwise than in the first pass.
         """
         for *path, attribute in self._paths:
             module: Any = network
             for part in path:
                 module = None if module is None else module._modules.get(part)
             if module is not None and attribute in module.__dict__.get("_pyro_samples", ()):
+                name = module.__dict__["_pyro_name"]
+                before = self._modules_called.setdefault((*path, attribute), name)
+                if name != before:
+                    raise ValueError(
+                        f"{_full(before, attribute)}: expected this site to keep its name, but another PyroModule took "
+                        f"the network in and made it {_full(name, attribute)}, which no guide of before has; give that "
+                        "module a copy.deepcopy of the network, or take it in before it is used"
+                    )
                 getattr(module, attribute)
+
+
+def without_sites(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Takes out of a state what modules put there of their own accord and is a sample site now.
+
+    Args:
+        network: The Bayesian network.
+        state: Its state.
+        prefix: What the names in the state begin with.
+
+    Example:
+        >>> state = {"net.weight": 0, "net.bias": 1}
+        >>> without_sites(svd.bayesianize(nn.Linear(2, 2)), state, "net.")
+        >>> state
+        {'net.bias': 1}
+    """
+    for path, module in network.named_modules(prefix=prefix.rstrip(".")):
+        for attribute in module.__dict__.get("_pyro_samples", ()):
+            state.pop(_full(path, attribute), None)
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
@@ -200,6 +258,10 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int
             mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
         return memo[id(value)]
     return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value
+
+
+def _full(module: str, attribute: str) -> str:
+    return f"{module}.{attribute}" if module else attribute
 
 
 _RECOMPUTED = (

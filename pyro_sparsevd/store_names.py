@@ -23,7 +23,7 @@ class OwnParameters(Messenger):
     which is therefore put into the store here. What it put there leaves the store with the model.
 
     Args:
-        model: The model.
+        model: The model, or what lives as long as it.
 
     Example:
         >>> frozen = PyroModule[nn.Linear](2, 1).requires_grad_(False)
@@ -33,7 +33,7 @@ class OwnParameters(Messenger):
         (False, [])
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: object) -> None:
         super().__init__()
         self.model = model
 
@@ -123,7 +123,7 @@ def mark_as_taken(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
         _OF_GUIDES[parameter] = True
 
 
-def _own(owner: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+def _own(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Notes whose parameters they are, and returns those that are new."""
     own = _OWN.get(owner)
     if own is None:

@@ -120,7 +120,7 @@ def threshold_sweep(
     """Evaluates the sparse network of the posterior means at each of several thresholds.
 
     Args:
-        model: The model, such as a :class:`~.priors.Supervised`, with an observed site. A module is evaluated in
+        model: The model, such as a :class:`~.supervised.Supervised`, with an observed site. A module is evaluated in
             evaluation mode and left in the mode it was in.
         guide: Its guide.
         data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Take data that were not

@@ -123,7 +123,6 @@ LAYERS = {
     ],
     "`MultiheadAttention`": [(attention, (5, 2, 4), "all"), (lambda: attention().eval(), (5, 2, 4), "all")],
     "`TransformerEncoderLayer`": [(encoder, (5, 2, 4), ATTENTION), (lambda: encoder().eval(), (5, 2, 4), ATTENTION)],
-    "`LayerNorm` over more than one dimension": [(lambda: nn.LayerNorm((2, 4)), (5, 2, 4), "all")],
     "one weight of two layers (tied)": [(tied, None, "all")],
     "one layer used twice in a pass (shared)": [
         (lambda: (lambda layer: nn.Sequential(layer, nn.Tanh(), layer))(nn.Linear(4, 4)), (5, 4), "all")

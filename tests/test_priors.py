@@ -3,6 +3,7 @@
 import abc
 import copy
 import io
+import math
 import pickle
 import re
 import warnings
@@ -12,14 +13,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import constraints
 from torch.nn.utils import parametrizations
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.selection import choose
 from pyro_sparsevd.sites import SitePrior, WeightPrior, map_tensors
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
@@ -300,7 +300,9 @@ def test_improper_density_of_the_weights_is_scored_once_each(case):
     net, inputs = case
     values = random_values(net)
     trace = poutine.trace(poutine.condition(svd.bayesianize(net), data=values)).get_trace(*inputs)
-    expected = sum(-value.abs().log().sum() for value in values.values())
+    row = getattr(net, "padding_idx", None)
+    scored = [value if row is None else value[torch.arange(len(value)) != row] for value in values.values()]
+    expected = sum(-value.abs().log().sum() for value in scored)
     torch.testing.assert_close(trace.log_prob_sum(), expected)
 
 
@@ -404,26 +406,30 @@ def mlp(device):
 CHOICES = {
     "default": ({}, ["body.0.weight", "head.weight"]),
     "glob": ({"include": "head.weight"}, ["head.weight"]),
-    "glob of both takes the weight": ({"include": "head.*"}, ["head.weight"]),
-    "glob of all takes the weights": ({"include": "*"}, ["body.0.weight", "head.weight"]),
+    "glob of both": ({"include": "head.*"}, ["head.weight", "head.bias"]),
+    "glob of all": ({"include": "*"}, MLP_NAMES),
     "glob of a bias": ({"include": "head.bias"}, ["head.bias"]),
     "glob of biases": ({"include": "*.bias"}, ["body.0.bias", "body.1.bias", "head.bias"]),
-    "glob with a class of characters": ({"include": "body.[01].weight"}, ["body.0.weight"]),
+    "glob with a class of characters": ({"include": "body.[01].weight"}, ["body.0.weight", "body.1.weight"]),
     "type": ({"include": nn.Linear}, ["head.weight"]),
     "base type": ({"include": nn.modules.conv._ConvNd}, ["body.0.weight"]),
     "type without matrices": ({"include": nn.LayerNorm}, ["body.1.weight", "body.1.bias"]),
     "predicate": ({"include": lambda name, p: p.numel() == 2}, ["head.bias"]),
     "predicate on names": ({"include": lambda name, p: "bias" in name}, ["body.0.bias", "body.1.bias", "head.bias"]),
-    "list": ({"include": [nn.LayerNorm, "head.*"]}, ["body.1.weight", "body.1.bias", "head.weight"]),
+    "list": ({"include": [nn.LayerNorm, "head.w*"]}, ["body.1.weight", "body.1.bias", "head.weight"]),
     "tuple": ({"include": ("head.bias", "head.weight")}, ["head.weight", "head.bias"]),
     "generator": ({"include": (name for name in ["head.bias"])}, ["head.bias"]),
-    "the same twice": ({"include": ["head.*", nn.Linear]}, ["head.weight"]),
+    "the same twice": ({"include": ["head.w*", nn.Linear]}, ["head.weight"]),
     "exclude glob": ({"exclude": "head.*"}, ["body.0.weight"]),
     "exclude type": ({"exclude": nn.Conv1d}, ["head.weight"]),
     "exclude predicate": ({"exclude": lambda name, p: p.dim() == 3}, ["head.weight"]),
     "exclude predicate of nothing": ({"exclude": lambda name, p: False}, ["body.0.weight", "head.weight"]),
     "exclude list": ({"exclude": ["head.*", "body.1.*"]}, ["body.0.weight"]),
-    "include and exclude": ({"include": ["*.weight", "*.bias"], "exclude": "*.bias"}, ["body.0.weight", "head.weight"]),
+    "include and exclude": (
+        {"include": ["*.weight", "*.bias"], "exclude": ["*.bias", "body.1.*"]},
+        ["body.0.weight", "head.weight"],
+    ),
+    "exclude type from all": ({"include": "*", "exclude": nn.Linear}, MLP_NAMES[:4]),
 }
 
 
@@ -503,7 +509,155 @@ def test_what_is_no_network_is_refused(net):
         svd.bayesianize(net)
 
 
+class Custom(nn.Module):
+    """Parameters of its own: weights, and what is broadcast."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_token, self.queries = nn.Parameter(torch.zeros(1, 1, 4)), nn.Parameter(torch.zeros(1, 5, 4))
+        self.layer_scale, self.gate = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.out, self.one, self.heads = (nn.Parameter(torch.ones(s)) for s in ((4, 1), (1, 4), (2, 4, 3)))
+        self.many = nn.ParameterList([torch.ones(4, 4), torch.ones(1, 3, 4)])
+
+
+class Derived(nn.Linear):
+    """A layer of torch with parameters beside its weight."""
+
+    def __init__(self):
+        super().__init__(4, 1)
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+
+
+def bias_of_keys():
+    return nn.MultiheadAttention(4, 2, add_bias_kv=True, kdim=3, vdim=3)
+
+
+WEIGHTS = {  # a network, and the names of its weights
+    "custom": (Custom, ["out", "one", "heads", "many.0"]),
+    "derived": (Derived, ["weight"]),
+    "one by one": (lambda: nn.Sequential(nn.Linear(1, 1), nn.Conv2d(1, 1, 1)), ["0.weight", "1.weight"]),
+    "depthwise": (lambda: nn.Conv1d(4, 4, 1, groups=4), ["weight"]),
+    "transposed": (lambda: nn.ConvTranspose2d(1, 4, 1), ["weight"]),
+    "normalisations": (
+        lambda: nn.Sequential(nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), nn.BatchNorm1d(2), nn.Linear(4, 4)),
+        ["3.weight"],
+    ),
+    "attention": (bias_of_keys, ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]),
+    "projected": (lambda: nn.LSTM(3, 4, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
+    "bilinear": (lambda: nn.Bilinear(1, 1, 3), ["weight"]),
+    "tied": (Tied, ["embedding.weight"]),
+}
+
+
+@pytest.mark.parametrize(("make", "names"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_are_chosen_and_what_is_broadcast_or_normalises_is_not(make, names):
+    net = make()
+    assert svd.choose(net) == names
+    assert list(svd.AutoSparseNormal(svd.bayesianize(net)).posteriors) == names
+    others = {name for name, _ in net.named_parameters()} - set(names)
+    assert {name for name, _ in svd.bayesianize(net).named_parameters()} == others
+
+
+def test_what_is_no_weight_gets_a_prior_where_it_is_included():
+    net = Custom()
+    assert svd.choose(net, include=["*token", "layer_scale"]) == ["class_token", "layer_scale"]
+    assert svd.choose(net, include="*") == [name for name, _ in net.named_parameters()]
+    assert svd.choose(net, include=Custom, exclude=nn.ParameterList) == ["out", "one", "heads"]
+
+
+class Cached(nn.Module):
+    def __init__(self, hold):
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.__dict__["cache"] = hold(self.layer.weight)
+
+
+HOLDERS = {
+    "list": lambda w: [w],
+    "tuple in a list": lambda w: [(1, w)],
+    "dictionary": lambda w: {"w": w},
+    "set in a dictionary": lambda w: {0: {w}},
+    "itself": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_a_weight_that_is_also_kept_where_no_sample_takes_its_place_is_refused(hold):
+    message = r"^1\.layer\.weight: expected a parameter that is read from its module, but '1\.cache' holds it, too"
+    with pytest.raises(ValueError, match=message):
+        svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
+    assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
+
+
+def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    net.layers = [net[0]]
+    assert svd.choose(net)[0] == "0.weight"
+
+
+VIEWS = {
+    "transposed": lambda w: w.t(),
+    "rows": lambda w: w[1:],
+    "reshaped": lambda w: w.view(2, 6),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_weights_tied_by_a_view_are_refused_by_name(view, kind):
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Module(), nn.Linear(2, 2))
+    tied = view(net[0].weight.detach())
+    net[2].register_parameter("tied", nn.Parameter(tied)) if kind == "parameter" else net[2].register_buffer(
+        "tied", tied
+    )
+    with pytest.raises(ValueError, match=r"expected memory of its own, but it is a view of (0\.weight|2\.tied), and"):
+        svd.bayesianize(net)
+    assert svd.choose(net, include="3.weight") == ["3.weight"]
+
+
+def test_parameters_side_by_side_in_one_piece_of_memory_are_no_views():
+    net, flat = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), torch.randn(24)
+    net[0].weight, net[1].weight = nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(4, 3))
+    assert svd.choose(net) == ["0.weight", "1.weight"]
+
+
 # The prior of each parameter
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ({"*.weight": 1.0, "*.bias": 10.0}, {}, r"^prior: expected '\*\.bias' to match a chosen .*, but body\.0\.bias"),
+        ({"body.*": 1.0, "head.*": 1.0}, {"include": "head.*"}, r"^prior: expected 'body\.\*' to match a chosen"),
+        ({"*": 1.0, "head.*": 2.0}, {}, r"^prior: expected 'head\.\*' before the globs that match more"),
+    ],
+    ids=["biases", "not included", "shadowed"],
+)
+def test_a_prior_that_would_be_of_no_use_is_refused(table, options, message, mlp):
+    table = {glob: dist.Normal(0.0, scale) for glob, scale in table.items()}
+    with pytest.raises(ValueError, match=message):
+        svd.bayesianize(mlp, table, **options)
+
+
+def test_a_prior_of_biases_is_used_where_they_are_included(mlp):
+    table = {"*.bias": dist.Normal(0.0, 10.0), "*": dist.Normal(0.0, 1.0)}
+    bnn = svd.bayesianize(mlp, table, include="*")
+    assert bnn.head._pyro_samples["bias"].prior.stddev.unique() == 10
+    assert bnn.head._pyro_samples["weight"].prior.stddev.unique() == 1
+
+
+@pytest.mark.parametrize("prior", [svd.LogUniform, {"*": svd.LogUniform}, dist.Normal], ids=["own", "table", "Pyro's"])
+def test_the_class_of_a_prior_is_refused_by_the_parameters_name(prior):
+    with pytest.raises(
+        TypeError, match=r"^weight: expected a distribution as its prior, but got the class; write \w+\("
+    ):
+        svd.bayesianize(nn.Linear(2, 2), prior)
+
+
+@pytest.mark.parametrize("prior", [svd.horseshoe, svd.fan_in_normal, lambda name: None])
+def test_a_function_that_does_not_take_name_and_parameter_is_refused(prior):
+    with pytest.raises(TypeError, match=r"^prior: expected a function of \(name, parameter\), but got <function"):
+        svd.bayesianize(nn.Linear(2, 2), prior)
 
 
 def priors_of(bnn, net, x):
@@ -525,7 +679,7 @@ def test_one_distribution_is_the_prior_of_all(mlp, device):
 
 def test_first_pattern_that_matches_gives_the_prior(mlp, device):
     x = torch.randn(5, 2, 4, device=device)
-    table = {"*.bias": dist.Cauchy(0.0, 1.0), "head.*": dist.Normal(0.0, 3.0), "*": svd.LogUniform(1e-4, 10.0)}
+    table = {"h*": dist.Normal(0.0, 3.0), "*t": svd.LogUniform(1e-4, 10.0)}
     priors = priors_of(svd.bayesianize(mlp, table), mlp, x)
     assert_prior(priors["head.weight"], dist.Normal(0.0, 3.0), (2, 12))
     assert_prior(priors["body.0.weight"], svd.LogUniform(1e-4, 10.0), (3, 2, 1))
@@ -644,7 +798,7 @@ PARAMETRISED = {
 @pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
 def test_parametrised_weight_is_refused_by_name(parametrise, name, device):
     net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device)
-    for options in ({}, {"include": "0.*"}):
+    for options in ({}, {"include": "0.*", "exclude": "0.bias"}):
         with pytest.raises(
             ValueError, match=re.escape(f"{name}: expected a plain parameter, but it is behind a param")
         ):
@@ -652,7 +806,7 @@ def test_parametrised_weight_is_refused_by_name(parametrise, name, device):
 
 
 @pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
-@pytest.mark.parametrize("options", [{"exclude": "0.*"}, {"include": "1.*"}], ids=["exclude", "include"])
+@pytest.mark.parametrize("options", [{"exclude": "0.*"}, {"include": "1.w*"}], ids=["exclude", "include"])
 def test_parametrised_weight_that_is_not_chosen_works(parametrise, name, options, device):
     net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -879,6 +1033,225 @@ def test_likelihood_of_another_batch_shape_is_refused(likelihood, shape, observe
         regression(device, likelihood=likelihood)(x, y if observed else None)
 
 
+class Named(nn.Module):
+    """A network of two inputs in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(4, 4, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs["a"], inputs["b"])
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_inputs_are_a_tuple_of_arguments_or_one_dictionary(kind, device):
+    model = regression(device, net=nn.Bilinear(4, 4, 3) if kind == "tuple" else Named())
+    a, b = torch.randn(6, 4, device=device), torch.randn(6, 4, device=device)
+    y = torch.randn(6, 3, device=device)
+    x = (a, b) if kind == "tuple" else {"a": a, "b": b}
+    (name,) = svd.AutoSparseNormal(model).posteriors
+    weight = torch.randn(3, 4, 4, device=device)
+    trace = poutine.trace(poutine.condition(model, data={name: weight})).get_trace(x, y)
+    trace.compute_log_prob()
+    bias = model.network.get_parameter(name.replace("weight", "bias"))
+    expected = torch.nn.functional.bilinear(a, b, weight, bias)
+    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], expected)
+    torch.testing.assert_close(trace.nodes["y"]["log_prob_sum"], 100 / 6 * normal(expected).log_prob(y).sum())
+    assert svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))(x, y).isfinite()
+    assert len(pyro.infer.Predictive(model, guide=svd.AutoSparseNormal(model), num_samples=2)(x)["y"]) == 2
+
+
+ONE, TWO = torch.zeros(5, 4), torch.zeros(6, 4)
+INPUTS = {  # inputs, and what is said
+    "list": ([ONE], TypeError, "x: expected a tensor, or a tuple or dictionary of tensors, but got list"),
+    "array": (ONE.numpy(), TypeError, "x: expected a tensor, or a tuple or dictionary of tensors, but got ndarray"),
+    "number in a tuple": ((ONE, 3), TypeError, r"x\[1\]: expected a tensor, .* but got int"),
+    "list in a dictionary": ({"a": [1.0]}, TypeError, r"x\['a'\]: expected a tensor, .* but got list"),
+    "scalar": (torch.tensor(1.0), ValueError, r"x: expected a tensor of shape \(M, ...\), but got a scalar"),
+    "empty tuple": ((), ValueError, r"x: expected at least one tensor, but got \(\)"),
+    "sizes": ((ONE, {"a": TWO}), ValueError, r"x\[1\]\['a'\]: expected 5 data, as in x\[0\], but got 6"),
+}
+
+
+@pytest.mark.parametrize(("x", "error", "message"), INPUTS.values(), ids=INPUTS)
+def test_inputs_of_another_kind_are_refused_by_name(x, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        regression("cpu")(x)
+
+
+@pytest.mark.parametrize("y", [[1.0] * 5, torch.zeros(5, 3).numpy()], ids=["list", "array"])
+def test_targets_that_are_no_tensor_are_refused_by_name(y):
+    with pytest.raises(TypeError, match=r"^y: expected a tensor, but got (list|ndarray); give torch.as_tensor\(y\)"):
+        regression("cpu")(ONE, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.uint8], ids=str)
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_targets_of_two_classes_may_be_integers_or_truth_values(dtype, event_dim):
+    def likelihood(output):
+        output = output if event_dim else output[:, 0]
+        return dist.Bernoulli(logits=output).to_event(event_dim)
+
+    model = regression("cpu", likelihood=likelihood)
+    y = torch.arange(15).view(5, 3)[:, : 3 if event_dim else 1] % 2
+    y = y if event_dim else y[:, 0]
+    weight = {"weight": torch.randn(3, 4)}
+    found = [
+        poutine.trace(poutine.condition(model, data=weight)).get_trace(torch.ones(5, 4), targets).log_prob_sum()
+        for targets in (y.to(dtype), y.float())
+    ]
+    torch.testing.assert_close(*found)
+
+
+LOSSES = [nn.MSELoss(), torch.nn.functional.mse_loss, dist.Normal, dist.Bernoulli, nn.MSELoss, lambda out, y: None]
+
+
+@pytest.mark.parametrize("likelihood", LOSSES)
+def test_a_loss_or_a_class_is_no_likelihood(likelihood):
+    with pytest.raises(
+        TypeError, match=r"^Supervised: expected a likelihood, .*; write a function such as lambda out:"
+    ):
+        svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), likelihood, 10)
+
+
+def test_a_likelihood_that_returns_no_distribution_is_refused():
+    with pytest.raises(TypeError, match="expected a function that returns a distribution, but it gave Tensor"):
+        regression("cpu", likelihood=lambda output: output)(ONE)
+
+
+class Application(PyroModule):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args):
+        return self.part(*args)
+
+
+@pytest.mark.parametrize("part", ["network", "layer"])
+def test_a_used_network_that_another_module_takes_in_is_refused_by_the_names_of_its_site(part):
+    model = regression("cpu", net=nn.Linear(4, 3) if part == "network" else nn.Sequential(nn.Linear(4, 3)))
+    model(ONE)
+    Application(model.network if part == "network" else model.network[0])
+    with pytest.raises(ValueError, match=r"^(0\.)?weight: expected this site to keep its name, .* it part\.weight"):
+        model(ONE)
+
+
+def test_a_model_may_be_taken_in_before_it_is_used():
+    application = Application(regression("cpu"))
+    guide = svd.AutoSparseNormal(application)
+    assert list(guide.posteriors) == ["part.network.weight"]
+    assert svd.SparseVD_ELBO()(application, guide)(ONE, torch.zeros(5, 3)).isfinite()
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        return self.layer(x.to(next(self.parameters()).device))
+
+
+def test_a_network_that_asks_for_its_first_parameter_is_told_that_there_is_none():
+    with pytest.raises(
+        RuntimeError, match=r"^network: expected parameters where it calls next\(self\.parameters\(\)\)"
+    ):
+        regression("cpu", net=Asking())(ONE)
+
+
+class SavesItself(nn.Linear):
+    """A layer that writes its state itself, as torch_geometric's does."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.weight.detach()
+        destination[f"{prefix}bias"] = self.bias.detach()
+
+
+def test_the_state_of_layers_that_write_it_themselves_loads_back():
+    model = regression("cpu", net=nn.Sequential(SavesItself(4, 3)))
+    for module in (model, copy.deepcopy(model), model.network):
+        assert not any(name.endswith("weight") for name in module.state_dict())
+        assert str(module.load_state_dict(module.state_dict())) == "<All keys matched successfully>"
+    guide = svd.AutoSparseNormal(model)
+    pruned = svd.prune(model.network, guide, svd.sparsify(guide))
+    assert list(pruned.state_dict()) == ["0.weight", "0.bias"]
+    assert not pruned._state_dict_hooks
+
+
+# The padding row of an embedding
+
+PADDED = {
+    "embedding": lambda: nn.Embedding(6, 3, padding_idx=0),
+    "last row": lambda: nn.Embedding(6, 3, padding_idx=-1),
+    "bag": lambda: nn.EmbeddingBag(6, 3, padding_idx=2),
+}
+PRIORS = {
+    "log-uniform": svd.LogUniform(1e-4, 1.0),
+    "improper": svd.LogUniform(),
+    "normal": dist.Normal(0.5, 1.0),
+    "rows": dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
+    "horseshoe": svd.horseshoe(),
+    "empirical": svd.EmpiricalNormal((0,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sparsevd.distributions.ImproperPriorWarning")
+@pytest.mark.parametrize("make", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_the_padding_row_is_zero_in_every_sample_and_costs_no_divergence(make, prior):
+    torch.manual_seed(0)
+    net = nn.Sequential(make(), nn.Linear(3, 2))
+    bnn = svd.bayesianize(net, {"0.*": prior, "*": dist.Normal(0.0, 1.0)})
+    model = svd.Supervised(bnn, lambda out: dist.Normal(out, 1.0).to_event(out.dim() - 1), 10)
+    guide, x = svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.tensor([[1, 2, 5], [0, 0, 3]])
+    others = torch.arange(6) != net[0].padding_idx
+    for weight in (guide(x)["0.weight"], poutine.trace(model).get_trace(x).nodes["0.weight"]["value"]):
+        assert torch.equal((weight != 0).all(1), others)
+        assert torch.equal((weight != 0).any(1), others)
+    y = torch.zeros(model(x).shape)
+    loss = svd.SparseVD_ELBO(kl="exact")(model, guide)
+    optimizer = torch.optim.Adam(guide.parameters(), 0.1)
+    loss(x, y).backward()
+    optimizer.step()
+    assert not guide.median()["0.weight"][~others].any()
+    summary = svd.sparsify(guide, {"0.weight": 50.0})
+    assert not summary.masks["0.weight"][~others].any()
+    assert not svd.prune(bnn, guide, summary)[0].weight[~others].any()
+    assert not guide.sparsified(svd.sparsify(guide, float("inf")))(x)["0.weight"][~others].any()
+
+
+@pytest.mark.parametrize("prior", [svd.LogUniform(1e-8, 99.0), dist.Normal(0.5, 1.0)], ids=["log-uniform", "normal"])
+@pytest.mark.parametrize("elbo", [svd.SparseVD_ELBO(kl="exact"), svd.SparseVD_ELBO(kl="monte_carlo"), Trace_ELBO()])
+def test_the_divergence_of_a_padded_embedding_is_that_of_its_other_rows(prior, elbo):
+    torch.manual_seed(0)
+    padded, plain = nn.Embedding(6, 3, padding_idx=0).double(), nn.Embedding(5, 3).double()
+    plain.weight.data = padded.weight.data[1:].clone()
+    losses = []
+    for net, tokens in ((padded, torch.tensor([1, 2, 5])), (plain, torch.tensor([0, 1, 4]))):
+        model = svd.Supervised(svd.bayesianize(net, prior), lambda out: dist.Normal(out, 1.0).to_event(1), 3)
+        guide = svd.AutoSparseNormal(model, init_log_variance=-20.0, init_scale=math.exp(-10))
+        torch.manual_seed(1)
+        losses.append(elbo.differentiable_loss(model, guide, tokens, torch.zeros(3, 3).double()))
+        losses[-1].backward()
+        assert all(p.grad.isfinite().all() for p in guide.parameters())
+    # Sampled bounds differ by their noise, of variance 1/2 for each of the 15 weights.
+    sigma = 0 if elbo.__dict__.get("kl") == "exact" else (2 * 15 / 2) ** 0.5
+    assert abs(losses[0] - losses[1]) < 5 * sigma + 1e-3
+
+
+def test_a_padding_row_of_other_numbers_or_of_a_tied_weight_is_a_row_like_others():
+    net = nn.Embedding(6, 3, padding_idx=0)
+    net.weight.data[0] = 1.0
+    tied = Tied()
+    tied.embedding.padding_idx = 0
+    tied.embedding.weight.data[0] = 0.0
+    for network, name in ((net, "weight"), (tied, "embedding.weight")):
+        guide = svd.AutoSparseNormal(svd.bayesianize(network))
+        assert guide(tokens())[name][0].all()
+
+
 # Parameters that are not sites
 
 
@@ -1022,6 +1395,25 @@ def test_frozen_parameters_stay_frozen_and_others_train(route, device):
     assert all(after[name] is p for name, p in parameters.items())
 
 
+def test_frozen_parameters_stay_frozen_outside_of_a_supervised_too():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    net[0].bias.requires_grad_(False)
+    bnn = svd.bayesianize(net, svd.LogUniform(1e-3, 1.0))
+
+    def model(x):
+        mean = bnn(x)
+        with pyro.plate("data", 5):
+            return pyro.sample("y", normal(mean), obs=torch.zeros(5, 3))
+
+    SVI(model, svd.AutoSparseNormal(bnn), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(ONE)
+    for network in (bnn, copy.deepcopy(bnn), pickle.loads(pickle.dumps(bnn))):
+        network(ONE)
+        assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["0.bias"]
+    assert "0.bias" not in stored_tensors()
+    assert torch.equal(bnn[0].bias, net[0].bias)
+    assert not torch.equal(bnn[1].bias, net[1].bias)
+
+
 @pytest.mark.parametrize("route", ["svi", "torch"])
 def test_parameter_that_is_not_contiguous_is_trained_in_place(route, device):
     class Shift(nn.Module):
@@ -1086,8 +1478,8 @@ def test_parameters_of_two_likelihoods_are_trained_apart(device):
 
 def test_a_module_type_takes_what_its_modules_hold():
     net = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 3))
-    assert set(choose(net, None, [nn.MultiheadAttention])) == {"1.weight"}
-    assert set(choose(net, nn.MultiheadAttention, [])) == {"0.in_proj_weight", "0.out_proj.weight"}
+    assert set(svd.choose(net, exclude=nn.MultiheadAttention)) == {"1.weight"}
+    assert set(svd.choose(net, include=nn.MultiheadAttention)) == {"0.in_proj_weight", "0.out_proj.weight"}
 
 
 def test_a_pruned_weight_is_refused():
@@ -1190,6 +1582,7 @@ UNFIT = {  # a network, and what is said
     ),
     "compiled": (lambda: torch.compile(nn.Linear(3, 2)), r"^net: expected a module in Python, but it is compiled"),
     "compiled part": (lambda: nn.Sequential(torch.compile(nn.Linear(3, 2))), r"^0: expected a module in Python"),
+    "traced": (lambda: nn.Sequential(torch.fx.symbolic_trace(nn.Linear(3, 2))), r"^0: expected a module in Python"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Linear(3, 2))), r"^0: expected a module in Python"),
 }
 

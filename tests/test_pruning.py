@@ -308,5 +308,44 @@ def test_masks_are_held_against_the_momentum_of_an_earlier_optimizer(device):
         optimizer.zero_grad()
         net(x).sum().backward()
         optimizer.step()
-    assert (net.weight == 0).tolist() == [[True, True, False, False]]
+        assert (net.weight == 0).tolist() == [[True, True, False, False]]  # where the next pass would use it
     assert not net.weight._backward_hooks
+    optimizer.step()
+    assert (net.weight != 0).all()
+
+
+def test_masks_are_held_of_weights_only_and_class_tokens_of_zeros_learn():
+    net = nn.Module()
+    net.token, net.norm, net.layer = nn.Parameter(torch.zeros(1, 1, 4)), nn.LayerNorm((2, 4)), nn.Linear(4, 2)
+    net.dropped, net.position = nn.Linear(4, 2), nn.Parameter(torch.ones(1, 2, 4))
+    with torch.no_grad():
+        net.layer.weight[0] = net.dropped.weight[:] = net.position[:, 0] = 0
+    with masks_held(net):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        sum((p - 1).square().sum() for p in net.parameters()).backward()
+        optimizer.step()
+    held = {name: int((p == 0).sum()) for name, p in net.named_parameters() if (p == 0).any()}
+    assert held == {"position": 4, "layer.weight": 4, "dropped.weight": 8}
+
+
+class Own(pyro.nn.PyroModule):
+    """A network that its author wrote for Pyro."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.w = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x):
+        return self.layer(x).tanh() @ self.w
+
+
+def test_a_network_whose_class_is_pyros_is_pruned_to_one_of_its_class(device):
+    net = Own().to(device)
+    bnn = svd.bayesianize(net)
+    guide, x = svd.AutoSparseNormal(bnn), torch.randn(5, 4, device=device)
+    assert set(guide.posteriors) == {"layer.weight", "w"}
+    small = svd.prune(bnn, guide, svd.sparsify(guide, float("inf")))
+    assert (type(small), type(small.layer)) == (Own, nn.Linear)
+    assert list(small.state_dict()) == list(net.state_dict())
+    torch.testing.assert_close(small(x), net(x))
+    assert not pyro.poutine.trace(small).get_trace(x).stochastic_nodes

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 
+import pyro
 import pytest
 import torch
 from torch import nn
@@ -168,3 +169,26 @@ def test_weights_that_are_not_finite_are_refused(value):
     net.weight.data[0, 0] = value
     with pytest.raises(ValueError, match="weight: expected"):
         quantized(net, {"weight": 0.1})
+
+
+class _Own(pyro.nn.PyroModule):
+    """A model of one's own, which puts its name for a network before the names of the network's sites."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.slope = pyro.nn.PyroSample(pyro.distributions.Normal(0.0, 1.0))
+        self.bnn = svd.bayesianize(net)
+
+    def forward(self, x):
+        return self.slope * self.bnn(x)
+
+
+def test_sites_of_a_network_in_a_model_of_ones_own_have_its_steps():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    model = _Own(net)
+    guide = svd.AutoSparseNormal(model)
+    guide(torch.zeros(1, 6))
+    assert set(guide.posteriors) == {"slope", "bnn.0.weight", "bnn.1.weight"}
+    small = svd.prune(model.bnn, guide, svd.sparsify(guide, math.inf))
+    steps = quantization_steps(guide, small, _distance(small), 1e-2)
+    assert list(steps) == ["0.weight", "0.bias", "1.weight", "1.bias"]

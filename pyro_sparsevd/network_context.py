@@ -1,0 +1,36 @@
+"""The context of a call of a network with priors."""
+
+__all__ = ["NetworkContext"]
+
+from typing import Any
+
+from pyro.poutine.runtime import _PYRO_STACK
+
+from ._compat import PyroContext
+from .store_names import OwnParameters
+
+
+class NetworkContext(PyroContext):
+    """What the modules of a network share, within which its parameters stay its own, and frozen ones frozen.
+
+    Example:
+        >>> net = nn.Linear(2, 1).requires_grad_(False)
+        >>> bnn = svd.bayesianize(net, svd.LogUniform(1e-4, 1.0), include="weight")
+        >>> output = bnn(torch.zeros(1, 2))
+        >>> bnn.bias.requires_grad, list(pyro.get_param_store())
+        (False, [])
+    """
+
+    _own_parameters: OwnParameters | None = None
+
+    def __enter__(self) -> None:
+        if not self.active and not any(isinstance(handler, OwnParameters) for handler in _PYRO_STACK):
+            self._own_parameters = OwnParameters(self)
+            self._own_parameters.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if not self.active and self._own_parameters is not None:
+            self._own_parameters.__exit__(*error)
+            self._own_parameters = None

@@ -1,0 +1,193 @@
+"""Which parameters of a network are weights, and which parameters can have no prior."""
+
+__all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_row", "weights_of"]
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def weights_of(net: nn.Module) -> set[str]:
+    """Returns the names of the weights: what layers multiply with their inputs.
+
+    Layers of torch, and those derived from them, are known by their types. What another module holds is a weight unless
+    it has three or more dimensions and is broadcast: along the data, with a first size of 1, as class tokens and
+    position embeddings are, or along all dimensions but one, as layer scales are.
+
+    Args:
+        net: The network.
+
+    Returns:
+        The names; of a tied weight the first.
+
+    Example:
+        >>> sorted(weights_of(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm((2, 3)))))
+        ['0.weight']
+    """
+    first = {id(p): name for name, p in net.named_parameters()}
+    return {
+        first[id(p)]
+        for module in net.modules()
+        for attribute, p in module._parameters.items()
+        if p is not None and _is_weight(module, attribute, p)
+    }
+
+
+def _is_weight(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
+    if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or isinstance(module, _NORMALISATIONS):
+        return False
+    if isinstance(module, _LAYERS) and "weight" in attribute:
+        return True
+    return parameter.dim() == 2 or (parameter.shape[0] != 1 and sum(size != 1 for size in parameter.shape) > 1)
+
+
+def padding_row(net: nn.Module, name: str) -> int | None:
+    """Returns the row of an embedding's weight that stays zero, if it has one.
+
+    Args:
+        net: The network.
+        name: The name of the weight.
+
+    Returns:
+        The row of the padding token; None if it was given other numbers, or another layer shares the weight and trains
+        the row.
+
+    Example:
+        >>> padding_row(nn.Embedding(5, 2, padding_idx=-1), "weight")
+        4
+    """
+    weight = net.get_parameter(name)
+    holders = [module for module in net.modules() if any(p is weight for p in module._parameters.values())]
+    rows = {m.padding_idx if isinstance(m, nn.Embedding | nn.EmbeddingBag) else None for m in holders}
+    row = rows.pop() if len(rows) == 1 else None
+    return None if row is None or bool(weight[row].any()) else row
+
+
+def is_reparametrised(net: nn.Module, name: str) -> bool:
+    """Tells whether a layer computes its weight from a parameter.
+
+    Args:
+        net: The network.
+        name: The name of the parameter.
+
+    Returns:
+        Whether it does.
+
+    Example:
+        >>> net = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> is_reparametrised(net, "parametrizations.weight.original0"), is_reparametrised(net, "bias")
+        (True, False)
+    """
+    path, _, attribute = name.rpartition(".")
+    hooks = [h for h in net.get_submodule(path)._forward_pre_hooks.values() if isinstance(h, _REPARAMETRISATIONS)]
+    # "weight" of the layer is weight_g, weight_v or weight_orig here
+    targets = [getattr(hook, "_tensor_name", None) or getattr(hook, "name", "") for hook in hooks]
+    return "parametrizations" in path.split(".") or any(attribute.startswith(f"{target}_") for target in targets)
+
+
+def check_parameter(net: nn.Module, name: str) -> None:
+    """Refuses a parameter whose samples would make no weight.
+
+    Args:
+        net: The network.
+        name: The name of the parameter.
+
+    Raises:
+        ValueError: If it is not floating point or behind a parametrisation.
+
+    Example:
+        >>> check_parameter(nn.Linear(2, 2), "weight")
+    """
+    parameter = net.get_parameter(name)
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
+    if is_reparametrised(net, name):
+        raise ValueError(
+            f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
+            "pruning, ...), and samples of its parts make no weight; remove that or exclude the parameter"
+        )
+
+
+def check_references(net: nn.Module, names: Collection[str]) -> None:
+    """Refuses parameters that a network may read where no sample takes their place.
+
+    Args:
+        net: The network.
+        names: The names of the parameters that are to have a prior.
+
+    Raises:
+        ValueError: If one is held in a list or the like, or shares memory with another parameter.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> net.cached = [net.weight]
+        >>> check_references(net, ["weight"])
+        Traceback (most recent call last):
+            ...
+        ValueError: weight: expected a parameter that is read from its module, but 'cached' holds it, too, ...
+    """
+    chosen = {id(net.get_parameter(name)): name for name in names}
+    for holder, value in _held_elsewhere(net):
+        if id(value) in chosen:
+            raise ValueError(
+                f"{chosen[id(value)]}: expected a parameter that is read from its module, but {holder!r} holds it, "
+                "too, where no sample takes its place; read it where it is used, or exclude it"
+            )
+    for name, other in _overlaps([*net.named_parameters(), *net.named_buffers()]):
+        if not {name, other}.isdisjoint(names):
+            raise ValueError(
+                f"{other}: expected memory of its own, but it is a view of {name}, and their samples would differ; "
+                "share the parameter itself and transpose it where it is used, or exclude both"
+            )
+
+
+def _held_elsewhere(net: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields what lists, tuples, sets and dictionaries hold that are attributes of the network's modules."""
+    for path, module in net.named_modules():
+        own = ("_parameters", "_modules", "_flat_weights" if isinstance(module, nn.RNNBase) else "")
+        for attribute, value in vars(module).items():
+            if attribute not in own:
+                yield from ((f"{path}.{attribute}" if path else attribute, held) for held in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _overlaps(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    """Yields the names of tensors whose memory begins within that of another, with the other's first."""
+    spans = sorted((str(t.device), t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors if t.numel())
+    widest = ("", 0, 0, "")
+    for device, start, end, name in spans:
+        if device == widest[0] != "meta" and start < widest[2]:
+            yield widest[3], name
+        widest = (device, start, end, name) if device != widest[0] or end > widest[2] else widest
+
+
+def _extent(tensor: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+_LAYERS = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+)
+_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
+_REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)
