@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compat import validation_kept
 from .plain import check_finite, check_plain, evaluation_mode
 from .sparse_layers import SparseLinear
 
@@ -37,9 +38,11 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
     Raises:
         FileNotFoundError: If the folder is not there.
         ImportError: If onnxscript is not installed.
-        RuntimeError: If torch cannot trace the network, such as one with branches on the values of its inputs.
+        RuntimeError: If torch cannot trace the network for batches of any size, such as one with branches on the values
+            of its inputs.
         TypeError: If ``net`` is not a plain module, or ``example_input`` or the output of the network not a tensor.
-        ValueError: If a weight is not finite or not dense, or the network fails on ``example_input``, twice as long.
+        ValueError: If a weight is not finite or not dense, the network fails on ``example_input``, twice as long, or
+            does something else with a batch of one.
 
     Example:
         >>> with TemporaryDirectory() as folder:
@@ -62,15 +65,17 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
     with evaluation_mode(net), TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
         batch = _checked_batch(net, example_input)
-        with _silence():
+        with _silence(), validation_kept():
+            program = _traced(net, batch)
+            _check_a_batch_of_one(net, program, batch)
             torch.onnx.export(
-                net,
-                (batch,),
+                program,
+                (),
                 new,
                 dynamo=True,
                 input_names=["input"],
                 output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: "batch"},),
                 external_data=False,
                 verbose=False,
             )
@@ -104,6 +109,38 @@ def _checked_batch(net: nn.Module, example_input: Any) -> Tensor:
     if output.shape[:1] != batch.shape[:1]:
         raise ValueError(f"net: expected an output for each of {len(batch)} inputs, but got {tuple(output.shape)}")
     return batch
+
+
+def _traced(net: nn.Module, batch: Tensor) -> torch.export.ExportedProgram:
+    """Traces for batches of any size; torch.onnx would fix the size where a first try fails."""
+    for strict in (False, True):  # the first knows more of Python, the second the length of a tensor
+        try:
+            return torch.export.export(net, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+        except Exception as error:
+            failure = error
+    raise RuntimeError(
+        "net: expected a network that torch.export can trace for batches of any size; take that size from x.shape[0], "
+        f"and do without branches on values and loops over a batch: {failure}"
+    ) from failure
+
+
+def _check_a_batch_of_one(net: nn.Module, program: torch.export.ExportedProgram, batch: Tensor) -> None:
+    """Refuses what differs for a batch of one, which torch takes for a batch of any size."""
+    one = batch[:1]
+    if one.is_floating_point():
+        one = torch.rand(one.shape, generator=torch.Generator().manual_seed(0)).to(one)
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        expected = net(one)
+        torch.set_rng_state(state)
+        found = program.module()(one)
+    if found.shape != expected.shape or not torch.allclose(
+        found.double(), expected.double(), rtol=1e-2, atol=1e-2 * float(expected.double().abs().max()), equal_nan=True
+    ):
+        raise ValueError(
+            "net: expected a network that treats a batch of one as it does larger ones, but its output is another, of "
+            f"shape {tuple(expected.shape)}; do without branches on x.shape[0]"
+        )
 
 
 @contextmanager

@@ -140,6 +140,42 @@ def test_it_is_silent_and_changes_nothing_global(device, tmp_path, capfd, caplog
     assert after == before
 
 
+class _Forward(nn.Module):
+    """A network of one function; one with a weight of its own, that the graph has an initialiser."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.token, self.function = nn.Parameter(torch.randn(1, 2, 3)), forward
+
+    def forward(self, x):
+        return self.function(torch.cat([self.token.expand_as(x[:, :2]), x], 1))
+
+
+SIZES = {  # of a batch, as people write them
+    "shape": lambda x: x.view(x.shape[0], -1),
+    "size": lambda x: x.reshape(x.size(0), -1),
+    "unpacked": lambda x: x.view((lambda count, *_: count)(*x.shape), -1),
+    "len": lambda x: x.view(len(x), -1),
+    "int": lambda x: x.view(int(x.shape[0]), -1),
+    "new": lambda x: torch.cat([x.new_ones(len(x), 1, 3), x], 1),
+    "arange": lambda x: x[torch.arange(len(x), device=x.device)],
+    "mean": lambda x: x.sum(1) / len(x),
+}
+
+
+@pytest.mark.parametrize("forward", SIZES.values(), ids=SIZES)
+def test_networks_that_ask_for_the_size_of_the_batch_are_written_for_any(device, tmp_path, forward):
+    net = _Forward(forward).to(device)
+    validates = torch.distributions.Distribution._validate_args
+    export_onnx(net, tmp_path / "net.onnx", torch.zeros(1, 2, 3, device=device))
+    assert torch.distributions.Distribution._validate_args is validates
+    (dimension, *_), *_ = [i.type.tensor_type.shape.dim for i in onnx.load(tmp_path / "net.onnx").graph.input]
+    assert dimension.dim_param == "batch"
+    for size in (1, 2, 5):
+        x = torch.randn(size, 2, 3, device=device)
+        torch.testing.assert_close(_run(tmp_path / "net.onnx", x), net(x).detach().cpu())
+
+
 class _TwoOutputs(nn.Module):
     def forward(self, x):
         return x, x
@@ -216,6 +252,18 @@ BAD = {
         r"net: expected an output for each of 6 inputs, but got \(24,\)",
     ),
     "branch": (_Branch, X, RuntimeError, "torch.export"),
+    "loop": (
+        lambda: _Forward(lambda x: torch.stack([2 * row for row in x])),
+        torch.ones(1, 2, 3),
+        RuntimeError,
+        r"net: expected a network that torch.export can trace for batches of any size; take that",
+    ),
+    "branch on the size": (
+        lambda: _Forward(lambda x: x - x.mean(0) if len(x) > 1 else x),
+        torch.zeros(1, 2, 3),
+        ValueError,
+        "net: expected a network that treats a batch of one as it does larger ones",
+    ),
 }
 
 
