@@ -29,7 +29,8 @@ Data walks down this list of modules, and a module imports only from those above
     supervised       Supervised: network + likelihood + data-set size
     likelihoods      GaussianLikelihood
     common_priors    ten priors to compare
-    latents          what a guide learns about the latents of a model, and where it starts
+    latents          what a guide learns about the latents of a model
+    initialization   where a guide starts
     parameters       the parameters of a factorised Gaussian guide
     guides           AutoSparseNormal
     dependence       which latents of a guide may depend on each other against the order of the model

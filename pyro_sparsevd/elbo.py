@@ -196,7 +196,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             if self.check_finite and not self.terms and finite_value(None, *args, *kwargs.values()) is None:
                 raise ValueError("arguments: expected finite numbers")
             loss, nll, kl, value = self._evaluate(model, guide, args, kwargs)
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:  # not what torch.utils.checkpoint ends a repetition with
             blame_device(error, model, guide, args, kwargs)
             if self.check_finite:
                 blame_number(error, model, guide, args, kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .distributions import LogUniform, unwrap_independent
-from .latents import unmasked
+from .masking import unmasked
 from .sites import WeightPrior, map_tensors
 from .weight_priors import EmpiricalNormal
 
@@ -93,7 +93,7 @@ def _numbers(prior: Distribution) -> list[Tensor]:
     """Returns what the dtype and device of a prior's samples follow: nothing where it has no numbers of its own."""
     if isinstance(prior, WeightPrior):
         return [prior.value]
-    base: Any = unmasked(prior)
+    base: Any = unwrap_independent(unmasked(prior)[0])
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

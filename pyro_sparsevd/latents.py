@@ -9,7 +9,6 @@ __all__ = [
     "sparsity_of",
     "unchanged_buffers",
     "unchanged_buffers_on_error",
-    "unmasked",
 ]
 
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform, In
 
 from .distributions import LogUniform, SparseNormal, unwrap_independent
 from .hierarchical import ShrunkWeightPrior
-from .masking import KeptNormal
+from .masking import KeptNormal, unmasked
 from .sites import SitePrior, map_tensors
 from .weight_priors import EmpiricalNormal
 
@@ -112,29 +111,12 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
         >>> sparsity_of(LogUniform()), sparsity_of(dist.Normal(0.0, 1.0))
         ((True, ()), (False, ()))
     """
-    base = unmasked(prior)
+    base: Any = unwrap_independent(unmasked(prior)[0])
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
     if isinstance(base, EmpiricalNormal):
         return base.is_sparse, (base.group_dims or ()) if base.is_sparse else ()
     return isinstance(base, LogUniform), ()
-
-
-def unmasked(prior: Distribution) -> Any:
-    """Returns the distribution of the single elements of a prior.
-
-    Args:
-        prior: The prior of a site.
-
-    Returns:
-        The distribution within what declares events and masks.
-
-    Example:
-        >>> unmasked(LogUniform().expand([3]).mask(False).to_event(1))
-        LogUniform(low: torch.Size([3]), high: torch.Size([3]))
-    """
-    base: Any = unwrap_independent(prior)
-    return base.base_dist if isinstance(base, dist.MaskedDistribution) else base
 
 
 def is_target(site: Any) -> bool:
