@@ -38,8 +38,7 @@ def bayesianize(
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
     of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
     other parameters of one dimension, such as those of batch normalisation, all buffers, and what is frozen
-    (``requires_grad=False``) stay as they are. (In a :class:`~.supervised.Supervised` they also stay frozen; elsewhere Pyro makes
-    each parameter trainable that a call of a PyroModule reads.) A tensor that several modules share is one site, under
+    (``requires_grad=False``) stay as they are, and frozen. A tensor that several modules share is one site, under
     its first name.
 
     Args:
