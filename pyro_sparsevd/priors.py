@@ -36,10 +36,10 @@ def bayesianize(
     r"""Returns a copy of a network whose weights are Pyro sample sites with a prior.
 
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
-    of :class:`~.guides.AutoSparseNormal`. By default every parameter of two or more dimensions is chosen: biases,
-    other parameters of one dimension, such as those of batch normalisation, all buffers, and what is frozen
-    (``requires_grad=False``) stay as they are, and frozen. A tensor that several modules share is one site, under
-    its first name.
+    of :class:`~.guides.AutoSparseNormal`. By default what a layer multiplies with its input is chosen, see
+    :func:`~.selection.choose`: biases, normalisations, class tokens, position embeddings, all buffers, and what is
+    frozen (``requires_grad=False``) stay as they are, and frozen. A tensor that several modules share is one site,
+    under its first name.
 
     Args:
         net: Any network. It is not changed.
