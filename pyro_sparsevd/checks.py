@@ -92,7 +92,8 @@ def blame_number(error: Exception, model: Callable, guide: Callable, args: Any, 
         (_named_parameters(guide), _OF_STEP),
     ):
         for name, value in named:
-            if not (value.is_meta or bool(torch.isfinite(value).all())):
+            parts = value.unbind() if value.is_nested else (value,)
+            if not (value.is_meta or all(bool(torch.isfinite(part).all()) for part in parts)):
                 raise ValueError(f"{name}: expected finite numbers, but it holds NaN or infinities; {hint}") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from pyro.infer.elbo import ELBO
+from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
 from ._compat import not_compiled
@@ -15,7 +16,7 @@ from .checks import blame_device, blame_number, check_auxiliary, check_latent, c
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
 from .latents import unchanged_buffers_on_error
-from .lazy_weight import LazyWeight, RepeatedUseError
+from .lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .plain import random_state
@@ -101,7 +102,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.check_finite = check_finite
         self.terms: dict[str, Tensor] = {}
         self._sampled_sites = SiteNames(globs=exclude)
-        self._newly_sampled: set[str] = set()
+        self._newly_sampled = PassNotes()
         self._warned_sites: set[str] = set()
         self._is_checked = False
         self._workspace = Workspace()
@@ -214,13 +215,15 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         computed again in the backward pass, and for a run that is resumed.
         """
         while True:
-            self._newly_sampled = set()
-            restore_random_state = random_state(model)
+            self._newly_sampled = PassNotes()
+            # The walk over modules costs time; what else there is to find is mostly found at first.
+            restore_random_state = random_state(None if self.terms else unwrap(model))
             try:
                 with unchanged_buffers_on_error(model):
                     factorised = is_factorised(guide)
                     traces = self._get_traces(model, guide, args, kwargs)
                     particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
+                    self._newly_sampled.is_running = False
                     nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
                     loss = nll + self.kl_weight * kl
                     value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
@@ -230,7 +233,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                             + _sites_not_finite(particles)
                         )
                     return loss, nll, kl, value
-            except _StartAgain:
+            except Exception:  # whatever comes of a pass that is spoiled
+                if not self._newly_sampled:
+                    raise
                 self._sampled_sites |= self._newly_sampled
                 restore_random_state()
 
@@ -246,7 +251,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         with SampleSites(guide_sites.found) as model_sites:
             model(*args, **kwargs)
         if self._newly_sampled:
-            raise _StartAgain
+            raise PassSpoiled
         return scored(model_sites.found), scored(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
@@ -258,7 +263,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled
-            raise _StartAgain
+            raise PassSpoiled
         nlls: Terms = []
         latents = []
         for name, site in model_sites.items():
@@ -279,10 +284,6 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             check_plates(name, guide_sites[name])
             of_latents.append((name, log_prob(guide_sites[name])))
         return nlls, of_latents
-
-
-class _StartAgain(Exception):  # noqa: N818 # no error: it undoes what the pass did to buffers
-    pass
 
 
 def _sum(terms: Terms) -> Tensor:

@@ -1,6 +1,6 @@
 """A Gaussian weight that is not sampled until somebody needs its numbers, and what is done with it instead."""
 
-__all__ = ["LazyWeight", "RepeatedUseError", "kl_log_uniform_total"]
+__all__ = ["LazyWeight", "PassNotes", "PassSpoiled", "RepeatedUseError", "kl_log_uniform_total"]
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import divergence
 from ._compat import in_backward_pass, in_function_transform, without_torch_function
@@ -39,6 +39,21 @@ class RepeatedUseError(Exception):
         self.site = site
 
 
+class PassNotes(set[str]):
+    """Names of weights whose sample a pass needed, where sampled outputs had stood in for them or not.
+
+    Example:
+        >>> PassNotes().is_running
+        True
+    """
+
+    is_running = True
+
+
+class PassSpoiled(Exception):  # noqa: N818 # no error: the pass starts again
+    """A weight that a pass needs in numbers has to be sampled before the model runs."""
+
+
 class LazyWeight(Tensor):
     r"""A factorised Gaussian weight that is not sampled until somebody needs its numbers.
 
@@ -51,15 +66,15 @@ class LazyWeight(Tensor):
         base_dist: The normal distribution of its elements.
         site: The name of its sample site.
         workspace: Where to take memory from.
-        sampled: Where to note the site once the sample is needed, be it after a sampled output stood in for the weight,
-            which spoils the pass; without it, that is an error.
+        notes: Where to note the site once the sample is needed, be it after a sampled output stood in for the weight,
+            which spoils the pass; without it, or after the pass, that is an error.
     """
 
     base_dist: torch.distributions.Normal
     log_variance: Tensor
     site: str
     _workspace: Workspace
-    _sampled: set[str] | None
+    _notes: PassNotes | None
     _noise: "_Noise"
     _integral: Integral | None
     _carrier: Tensor
@@ -70,12 +85,12 @@ class LazyWeight(Tensor):
         base_dist: torch.distributions.Normal,
         site: str,
         workspace: Workspace,
-        sampled: set[str] | None = None,
+        notes: PassNotes | None = None,
     ) -> "LazyWeight":
         noise, log_variance = _Noise(base_dist), log_variance_of(base_dist)
         self: LazyWeight = _Sampling.apply(base_dist.loc, log_variance, noise)
         self.base_dist, self.log_variance, self.site, self._workspace = base_dist, log_variance, site, workspace
-        self._noise, self._sampled, self._integral = noise, sampled, None
+        self._noise, self._notes, self._integral = noise, notes, None
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -93,6 +108,16 @@ class LazyWeight(Tensor):
         if self.requires_grad and not force:
             raise RuntimeError(f"{self.site}: a weight that needs a gradient is no array; use .detach().numpy()")
         return self.detach().numpy(force=force)
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Registers a hook on the gradient of the sample, which sampled outputs would pass by."""
+        self._numbers()
+        return super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        """Keeps the gradient of the sample, which sampled outputs would pass by."""
+        self._numbers()
+        super().retain_grad()
 
     def tolist(self) -> Any:
         """Returns the sample as lists of numbers."""
@@ -118,7 +143,7 @@ class LazyWeight(Tensor):
         if not (is_first or in_backward_pass()):  # where a checkpoint computes the one use again
             self._note_sampled()
         loc, log_variance = self.base_dist.loc, self.log_variance
-        integral = Integral(self._workspace)
+        integral = Integral(self._workspace, partial(_note_derivative, self.site, self._notes))
         autocast = torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():  # small variances underflow
             x = x.to(loc.dtype) if autocast else x
@@ -135,6 +160,11 @@ class LazyWeight(Tensor):
             result = local(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        elif func is torch.autograd.grad:
+            for weight in tree_leaves(args[1] if len(args) > 1 else kwargs["inputs"]):
+                if isinstance(weight, LazyWeight) and weight._noise.sample is None:
+                    weight._note_sampled()
+                    raise PassSpoiled
         with without_torch_function():
             return func(*args, **kwargs)
 
@@ -154,11 +184,23 @@ class LazyWeight(Tensor):
         return self._noise.sample
 
     def _note_sampled(self) -> None:
-        is_repeated = self._integral is not None
-        if is_repeated and (self._sampled is None or in_backward_pass()):  # too late to start again
+        is_running = self._notes is not None and self._notes.is_running
+        if self._integral is not None and not is_running:  # too late to start again
             raise RepeatedUseError(self.site)
-        if self._sampled is not None:
-            self._sampled.add(self.site)
+        if self._notes is not None:
+            self._notes.add(self.site)
+
+
+# The graph holds this, so it must not hold the weight.
+def _note_derivative(site: str, notes: PassNotes | None) -> None:
+    """Notes that a sampled output is differentiated, which within a model is no derivative of its network."""
+    if notes is not None and notes.is_running:
+        notes.add(site)
+    elif torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError(
+            f"{site}: a sampled output has no second derivative; sample the weight instead, by "
+            f"SparseVD_ELBO(exclude={site!r}) or local_reparam=False"
+        )
 
 
 class _Noise:
@@ -179,7 +221,8 @@ class _Noise:
         with mode if torch.is_inference_mode_enabled() != self.is_inference else nullcontext(), torch.no_grad():
             self.eps = torch.empty(loc.shape, dtype=loc.dtype, device=loc.device).normal_()
             q = self.base_dist
-            self.sample = loc.detach() + self.eps * (q.noise_scale if isinstance(q, SparseNormal) else q.scale).detach()
+            scale = q.noise_scale if isinstance(q, SparseNormal) else q.scale
+            self.sample = (loc + self.eps * scale).contiguous()  # as the weight says it is
 
 
 class _Sampling(torch.autograd.Function):

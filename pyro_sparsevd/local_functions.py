@@ -2,6 +2,8 @@
 
 __all__ = ["Integral", "LocalConvolution", "LocalGreyConvolution", "LocalLinear"]
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,12 +23,25 @@ class Integral:
     this object, so it must not hold the carrier.
     """
 
-    __slots__ = ("slope", "variance", "workspace")
+    __slots__ = ("on_backward", "slope", "variance", "workspace")
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, on_backward: Callable[[], None]) -> None:
         self.workspace = workspace
+        self.on_backward = on_backward
         self.variance: Tensor
         self.slope: Tensor | None = None  # of the one divergence whose gradients are added here
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Says that a derivative is taken; torch's own decorator says nothing where the gradient given needs none."""
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def noted(ctx: Any, *grads: Any) -> Any:
+        ctx.integral.on_backward()
+        return once(ctx, *grads)
+
+    return noted
 
 
 class LocalLinear(torch.autograd.Function):
@@ -60,7 +75,7 @@ class LocalLinear(torch.autograd.Function):
         return output.data, loc.new_zeros(())  # a view would refuse a change in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -109,7 +124,7 @@ class LocalConvolution(torch.autograd.Function):
         return output, loc.new_zeros(())
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -184,7 +199,7 @@ class LocalGreyConvolution(torch.autograd.Function):
         return output.view(*shape[:2], *output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -31,7 +31,7 @@ from torch.distributions import Normal
 
 from ._compat import in_function_transform
 from .distributions import SparseNormal, unwrap_independent
-from .lazy_weight import LazyWeight
+from .lazy_weight import LazyWeight, PassNotes
 from .workspace import Workspace
 
 
@@ -41,17 +41,17 @@ class LocalReparamMessenger(Messenger):
     Args:
         exclude: Names of sites that are sampled as usual.
         workspace: Where to take memory from.
-        sampled: Where to note the names of the weights whose sample was needed, be it after a sampled output stood in
+        notes: Where to note the names of the weights whose sample was needed, be it after a sampled output stood in
             for them, which spoils the pass; without it, such a use is an error.
     """
 
     def __init__(
-        self, exclude: Collection[str] = (), workspace: Workspace | None = None, sampled: set[str] | None = None
+        self, exclude: Collection[str] = (), workspace: Workspace | None = None, notes: PassNotes | None = None
     ) -> None:
         super().__init__()
         self.exclude = exclude
         self.workspace = Workspace() if workspace is None else workspace
-        self.sampled = sampled
+        self.notes = notes
 
     def __enter__(self) -> "LocalReparamMessenger":
         self.workspace.start_step()
@@ -64,7 +64,7 @@ class LocalReparamMessenger(Messenger):
         base: Any = unwrap_independent(fn)
         is_normal = isinstance(base, SparseNormal) or getattr(type(base), "rsample", None) is Normal.rsample
         if is_normal and fn.event_shape and not fn.batch_shape and not in_function_transform():
-            msg["value"] = LazyWeight(base, msg["name"], self.workspace, self.sampled)
+            msg["value"] = LazyWeight(base, msg["name"], self.workspace, self.notes)
 
 
 def local_reparam(

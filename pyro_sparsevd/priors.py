@@ -20,7 +20,7 @@ from .network_context import NetworkContext
 from .plain import copied, takes
 from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior, without_sites
-from .weights import padding_row
+from .weights import padding_rows
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
 Prior: TypeAlias = WeightPriors | Mapping[str, WeightPriors] | Callable[[str, nn.Parameter], WeightPriors]
@@ -86,10 +86,10 @@ def bayesianize(
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if isinstance(module, PyroModule):
             module._pyro_name, module._pyro_context = path, context
+    rows = padding_rows(net)
     for name, fitted in priors.items():
-        row = padding_row(net, name)
         for alias in names[name]:
-            _make_site(bnn, alias, name, fitted, row)
+            _make_site(bnn, alias, name, fitted, rows.get(name))
     on_state_dict(bnn, without_sites)
     return bnn
 

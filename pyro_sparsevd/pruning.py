@@ -2,7 +2,7 @@
 
 __all__ = ["masks_held", "prune"]
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -92,21 +92,26 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
     """
     weights = weights_of(net)
     held = [p for name, p in net.named_parameters() if p.dim() > 1 and (name in weights or p.any())]
-    masks = [(weight, weight.detach() != 0) for weight in held]
+    zeros: dict[Tensor, Tensor] = {weight: weight.detach() == 0 for weight in held}
 
     @torch.no_grad()
-    def hold(*_: Any) -> None:
-        for weight, mask in masks:
-            weight.masked_fill_(~mask, 0)  # a product would leave NaN as it is
+    def hold(weights: Iterable[Tensor]) -> None:
+        for weight in weights:
+            if weight in zeros:
+                weight.masked_fill_(zeros[weight], 0)  # a product would leave NaN as it is
 
-    hooks = [w.register_hook(partial(torch.where, mask, other=0)) for w, mask in masks if w.requires_grad]
-    hooks.append(register_optimizer_step_post_hook(hold))
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        hold(weight for group in optimizer.param_groups for weight in group["params"])
+
+    trained = [(weight, mask) for weight, mask in zeros.items() if weight.requires_grad]
+    hooks = [w.register_hook(partial(torch.masked_fill, mask=mask, value=0)) for w, mask in trained]
+    hooks.append(register_optimizer_step_post_hook(after_step))
     try:
         yield net
     finally:
         for hook in hooks:
             hook.remove()
-        hold()
+        hold(zeros)
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:

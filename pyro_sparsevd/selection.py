@@ -51,7 +51,8 @@ def choose(
             found = matches(net, parameters, pattern, "include")
             taken |= (found & weights or found) if isinstance(pattern, type) else found
     left_out = set().union(*(matches(net, parameters, p, "exclude") for p in _listed(exclude)))
-    chosen = [name for name in parameters if name in taken - left_out]
+    taken -= left_out
+    chosen = [name for name in parameters if name in taken]
     if not chosen:
         frozen = include is None and not all(p.requires_grad for p in parameters.values())
         hint = "; frozen ones (requires_grad=False) get one only where include= names them" if frozen else ""

@@ -58,12 +58,18 @@ class WeightPrior(dist.Independent):
         return self._with_row(super().sample(sample_shape), 0.0, 2)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Returns the log density of a value; a row that is zero by construction has none."""
+        """Returns the log density of a value; a row that is zero, as it is by construction, has none.
+
+        Another guide than :class:`~.guides.AutoSparseNormal` may sample the row; it then counts as any other.
+        """
         if self.zero_row is None:
             return super().log_prob(value)
         dims = self.reinterpreted_batch_ndims
-        found = self.base_dist.log_prob(self._with_row(value, 1.0, 2))  # as 0 may have no density
-        return sum_rightmost(self._with_row(found, 0.0, dims), dims)
+        row = value.select(-2, self.zero_row)
+        is_zero = (row == 0).all()
+        shown = torch.where(is_zero, self._with_row(value, 1.0, 2), value)  # as 0 may have no density
+        found = self.base_dist.log_prob(shown)
+        return sum_rightmost(torch.where(is_zero, self._with_row(found, 0.0, dims), found), dims)
 
     def _with_row(self, values: Tensor, number: float, dims: int) -> Tensor:
         if self.zero_row is None:

@@ -39,8 +39,9 @@ class OwnParameters(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name, *init = msg["args"]
-        if not init or not isinstance(init[0], nn.Parameter):
-            return
+        constraint = msg["kwargs"].get("constraint", init[1] if len(init) > 1 else constraints.real)
+        if not init or not isinstance(init[0], nn.Parameter) or constraint is not constraints.real:
+            return  # under a constraint, Pyro makes a parameter of its own
         parameter = init[0]
         if not parameter.requires_grad:
             msg["value"], msg["done"], msg["stop"] = parameter, True, True

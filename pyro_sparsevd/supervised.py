@@ -10,7 +10,7 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Bernoulli, Distribution
 
 from .distributions import unwrap_independent
 from .plain import takes
@@ -115,7 +115,7 @@ class Supervised(PyroModule):
 
     def _run(self, x: Any) -> Any:
         try:
-            return self.network(*x) if isinstance(x, tuple) else self.network(x)
+            return self.network(*x) if type(x) is tuple else self.network(x)
         except StopIteration as error:
             raise RuntimeError(
                 "network: expected parameters where it calls next(self.parameters()), but weights with a prior are "
@@ -154,7 +154,7 @@ def _leaves(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
         if x.dim() == 0:
             raise ValueError(f"{name}: expected a tensor of shape (M, ...), but got a scalar")
         yield name, x
-    elif isinstance(x, tuple | Mapping):
+    elif type(x) is tuple or isinstance(x, Mapping):
         for key, part in x.items() if isinstance(x, Mapping) else enumerate(x):
             yield from _leaves(f"{name}[{key!r}]", part)
     else:
@@ -180,5 +180,6 @@ def _fitted_targets(y: Tensor, likelihood: Any) -> Tensor:
     expected = likelihood.batch_shape + likelihood.event_shape
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
         raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
-    is_boolean = unwrap_independent(likelihood).support is constraints.boolean  # whose density takes real numbers only
-    return y.to(likelihood.mean.dtype) if is_boolean and not y.is_floating_point() else y
+    base = unwrap_independent(likelihood)
+    is_bernoulli = isinstance(base, Bernoulli)  # whose density takes real numbers only
+    return y.to(base.mean.dtype) if is_bernoulli and not y.is_floating_point() else y

@@ -1,6 +1,6 @@
 """Which parameters of a network are weights, and which parameters can have no prior."""
 
-__all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_row", "weights_of"]
+__all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_rows", "weights_of"]
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -45,26 +45,29 @@ def _is_weight(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 or (parameter.shape[0] != 1 and sum(size != 1 for size in parameter.shape) > 1)
 
 
-def padding_row(net: nn.Module, name: str) -> int | None:
-    """Returns the row of an embedding's weight that stays zero, if it has one.
+def padding_rows(net: nn.Module) -> dict[str, int]:
+    """Returns the rows of embeddings' weights that stay zero, by the names of the weights.
+
+    A row that was given other numbers is a row like any other, and so is one whose weight another layer shares, which
+    trains it.
 
     Args:
         net: The network.
-        name: The name of the weight.
 
     Returns:
-        The row of the padding token; None if it was given other numbers, or another layer shares the weight and trains
-        the row.
+        The rows of the padding tokens.
 
     Example:
-        >>> padding_row(nn.Embedding(5, 2, padding_idx=-1), "weight")
-        4
+        >>> padding_rows(nn.Embedding(5, 2, padding_idx=-1))
+        {'weight': 4}
     """
-    weight = net.get_parameter(name)
-    holders = [module for module in net.modules() if any(p is weight for p in module._parameters.values())]
-    rows = {m.padding_idx if isinstance(m, nn.Embedding | nn.EmbeddingBag) else None for m in holders}
-    row = rows.pop() if len(rows) == 1 else None
-    return None if row is None or bool(weight[row].any()) else row
+    rows: dict[int, set[int | None]] = {}
+    for module in net.modules():
+        row = module.padding_idx if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+        for parameter in module._parameters.values():
+            rows.setdefault(id(parameter), set()).add(row)
+    sole = {name: next(iter(found)) for name, p in net.named_parameters() if len(found := rows[id(p)]) == 1}
+    return {name: row for name, row in sole.items() if row is not None and not net.get_parameter(name)[row].any()}
 
 
 def is_reparametrised(net: nn.Module, name: str) -> bool:

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import warnings
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -300,9 +301,7 @@ def test_improper_density_of_the_weights_is_scored_once_each(case):
     net, inputs = case
     values = random_values(net)
     trace = poutine.trace(poutine.condition(svd.bayesianize(net), data=values)).get_trace(*inputs)
-    row = getattr(net, "padding_idx", None)
-    scored = [value if row is None else value[torch.arange(len(value)) != row] for value in values.values()]
-    expected = sum(-value.abs().log().sum() for value in scored)
+    expected = sum(-value.abs().log().sum() for value in values.values())
     torch.testing.assert_close(trace.log_prob_sum(), expected)
 
 
@@ -1592,3 +1591,45 @@ UNFIT = {  # a network, and what is said
 def test_modules_that_pyro_cannot_make_its_own_are_refused_by_name(make, message):
     with pytest.raises(TypeError, match=message):
         svd.bayesianize(make())
+
+
+def test_a_padding_row_that_another_guide_samples_counts_as_any_other(device):
+    bnn = svd.bayesianize(nn.Embedding(3, 2, padding_idx=0).to(device), dist.Normal(0.0, 1.0))
+    prior = bnn._pyro_samples["weight"].of(bnn)
+    value = torch.ones(3, 2, device=device)
+    torch.testing.assert_close(prior.log_prob(value), dist.Normal(0.0, 1.0).log_prob(value).sum())
+    value[0] = 0
+    torch.testing.assert_close(prior.log_prob(value), dist.Normal(0.0, 1.0).log_prob(value[1:]).sum())
+
+
+class _OnlyDensity(dist.TorchDistribution):
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, mean):
+        self.mean_ = mean
+        super().__init__(mean.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return -((value - self.mean_) ** 2)
+
+    def sample(self, sample_shape=()):
+        return self.mean_
+
+
+def test_a_likelihood_without_a_support_is_taken(device):
+    model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), lambda f: _OnlyDensity(f[:, 0]), 5)
+    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
+    assert loss(torch.ones(5, 4, device=device), torch.zeros(5, device=device)).isfinite()
+
+
+def test_a_constrained_parameter_of_a_likelihood_is_one_parameter(device):
+    scale = nn.Parameter(torch.tensor(2.0, device=device))
+
+    def likelihood(f):
+        return dist.Normal(f[:, 0], pyro.param("sigma", scale, constraint=dist.constraints.positive))
+
+    model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), likelihood, 5)
+    svi = pyro.infer.SVI(model, svd.AutoSparseNormal(model), pyro.optim.Adam({"lr": 0.1}), svd.SparseVD_ELBO())
+    for _ in range(3):
+        svi.step(torch.ones(5, 4, device=device), torch.zeros(5, device=device))
+    assert [name for name in pyro.get_param_store() if name.startswith("sigma")] == ["sigma"]

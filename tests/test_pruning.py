@@ -349,3 +349,15 @@ def test_a_network_whose_class_is_pyros_is_pruned_to_one_of_its_class(device):
     assert list(small.state_dict()) == list(net.state_dict())
     torch.testing.assert_close(small(x), net(x))
     assert not pyro.poutine.trace(small).get_trace(x).stochastic_nodes
+
+
+def test_a_step_of_another_optimiser_leaves_held_weights_to_the_backward_pass(device):
+    net, other = nn.Linear(3, 2).to(device), nn.Linear(3, 2).to(device)
+    net.weight.data[0] = 0
+    steps = torch.optim.SGD(other.parameters(), 0.1)
+    x = torch.ones(1, 3, device=device, requires_grad=True)
+    with masks_held(net):
+        loss = net(x).square().sum()
+        other(x).sum().backward()
+        steps.step()
+        loss.backward()

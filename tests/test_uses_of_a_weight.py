@@ -211,7 +211,39 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a number": lambda w, x: w * w[0, 0].item(),
     "after a look without a graph": _without_graph_first,
 }
+
+
+def _hooked(w: Tensor, x: Tensor) -> Tensor:
+    if w.requires_grad:
+        w.register_hook(lambda grad: 3 * grad)
+    return F.linear(x, w)
+
+
+def _derivative_of_linear(w: Tensor, x: Tensor) -> Tensor:
+    """Of which autograd knows no more than that it is a constant, were the output sampled."""
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.linear(x, w).sum(), x, create_graph=True)
+    return slope**2 if slope.requires_grad else slope
+
+
+def _derivative_of_nested(w: Tensor, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    output = torch.tanh(F.linear(F.pad(torch.tanh(F.linear(x, w)), (0, 1)), w.tanh()))
+    return torch.autograd.grad(output.sum(), x, create_graph=True)[0]
+
+
+def _inner_step(w: Tensor, x: Tensor) -> Tensor:
+    if not w.requires_grad:
+        return F.linear(x, w)
+    (slope,) = torch.autograd.grad(F.linear(x, w).square().sum(), w, create_graph=True)
+    return F.linear(x, w - 0.1 * slope)
+
+
 REPEATED = {
+    "hook on its gradient": _hooked,
+    "derivative in the input of a linear operation": _derivative_of_linear,
+    "derivative through two linear operations": _derivative_of_nested,
+    "inner step of gradient descent": _inner_step,
     "loop over time": _loop_over_time,
     "twice": lambda w, x: F.linear(x, w) + F.linear(x**2, w),
     "linear, then otherwise": lambda w, x: F.linear(x, w) + w.sum(),
@@ -299,3 +331,18 @@ def test_what_a_weight_holds_is_freed_with_it(device):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_second_derivative_of_a_loss_with_sampled_outputs_is_refused_by_name(device):
+    model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
+    guide = svd.AutoSparseNormal(model)
+    x, y = torch.randn(5, 4, device=device), torch.randn(5, device=device)
+    parameters = list(guide.parameters())
+    with pytest.raises(RuntimeError, match=r"^weight: a sampled output has no second derivative; .*exclude='weight'"):
+        torch.autograd.grad(svd.SparseVD_ELBO()(model, guide)(x, y), parameters, create_graph=True)
+
+
+def test_a_weight_of_a_transposed_mean_is_contiguous_as_it_says(device):
+    loc = torch.randn(4, 3, device=device).T
+    weight = LazyWeight(svd.SparseNormal(loc, torch.zeros(3, 4, device=device)), "w", Workspace())
+    assert weight.contiguous().view(-1).shape == (12,)
