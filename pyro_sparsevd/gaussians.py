@@ -67,6 +67,8 @@ def with_auxiliary_sites_exchanged(sites: dict[str, Any]) -> dict[str, Any]:
         ['w', 'u']
     """
     auxiliary = {id(site["value"]): name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
+    if not auxiliary:
+        return sites
     partners = {}
     for name, site in sites.items():
         found = auxiliary.pop(id(_value_of_delta(site["fn"])), None)

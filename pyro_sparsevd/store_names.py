@@ -53,6 +53,8 @@ class OwnParameters(Messenger):
             number += 1
             msg["name"] = f"{name}_{number}"
         msg["args"] = (msg["name"], parameter)
+        if msg["name"] in store._params:
+            return
         if not parameter.is_contiguous():
             store._params[msg["name"]] = parameter
             store._param_to_name[parameter] = msg["name"]
