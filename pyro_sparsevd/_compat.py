@@ -34,7 +34,7 @@ T = TypeVar("T")
 def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
     """Hides a function from ``torch.compile``, without loading the compiler.
 
-    ``torch.compiler.disable`` loads it when it is applied, ``torch._disable_dynamo`` (torch 2.7 to 2.15) with the first
+    ``torch.compiler.disable`` loads it when it is applied, ``torch._disable_dynamo`` (torch 2.9 to 2.15) with the first
     call: 0.9 s, an environment variable and a filter of warnings. Nothing is compiled before somebody loads it. Without
     that name, the import of this package fails.
     """
@@ -69,7 +69,7 @@ def in_function_transform() -> bool:
 
 @contextmanager
 def validation_kept() -> Iterator[None]:
-    """Undoes that torch's compiler (2.7 to 2.15) switches the validation of distributions off where it is first used.
+    """Undoes that torch's compiler (2.9 to 2.15) switches the validation of distributions off where it is first used.
 
     torch has a public name to set that default, none to read it. Where it is missing, an export to ONNX fails.
     """

@@ -129,7 +129,8 @@ def log_alpha_histogram(
     for (name, values), (color, line, _) in zip(log_alphas.items(), line_styles(), strict=False):
         clipped = as_numpy(values).ravel().clip(-15, 15)
         bins = {"bins": 90, "range": (-15, 15), "density": True}
-        axis.hist(clipped, histtype="step", label=name, color=color, linestyle=line, **bins)
+        _, _, (outline,) = axis.hist(clipped, histtype="step", label=name, color=color, **bins)
+        outline.set_linestyle(line)  # matplotlib 3.10 takes no dashes in hist
     if threshold is not None:
         axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axis.set(xlabel="log α (clipped to ±15)", ylabel="density", yscale="log", title=title)
