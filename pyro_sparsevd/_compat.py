@@ -11,6 +11,7 @@ __all__ = [
     "in_function_transform",
     "not_compiled",
     "on_state_dict",
+    "tensor_without_memory",
     "validation_kept",
     "without_torch_function",
 ]
@@ -24,10 +25,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from pyro.nn.module import _Context
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 P = ParamSpec("P")
+S = TypeVar("S", bound=Tensor)
 T = TypeVar("T")
 
 
@@ -49,6 +51,16 @@ def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 # torch's notes on extending it use this name; there is no public one.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+
+def tensor_without_memory(cls: type[S], like: Tensor) -> S:
+    """Returns a tensor of a subclass that has a shape and no memory, whose address nobody gets.
+
+    torch's notes on extending it use the first name, its FakeTensor the second; there are no public ones.
+    """
+    tensor = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor
 
 
 def in_backward_pass() -> bool:

@@ -187,6 +187,9 @@ def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
     return rest, held_out
 
 
+_MOST_BYTES = 2**28  # of data in a file; those of MNIST have less than 2**26
+
+
 def _mnist_split(folder: Path, part: str) -> Split:
     images, image_file = _idx(folder / f"{part}-images-idx3-ubyte", dims=3)
     labels, label_file = _idx(folder / f"{part}-labels-idx1-ubyte", dims=1)
@@ -199,22 +202,29 @@ def _mnist_split(folder: Path, part: str) -> Split:
 def _idx(path: Path, dims: int) -> tuple[np.ndarray, Path]:
     """Returns the array in an IDX file, which is a magic number (type, dimensions), sizes and data; and the file."""
     advice = "torchvision.datasets.MNIST(root, download=True) fetches it into root/MNIST/raw"
-    data, path = _read(path.with_name(f"{path.name}.gz"), path, advice=advice)
+    path = _existing(path.with_name(f"{path.name}.gz"), path, advice=advice)
     start, magic = 4 + 4 * dims, 0x800 + dims
-    _require(len(data) >= start, path, f"a header of {start} bytes", f"{len(data)} bytes in all")
-    found, *shape = struct.unpack_from(f">{1 + dims}I", data)
-    _require(found == magic, path, f"the magic number {magic:#010x}", f"{found:#010x}")
-    _require(0 not in shape, path, "at least one datum", f"the shape {shape}")
-    size = math.prod(shape)
-    _require(len(data) == start + size, path, f"{size} bytes of data, as its header says", len(data) - start)
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape), path
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(start)
+            _require(len(header) == start, path, f"a header of {start} bytes", f"{len(header)} bytes in all")
+            found, *shape = struct.unpack(f">{1 + dims}I", header)
+            _require(found == magic, path, f"the magic number {magic:#010x}", f"{found:#010x}")
+            _require(0 not in shape, path, "at least one datum", f"the shape {shape}")
+            size = math.prod(shape)
+            data = file.read(min(size, _MOST_BYTES) + 1)  # a small compressed file may go on for gigabytes
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a gzip file, but it is damaged ({error}); get a fresh copy") from error
+    _require(len(data) == size, path, f"{size} bytes of data, as its header says", len(data))
+    return np.frombuffer(data, np.uint8).reshape(shape), path
 
 
 def _cifar_split(*files: Path) -> Split:
     """Joins files of records, each a label and then the red, the green and the blue pixels."""
     size, parts = 1 + 3 * 32 * 32, []
     for path in files:
-        data, _ = _read(path, advice="unpack https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in root")
+        advice = "unpack https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz in root"
+        data = _existing(path, advice=advice).read_bytes()
         _require(len(data) % size == 0 < len(data), path, f"records of {size} bytes, one or more", f"{len(data)} bytes")
         records = np.frombuffer(data, np.uint8).reshape(-1, size)
         _require(records[:, 0].max() <= 9, path, "labels from 0 to 9", records[:, 0].max())
@@ -230,17 +240,13 @@ def _to_split(pixels: np.ndarray, labels: np.ndarray) -> Split:
     return Split(images, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _read(*candidates: Path, advice: str) -> tuple[bytes, Path]:
-    """Returns the content, unpacked, of the first of these files that exists; and the file."""
+def _existing(*candidates: Path, advice: str) -> Path:
+    """Returns the first of these files that exists."""
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         names = " or ".join(map(str, candidates))
         raise FileNotFoundError(f"{names}: expected a file, but there is none; {advice}, or pass another root")
-    data = path.read_bytes()
-    try:
-        return gzip.decompress(data) if path.suffix == ".gz" else data, path
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a gzip file, but it is damaged ({error}); get a fresh copy") from error
+    return path
 
 
 def _require(condition: bool, path: Path, expected: str, found: object) -> None:

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import divergence
-from ._compat import in_backward_pass, in_function_transform, without_torch_function
+from ._compat import in_backward_pass, in_function_transform, tensor_without_memory, without_torch_function
 from .distributions import SparseNormal, log_variance_of
 from .geometry import pad_same, per_dim
 from .kernels import KERNELS
@@ -122,6 +122,28 @@ class LazyWeight(Tensor):
     def tolist(self) -> Any:
         """Returns the sample as lists of numbers."""
         return self.detach().tolist()
+
+    def data_ptr(self) -> int:
+        """Returns the address of the sample."""
+        return self._numbers().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Returns the memory of the sample."""
+        return self._numbers().untyped_storage()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Returns the sample as a DLPack capsule, where torch would return that of a tensor."""
+        return self.detach().requires_grad_(self.requires_grad).__dlpack__(**options)
+
+    @property
+    def data(self) -> Tensor:
+        """The sample without a gradient; what is assigned to it takes the sample's place in this pass."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._numbers()
+        self._noise.sample = value
 
     def value_for_density(self) -> Tensor:
         """Returns the weight if it was sampled, else a sample apart: the bound's terms are separate expectations."""
@@ -232,7 +254,7 @@ class _Sampling(torch.autograd.Function):
     def forward(ctx: FunctionCtx, loc: Tensor, log_variance: Tensor, noise: _Noise) -> Tensor:
         ctx.save_for_backward(log_variance)
         ctx.noise = noise  # type: ignore[attr-defined]
-        return Tensor._make_wrapper_subclass(LazyWeight, loc.shape, dtype=loc.dtype, device=loc.device)
+        return tensor_without_memory(LazyWeight, loc)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -19,7 +19,7 @@ from .hierarchical import HierarchicalPrior
 from .network_context import NetworkContext
 from .plain import copied, takes
 from .selection import Pattern, choose, matches
-from .sites import SharedSite, SitePrior, without_sites
+from .sites import SharedSite, SitePrior, Sites, without_sites
 from .weights import padding_rows
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
@@ -204,6 +204,8 @@ def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors, zero
     path, _, attribute = alias.rpartition(".")
     module: Any = bnn.get_submodule(path)
     value, module._parameters[attribute] = module._parameters[attribute], None  # None keeps its place in the order
+    if not isinstance(module._pyro_samples, Sites):
+        module._pyro_samples = Sites(module._parameters)
     if alias == name:
         buffer = f"{attribute}_initial"
         while hasattr(module, buffer):

@@ -1,9 +1,10 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "WeightPrior", "map_tensors", "without_sites"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "Sites", "WeightPrior", "map_tensors", "without_sites"]
 
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -162,6 +163,29 @@ class SharedSite:
     def __call__(self, module: nn.Module) -> Tensor:
         """Returns the owner's draw."""
         return getattr(self.owner, self.attribute)
+
+
+class Sites(OrderedDict[str, Any]):
+    """What Pyro samples where an attribute of a module is read, unless somebody gave the module its parameter.
+
+    ``torch.func.functional_call`` does so, and a layer is then to use what it is given.
+
+    Args:
+        parameters: The module's parameters.
+
+    Example:
+        >>> bnn = svd.bayesianize(nn.Linear(2, 1, bias=False))
+        >>> with bnn._pyro_context:
+        ...     torch.func.functional_call(bnn, {"weight": torch.ones(1, 2)}, torch.ones(2))
+        tensor([2.])
+    """
+
+    def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.parameters = {} if parameters is None else parameters
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) and self.parameters.get(str(name)) is None
 
 
 class EverySite:

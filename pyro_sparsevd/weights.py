@@ -3,6 +3,9 @@
 __all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_rows", "weights_of"]
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,7 +126,7 @@ def check_references(net: nn.Module, names: Collection[str]) -> None:
         names: The names of the parameters that are to have a prior.
 
     Raises:
-        ValueError: If one is held in a list or the like, or shares memory with another parameter.
+        ValueError: If one is held by an object or a function, too, or shares memory with another parameter.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -134,11 +137,18 @@ def check_references(net: nn.Module, names: Collection[str]) -> None:
         ValueError: weight: expected a parameter that is read from its module, but 'cached' holds it, too, ...
     """
     chosen = {id(net.get_parameter(name)): name for name in names}
-    for holder, value in _held_elsewhere(net):
+    modules = {id(m): name for name in reversed(list(names)) for m in _modules_above(net, name)}
+    for holder, value, is_copied in _held_elsewhere(net):
         if id(value) in chosen:
             raise ValueError(
                 f"{chosen[id(value)]}: expected a parameter that is read from its module, but {holder!r} holds it, "
                 "too, where no sample takes its place; read it where it is used, or exclude it"
+            )
+        if id(value) in modules and not is_copied:
+            raise ValueError(
+                f"{modules[id(value)]}: expected a parameter that is read from its module, but a function in "
+                f"{holder!r} holds the module, and a copy of the network would use the one of this network; make the "
+                "function a method, or exclude the parameter"
             )
     for name, other in _overlaps([*net.named_parameters(), *net.named_buffers()]):
         if not {name, other}.isdisjoint(names):
@@ -148,23 +158,45 @@ def check_references(net: nn.Module, names: Collection[str]) -> None:
             )
 
 
-def _held_elsewhere(net: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields what lists, tuples, sets and dictionaries hold that are attributes of the network's modules."""
+def _modules_above(net: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Yields the modules that hold a parameter, from the network down."""
+    parts = name.split(".")
+    yield from (net.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+
+
+def _held_elsewhere(net: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Yields the tensors and modules that attributes refer to, each with whether a copy of the network copies it."""
+    seen: set[int] = set()
     for path, module in net.named_modules():
-        own = ("_parameters", "_modules", "_flat_weights" if isinstance(module, nn.RNNBase) else "")
+        own = ("_parameters", "_modules", "_buffers", "_flat_weights" if isinstance(module, nn.RNNBase) else "")
         for attribute, value in vars(module).items():
-            if attribute not in own:
-                yield from ((f"{path}.{attribute}" if path else attribute, held) for held in _leaves(value))
+            todo = [] if attribute in own or isinstance(value, nn.Module) else [(value, True)]
+            while todo:
+                value, is_copied = todo.pop()
+                if isinstance(value, Tensor | nn.Module):
+                    yield f"{path}.{attribute}" if path else attribute, value, is_copied
+                elif id(value) not in seen and not isinstance(value, _WITHOUT_TENSORS):
+                    seen.add(id(value))
+                    is_copied = is_copied and not isinstance(value, FunctionType)  # copy.deepcopy leaves functions
+                    todo += [(part, is_copied) for part in _parts(value)]
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
-        value = list(value.values())
+        return list(value.values())
     if isinstance(value, list | tuple | set):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
+        return list(value)
+    if isinstance(value, FunctionType):
+        return [*_contents(value.__closure__ or ()), *(value.__defaults__ or ())]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    return [value.__self__] if isinstance(value, MethodType) else list(getattr(value, "__dict__", {}).values())
+
+
+def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
+    for cell in cells:
+        with suppress(ValueError):  # a variable that is not assigned yet
+            yield cell.cell_contents
 
 
 def _overlaps(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
@@ -192,5 +224,6 @@ _LAYERS = (
     nn.EmbeddingBag,
     nn.Bilinear,
 )
+_WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None))
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
 _REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -115,6 +115,7 @@ IMAGES, LABELS = np.ones((5, 28, 28)), np.ones(5)
         (TEST_LABELS, b"\x00\x00\x0d\x01" + idx(LABELS)[4:], "the magic number 0x00000801, but got 0x00000d01"),
         (TRAIN_IMAGES, idx(IMAGES)[:-1], "3920 bytes of data, as its header says, but got 3919"),
         (TRAIN_IMAGES, idx(IMAGES) + b"\x00", "3920 bytes of data, as its header says, but got 3921"),
+        (TRAIN_IMAGES, idx(IMAGES) + bytes(2**20), "3920 bytes of data, as its header says, but got 3921"),
         (TRAIN_IMAGES, idx(IMAGES)[:16], "3920 bytes of data, as its header says, but got 0"),
         (TRAIN_IMAGES, struct.pack(">4I", 0x803, *3 * [2**32 - 1]), "79228162458924105385300197375 bytes of data"),
         (TRAIN_IMAGES, idx(IMAGES.reshape(5, 14, 56)), r"images of shape \(28, 28\), but got \(14, 56\)"),

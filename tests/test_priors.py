@@ -2,10 +2,12 @@
 
 import abc
 import copy
+import functools
 import io
 import math
 import pickle
 import re
+import types
 import warnings
 from typing import ClassVar
 
@@ -571,12 +573,21 @@ class Cached(nn.Module):
         self.__dict__["cache"] = hold(self.layer.weight)
 
 
+def _times(self, x):
+    return x @ self.w
+
+
 HOLDERS = {
     "list": lambda w: [w],
     "tuple in a list": lambda w: [(1, w)],
     "dictionary": lambda w: {"w": w},
     "set in a dictionary": lambda w: {0: {w}},
     "itself": lambda w: w,
+    "closure": lambda w: lambda x: x @ w,
+    "default of a function": lambda w: lambda x, w=w: x @ w,
+    "partial": lambda w: functools.partial(nn.functional.linear, weight=w),
+    "object": lambda w: types.SimpleNamespace(inner=types.SimpleNamespace(w=w)),
+    "bound method": lambda w: types.MethodType(_times, types.SimpleNamespace(w=w)),
 }
 
 
@@ -590,8 +601,32 @@ def test_a_weight_that_is_also_kept_where_no_sample_takes_its_place_is_refused(h
 
 def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():
     net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
-    net.layers = [net[0]]
+    net.layers, net.method, net.itself = [net[0]], functools.partial(net[0].forward), lambda: net.itself
+    with pytest.raises(ValueError, match=r"^0\.weight: .* a function in 'itself' holds the module"):
+        svd.choose(net)
+    del net.itself
     assert svd.choose(net)[0] == "0.weight"
+    bnn = svd.bayesianize(net, svd.LogUniform(1e-2, 1.0))
+    with bnn._pyro_context:
+        assert torch.equal(bnn.method(torch.ones(4)), bnn[0](torch.ones(4)))
+
+
+def test_a_layer_uses_the_weight_that_functional_call_gives_it():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            doubled = torch.func.functional_call(self.layer, {"weight": 2 * self.layer.weight}, (x,))
+            return doubled - self.layer(x), self.layer.weight
+
+    x = torch.randn(4, 3)
+    original = svd.bayesianize(Scaled(), svd.LogUniform(1e-2, 1.0))
+    for bnn in (original, copy.deepcopy(original)):
+        for _ in range(2):
+            output, weight = bnn(x)
+            torch.testing.assert_close(output, x @ weight.T)
 
 
 VIEWS = {

@@ -163,6 +163,19 @@ def _without_graph_first(w: Tensor, x: Tensor) -> Tensor:
 
 _LAYER = nn.Linear(4, 3, bias=False)
 
+
+def _in_memory(w: Tensor) -> Tensor:
+    storage = w.untyped_storage()
+    assert storage.data_ptr() == w.data_ptr()
+    plain = torch.empty(0, dtype=w.dtype, device=w.device).set_(storage, 0, w.shape)
+    return plain * torch.from_dlpack(w.detach())
+
+
+def _clipped(w: Tensor, x: Tensor) -> Tensor:
+    w.data = w.data.clamp(-0.1, 0.1)
+    return F.linear(x, w) + w.square().sum()
+
+
 USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda w, x: x @ w.T,
     "einsum": lambda w, x: torch.einsum("bi,oi->bo", x, w),
@@ -209,6 +222,8 @@ USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "functional_call": lambda w, x: functional_call(_LAYER, {"weight": torch.where(w > 0, w, 0.1 * w)}, (x,)),
     "lists of numbers": lambda w, x: w * w.tolist()[0][0],
     "a number": lambda w, x: w * w[0, 0].item(),
+    "its memory": lambda w, x: w * _in_memory(w),
+    "other data": _clipped,
     "after a look without a graph": _without_graph_first,
 }
 
@@ -314,6 +329,14 @@ def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(device):
         with pytest.raises(RuntimeError, match=r"^fc\.weight: .* use \.detach\(\)\.numpy\(\)"):
             convert(weight)
     assert np.array_equal(weight.detach().cpu().numpy(), weight.cpu().numpy(force=True))
+
+
+def test_nobody_gets_the_memory_of_a_weight_but_its_sample(device):
+    weight = LazyWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
+    capsule = weight.__dlpack__()
+    torch.testing.assert_close(torch.utils.dlpack.from_dlpack(capsule), weight.detach(), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(weight)
 
 
 def test_what_a_weight_holds_is_freed_with_it(device):
