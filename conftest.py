@@ -1,8 +1,12 @@
-"""What every test shares: a device, a seed, an empty parameter store."""
+"""What every test shares: a device, a seed, an empty parameter store; and the names that examples in docstrings use."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
+
+import pyro_sparsevd as svd
 
 
 def pytest_addoption(parser):
@@ -21,6 +25,11 @@ def _isolated():
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def _names_of_examples(doctest_namespace):
+    doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, svd=svd, torch=torch)
 
 
 @pytest.fixture
