@@ -19,13 +19,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
+from ._modules import evaluation_mode, same_random_numbers
 from .checkpoints import Checkpoint
 from .comparison import PriorComparison, PriorResult
 from .datasets import Split
 from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .metrics import uncertainty
-from .plain import evaluation_mode, same_random_numbers
 from .priors import Prior, bayesianize
 from .recipes import fit_posterior
 from .supervised import Supervised

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import validation_kept
-from .plain import check_finite, check_plain, evaluation_mode
+from ._modules import check_finite, check_plain, evaluation_mode
 from .sparse_layers import SparseLinear
 
 

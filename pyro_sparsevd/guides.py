@@ -16,20 +16,12 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
+from ._modules import same_random_numbers
 from .distributions import SparseNormal
 from .initialization import Start, init_to_weights, initial_value
-from .latents import (
-    Latent,
-    attribute_sites,
-    is_target,
-    keep_latents,
-    simplified,
-    sparsity_of,
-    unchanged_buffers,
-)
+from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
-from .plain import same_random_numbers
 from .records import sole_recorder
 from .sites import WeightPrior
 from .store_names import claim_name, mark_as_taken, parameters_are_seen

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import tables
-from .plain import copied
+from . import _tables as tables
+from ._modules import copied
 from .unit_flow import Layer
 
 

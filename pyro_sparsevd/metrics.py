@@ -13,8 +13,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ._modules import evaluation_mode
 from .datasets import Split
-from .plain import evaluation_mode
 from .supervised import Supervised
 from .training import logits
 

@@ -14,10 +14,10 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule
 
 from ._compat import on_state_dict
+from ._modules import copied, takes
 from .distributions import LogUniform
 from .hierarchical import HierarchicalPrior
 from .network_context import NetworkContext
-from .plain import copied, takes
 from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior, Sites, without_sites
 from .weights import padding_rows

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._compat import forget_on_state_dict
+from ._modules import copied
 from .hierarchical import ScaleSite
 from .masking import check_masks
-from .plain import copied
 from .sites import SharedSite, SitePrior, without_sites
 from .summary import SparsitySummary, sparse_normal_parts
 from .weights import weights_of

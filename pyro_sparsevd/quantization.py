@@ -9,8 +9,8 @@ import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
+from ._modules import check_plain, copied
 from .distributions import SparseNormal
-from .plain import check_plain, copied
 from .summary import sparse_normal_parts
 
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ._modules import check_finite, copied
 from .dead_units import LayerUnits, Liveness, liveness
 from .layer_sizes import ShrinkReport, layer_sizes
-from .plain import check_finite, copied
 from .unit_flow import Layer, by_group, folded
 
 

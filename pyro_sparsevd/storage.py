@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._modules import check_plain
 from .container import DTYPES, Entry, read_payload, read_table, write_file
 from .nets import lenet_5_caffe, lenet_300_100, vgg_like
-from .plain import check_plain
 from .quantization import check_steps
 from .range_coder import StorageError
 from .sparse_layers import check_indices

@@ -12,7 +12,7 @@ import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
-from . import tables
+from . import _tables as tables
 from .guides import AutoSparseNormal
 
 

@@ -12,8 +12,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
+from ._modules import takes
 from .distributions import unwrap_independent
-from .plain import takes
 from .records import sole_recorder
 from .sites import EverySite
 from .store_names import OwnParameters

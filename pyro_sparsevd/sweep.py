@@ -17,9 +17,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ._modules import evaluation_mode
 from .distributions import unwrap_independent
 from .guides import AutoSparseNormal
-from .plain import evaluation_mode
 from .records import density
 from .summary import sparse_normal_parts, sparsify
 

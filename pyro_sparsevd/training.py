@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ._modules import evaluation_mode
 from .checkpoints import Checkpoint, load, save
 from .datasets import Split
-from .plain import evaluation_mode
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_sparsevd import tables
+from pyro_sparsevd import _tables as tables
 
 ROWS = [("site", "kept", ""), ("w", "1,234", "x"), ("longer", "5", "")]
 

@@ -9,13 +9,7 @@ from torch import nn
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, checkpoints
 from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
 from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.training import (
-    CrossEntropy,
-    batches,
-    constant_then_linear,
-    error,
-    fit,
-)
+from pyro_sparsevd.training import CrossEntropy, batches, constant_then_linear, error, fit
 
 
 @pytest.fixture
