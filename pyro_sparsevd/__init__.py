@@ -21,7 +21,6 @@ References:
 
 __version__ = "0.1.0"
 
-from . import divergence as divergence
 from .distributions import ImproperPriorWarning as ImproperPriorWarning
 from .distributions import LogUniform as LogUniform
 from .distributions import SparseNormal as SparseNormal
@@ -34,6 +33,7 @@ from .initialization import init_to_weights as init_to_weights
 from .likelihoods import GaussianLikelihood as GaussianLikelihood
 from .local_gap import local_reparam_gap as local_reparam_gap
 from .local_reparam import local_reparam as local_reparam
+from .ops import divergence as divergence
 from .priors import bayesianize as bayesianize
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributions import Distribution, register_kl
 from torch.distributions.utils import broadcast_all
 
-from . import divergence
 from .improper import ImproperPriorWarning as ImproperPriorWarning
 from .improper import warn_of_sample
+from .ops import divergence
 
 # KL(N(θ, σ²) ‖ 1 / (2 |w| log(high / low))) is the divergence that vanishes as α → ∞ plus log log(high / low) minus
 # this.

@@ -20,10 +20,10 @@ from .latents import unchanged_buffers_on_error
 from .lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
 from .local_reparam import LocalReparamMessenger
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
+from .ops.workspace import Workspace
 from .records import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
 from .site_names import SiteNames
-from .workspace import Workspace
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming

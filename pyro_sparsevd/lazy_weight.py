@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import divergence
 from ._compat import in_backward_pass, in_function_transform, tensor_without_memory, without_torch_function
 from .distributions import SparseNormal, log_variance_of
-from .geometry import pad_same, per_dim
-from .kernels import KERNELS
-from .local_functions import Integral, LocalConvolution, LocalGreyConvolution, LocalLinear
-from .workspace import Workspace
+from .ops import divergence
+from .ops.geometry import pad_same, per_dim
+from .ops.kernels import KERNELS
+from .ops.local_convolution import LocalConvolution, LocalGreyConvolution
+from .ops.local_linear import Integral, LocalLinear
+from .ops.workspace import Workspace
 
 Form = divergence.Form
 

@@ -32,7 +32,7 @@ from torch.distributions import Normal
 from ._compat import in_function_transform
 from .distributions import SparseNormal, unwrap_independent
 from .lazy_weight import LazyWeight, PassNotes
-from .workspace import Workspace
+from .ops.workspace import Workspace
 
 
 class LocalReparamMessenger(Messenger):

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
-from .divergence import Form
 from .gaussians import as_gaussian
 from .improper import ImproperPriorWarning
 from .lazy_weight import LazyWeight, kl_log_uniform_total
 from .masking import kept_parts, unmasked
+from .ops.divergence import Form
 from .records import log_prob
 
 logger = logging.getLogger(__name__)

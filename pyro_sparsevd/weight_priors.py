@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, register_kl
 
 from .distributions import log_variance_of
-from .divergence import kl_ard
+from .ops.divergence import kl_ard
 
 
 class EmpiricalNormal(dist.TorchDistribution):

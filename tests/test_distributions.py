@@ -14,13 +14,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch.distributions import kl_divergence
 
-from pyro_sparsevd import ImproperPriorWarning, LogUniform, SparseNormal, divergence
+from pyro_sparsevd import ImproperPriorWarning, LogUniform, SparseNormal
 from pyro_sparsevd.distributions import (
     IMPROPER_LOG_NORMALIZER,
     kl_normal_log_uniform,
     log_variance_of,
     unwrap_independent,
 )
+from pyro_sparsevd.ops import divergence
 
 SIGMAS = 5  # two-sided, 6e-7 for each statistic
 DRAWS = 100_000

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_sparsevd import blocks
-from pyro_sparsevd.divergence import (
+from pyro_sparsevd.ops import blocks
+from pyro_sparsevd.ops.divergence import (
     add_gradients_,
     kl_ard,
     kl_log_uniform,
@@ -19,7 +19,7 @@ from pyro_sparsevd.divergence import (
     log_alpha,
     total_and_slopes,
 )
-from pyro_sparsevd.kernels import KERNELS
+from pyro_sparsevd.ops.kernels import KERNELS
 
 FORMS = ("approximate", "exact")
 K1, K2, K3 = 0.63576, 1.87320, 1.48695

@@ -14,9 +14,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import fused
-from pyro_sparsevd.divergence import add_gradients_, kl_ard, kl_log_uniform, kl_log_uniform_total, total_and_slopes
-from pyro_sparsevd.kernels import KERNELS, ard
+from pyro_sparsevd.ops import fused
+from pyro_sparsevd.ops.divergence import add_gradients_, kl_ard, kl_log_uniform, kl_log_uniform_total, total_and_slopes
+from pyro_sparsevd.ops.kernels import KERNELS, ard
 
 needs_loops = pytest.mark.skipif(
     fused._LIBRARY is None, reason="no C compiler was at hand when the package was installed"
@@ -337,7 +337,7 @@ def test_library_that_cannot_be_loaded_is_none_and_logged(monkeypatch, tmp_path,
     broken = tmp_path / "_fused.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(fused, "PathFinder", finder_of(broken))
-    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.fused"):
+    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.ops.fused"):
         assert fused._load() is None
     assert str(broken) in caplog.text
 
@@ -349,7 +349,7 @@ def test_library_of_another_version_is_none_and_logged(interface, monkeypatch, t
     source.write_text(interface)
     subprocess.run([sysconfig.get_config_var("CC").split()[0], "-shared", "-fPIC", source, "-o", library], check=True)
     monkeypatch.setattr(fused, "PathFinder", finder_of(library))
-    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.fused"):
+    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd.ops.fused"):
         assert fused._load() is None
     assert "cannot be used" in caplog.text
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize, divergence
+from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
 from pyro_sparsevd.checks import finite_value
 from pyro_sparsevd.distributions import LogUniform
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
-from pyro_sparsevd.local_functions import LocalGreyConvolution
 from pyro_sparsevd.local_reparam import LocalReparamMessenger, local_reparam
-from pyro_sparsevd.workspace import Workspace
+from pyro_sparsevd.ops import divergence
+from pyro_sparsevd.ops.local_convolution import LocalGreyConvolution
+from pyro_sparsevd.ops.workspace import Workspace
 
 # Each statistical test compares thousands of numbers: 6 sigma keep the chance of a false alarm in the file below 1 %.
 SIGMAS = 6

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pyro_sparsevd import plots, weight_plots
 from pyro_sparsevd.comparison import PriorComparison, PriorResult
-from pyro_sparsevd.divergence import kl_log_uniform
 from pyro_sparsevd.drawing import BLUE, SIGNED, line_styles, plain_numbers
+from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.sweep import SweepPoint
 
 HISTORY = [

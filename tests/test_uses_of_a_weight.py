@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.lazy_weight import LazyWeight
-from pyro_sparsevd.workspace import Workspace
+from pyro_sparsevd.ops.workspace import Workspace
 
 F64 = torch.float64
 

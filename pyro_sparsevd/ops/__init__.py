@@ -1,0 +1,1 @@
+"""Numbers: divergences, linear operations that sample their output, loops over all weights. torch only."""
