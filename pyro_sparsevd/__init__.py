@@ -22,8 +22,9 @@ References:
 __version__ = "0.1.0"
 
 from .distributions import ImproperPriorWarning as ImproperPriorWarning
-from .distributions import LogUniform as LogUniform
-from .distributions import SparseNormal as SparseNormal
+from .distributions.empirical_normal import EmpiricalNormal as EmpiricalNormal
+from .distributions.log_uniform import LogUniform as LogUniform
+from .distributions.sparse_normal import SparseNormal as SparseNormal
 from .elbo import SparseVD_ELBO as SparseVD_ELBO
 from .export import export_onnx as export_onnx
 from .guides import AutoSparseNormal as AutoSparseNormal
@@ -52,6 +53,5 @@ from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
 from .supervised import Supervised as Supervised
 from .sweep import threshold_sweep as threshold_sweep
-from .weight_priors import EmpiricalNormal as EmpiricalNormal
 from .weight_priors import fan_in_normal as fan_in_normal
 from .weight_priors import scale_mixture as scale_mixture

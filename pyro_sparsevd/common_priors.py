@@ -4,10 +4,11 @@ __all__ = ["common_priors"]
 
 import pyro.distributions as dist
 
-from .distributions import LogUniform
+from .distributions.empirical_normal import EmpiricalNormal
+from .distributions.log_uniform import LogUniform
 from .hierarchical import group_normal_jeffreys, horseshoe
 from .priors import Prior
-from .weight_priors import EmpiricalNormal, fan_in_normal, scale_mixture
+from .weight_priors import fan_in_normal, scale_mixture
 
 
 def common_priors() -> dict[str, Prior]:

@@ -8,13 +8,14 @@ from typing import Any
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.poutine.messenger import unwrap
 
-from .distributions import LogUniform, unwrap_independent
+from .distributions.empirical_normal import EmpiricalNormal
+from .distributions.log_uniform import LogUniform
+from .distributions.util import unwrap_independent
 from .guides import AutoSparseNormal
 from .hierarchical import ShrunkWeightPrior
 from .masking import SparsifiedGuide
 from .records import Sites
 from .sites import WeightPrior
-from .weight_priors import EmpiricalNormal
 
 _FACTORISED = {guide.forward for guide in (AutoSparseNormal, SparsifiedGuide, AutoNormal, AutoDelta)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from ._modules import same_random_numbers
-from .distributions import SparseNormal
+from .distributions.sparse_normal import SparseNormal
 from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
@@ -32,7 +32,7 @@ _NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 class AutoSparseNormal(GaussianParameters):
     r"""A guide with an independent Gaussian, in θ and log σ², for each element of each latent.
 
-    A latent of real support is sampled from :class:`~.distributions.SparseNormal` at its own site, where the
+    A latent of real support is sampled from :class:`~.sparse_normal.SparseNormal` at its own site, where the
     divergence from the log-uniform prior is found; one of constrained support from the Gaussian transformed onto it.
 
     .. math:: q(w) = \prod_i \mathcal N(w_i \mid \theta_i, \sigma_i^2)

@@ -1,10 +1,4 @@
-r"""Priors whose scales are latents themselves, beside the weights: the horseshoe, and scales of whole units.
-
-.. math:: w \mid z \sim \mathcal N(0, \textstyle\prod_j z_j^2), \quad z_j \sim p_j
-
-Each scale is a site of its own, named after the weight, whose posterior is log-normal under
-:class:`~.guides.AutoSparseNormal`. Given the sampled scales the divergence of the weights is that of two Gaussians.
-"""
+"""Priors whose scales are latents, too."""
 
 __all__ = [
     "HierarchicalPrior",
@@ -17,16 +11,15 @@ __all__ = [
 ]
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .distributions import LogUniform
+from .distributions.log_uniform import Jeffreys
 from .sites import SitePrior, WeightPrior
 
 
@@ -185,46 +178,6 @@ class HierarchicalSite(SitePrior):
         found = ShrunkWeightPrior(prior, value.dim(), value, self.group_dims, self.zero_row)
         found.site = self._name(module)
         return found
-
-
-class Jeffreys(dist.TorchDistribution):
-    r"""The improper prior of a scale, :math:`p(z) \propto 1 / z`.
-
-    To tools that run a model only to learn its shapes it is the magnitude of a :class:`~.distributions.LogUniform`.
-
-    Args:
-        validate_args: As for any distribution.
-
-    Example:
-        >>> Jeffreys().log_prob(torch.tensor(0.5)).exp()
-        tensor(2.)
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.positive
-    has_rsample = True
-
-    def __init__(self, validate_args: bool | None = None) -> None:
-        self._signed = LogUniform()
-        super().__init__(validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Jeffreys":
-        """Returns this distribution with its batch shape expanded."""
-        new = self._get_checked_instance(Jeffreys, _instance)
-        new._signed = self._signed.expand(batch_shape)
-        super(Jeffreys, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Returns the log density of each value in nats, up to a constant."""
-        if self._validate_args:
-            self._validate_sample(value)
-        return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Draws from the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
-        return self._signed.rsample(sample_shape).abs()
 
 
 def horseshoe(global_scale: float = 1.0) -> HierarchicalPrior:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from .distributions import LogUniform, SparseNormal, unwrap_independent
+from .distributions.empirical_normal import EmpiricalNormal
+from .distributions.log_uniform import LogUniform
+from .distributions.sparse_normal import KeptNormal, SparseNormal
+from .distributions.util import map_tensors, unmasked, unwrap_independent
 from .hierarchical import ShrunkWeightPrior
-from .masking import KeptNormal, unmasked
-from .sites import SitePrior, map_tensors
-from .weight_priors import EmpiricalNormal
+from .sites import SitePrior
 
 
 class Latent(NamedTuple):

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ._compat import in_backward_pass, in_function_transform, tensor_without_memory, without_torch_function
-from .distributions import SparseNormal, log_variance_of
+from .distributions.sparse_normal import SparseNormal, log_variance_of
 from .ops import divergence
 from .ops.geometry import pad_same, per_dim
 from .ops.kernels import KERNELS

@@ -30,7 +30,8 @@ from pyro.poutine.messenger import Messenger
 from torch.distributions import Normal
 
 from ._compat import in_function_transform
-from .distributions import SparseNormal, unwrap_independent
+from .distributions.sparse_normal import SparseNormal
+from .distributions.util import unwrap_independent
 from .lazy_weight import LazyWeight, PassNotes
 from .ops.workspace import Workspace
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from ._compat import on_state_dict
 from ._modules import copied, takes
-from .distributions import LogUniform
+from .distributions.log_uniform import LogUniform
 from .hierarchical import HierarchicalPrior
 from .network_context import NetworkContext
 from .selection import Pattern, choose, matches
@@ -46,7 +46,7 @@ def bayesianize(
         prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a prior with scales
             such as :func:`~.hierarchical.horseshoe`, a mapping from globs on the parameters' names to these (the
             first that matches counts), or a function of ``(name, parameter)``; see :mod:`~.weight_priors`. The
-            default is the improper :class:`~.distributions.LogUniform`. A glob that matches no chosen parameter is an
+            default is the improper :class:`~.log_uniform.LogUniform`. A glob that matches no chosen parameter is an
             error, and so is one after a glob that matches more.
         include: What to choose instead of the default: globs on the parameters' names, predicates of
             ``(name, parameter)``, module types, or several of these. A glob takes all that it matches, biases, too; a

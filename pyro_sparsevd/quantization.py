@@ -10,7 +10,7 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
 from ._modules import check_plain, copied
-from .distributions import SparseNormal
+from .distributions.sparse_normal import SparseNormal
 from .summary import sparse_normal_parts
 
 

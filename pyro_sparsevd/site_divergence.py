@@ -13,11 +13,13 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from .distributions import LogUniform, kl_normal_log_uniform, unwrap_independent
+from .distributions.improper import ImproperPriorWarning
+from .distributions.kl import kl_normal_log_uniform
+from .distributions.log_uniform import LogUniform
+from .distributions.util import unmasked, unwrap_independent
 from .gaussians import as_gaussian
-from .improper import ImproperPriorWarning
+from .kept_parts import kept_parts
 from .lazy_weight import LazyWeight, kl_log_uniform_total
-from .masking import kept_parts, unmasked
 from .ops.divergence import Form
 from .records import log_prob
 

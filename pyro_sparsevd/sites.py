@@ -1,10 +1,9 @@
 """What a parameter of a network is after it was given a prior."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "Sites", "WeightPrior", "map_tensors", "without_sites"]
+__all__ = ["EverySite", "SharedSite", "SitePrior", "Sites", "WeightPrior", "without_sites"]
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ._compat import in_backward_pass
+from .distributions.util import map_tensors
 
 
 class WeightPrior(dist.Independent):
@@ -262,32 +262,6 @@ def without_sites(network: nn.Module, state: dict[str, Any], prefix: str, *_: An
     for path, module in network.named_modules(prefix=prefix.rstrip(".")):
         for attribute in module.__dict__.get("_pyro_samples", ()):
             state.pop(_full(path, attribute), None)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """Applies a function to every tensor of a distribution, its bases and its transforms.
-
-    Args:
-        value: A distribution; it is not changed.
-        function: The function.
-        memo: What was mapped already, by identity; a transform and its inverse refer to each other.
-
-    Returns:
-        A copy of the distribution.
-
-    Example:
-        >>> map_tensors(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1), Tensor.double).mean.dtype
-        torch.float64
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    memo = {} if memo is None else memo
-    if isinstance(value, Distribution | torch.distributions.Transform):
-        if id(value) not in memo:
-            memo[id(value)] = mapped = copy.copy(value)
-            mapped.__dict__.update({k: map_tensors(v, function, memo) for k, v in value.__dict__.items()})
-        return memo[id(value)]
-    return type(value)(map_tensors(v, function, memo) for v in value) if type(value) in (list, tuple) else value
 
 
 def _full(module: str, attribute: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
 from ._modules import takes
-from .distributions import unwrap_independent
+from .distributions.util import unwrap_independent
 from .records import sole_recorder
 from .sites import EverySite
 from .store_names import OwnParameters

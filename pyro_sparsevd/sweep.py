@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ._modules import evaluation_mode
-from .distributions import unwrap_independent
+from .distributions.util import unwrap_independent
 from .guides import AutoSparseNormal
 from .records import density
 from .summary import sparse_normal_parts, sparsify

@@ -15,12 +15,10 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch.distributions import kl_divergence
 
 from pyro_sparsevd import ImproperPriorWarning, LogUniform, SparseNormal
-from pyro_sparsevd.distributions import (
-    IMPROPER_LOG_NORMALIZER,
-    kl_normal_log_uniform,
-    log_variance_of,
-    unwrap_independent,
-)
+from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
+from pyro_sparsevd.distributions.log_uniform import IMPROPER_LOG_NORMALIZER
+from pyro_sparsevd.distributions.sparse_normal import log_variance_of
+from pyro_sparsevd.distributions.util import unwrap_independent
 from pyro_sparsevd.ops import divergence
 
 SIGMAS = 5  # two-sided, 6e-7 for each statistic

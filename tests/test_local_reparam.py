@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
 from pyro_sparsevd.checks import finite_value
-from pyro_sparsevd.distributions import LogUniform
+from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
 from pyro_sparsevd.local_reparam import LocalReparamMessenger, local_reparam
 from pyro_sparsevd.ops import divergence

@@ -1,19 +1,6 @@
-"""The log-uniform prior and the Gaussian posterior of Sparse Variational Dropout, as Pyro distributions.
+"""The log-uniform prior."""
 
-:class:`LogUniform` is the prior ``p(w) ∝ 1/|w|``, :class:`SparseNormal` the posterior N(θ, σ²) in the parameters that
-are optimised, θ and log σ². Their divergence is registered with torch, so ``torch.distributions.kl_divergence`` and
-every Pyro ELBO that uses it know it, also inside ``to_event``.
-"""
-
-__all__ = [
-    "IMPROPER_LOG_NORMALIZER",
-    "ImproperPriorWarning",
-    "LogUniform",
-    "SparseNormal",
-    "kl_normal_log_uniform",
-    "log_variance_of",
-    "unwrap_independent",
-]
+__all__ = ["IMPROPER_LOG_NORMALIZER", "LogUniform"]
 
 import math
 from types import SimpleNamespace
@@ -23,12 +10,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Distribution, register_kl
 from torch.distributions.utils import broadcast_all
 
 from .improper import ImproperPriorWarning as ImproperPriorWarning
 from .improper import warn_of_sample
-from .ops import divergence
 
 # KL(N(θ, σ²) ‖ 1 / (2 |w| log(high / low))) is the divergence that vanishes as α → ∞ plus log log(high / low) minus
 # this.
@@ -166,132 +151,45 @@ class LogUniform(dist.TorchDistribution):
             raise NotImplementedError(f"The improper log-uniform prior has no {what}: give LogUniform low and high.")
 
 
-class SparseNormal(dist.Normal):
-    r"""The Gaussian posterior N(θ, σ²) of a weight, in the parameters θ and log σ².
+def _show(bound: Tensor) -> str:
+    return f"{bound.reshape(-1)[0].item():g}" if bound.unique().numel() == 1 else f"of shape {tuple(bound.shape)}"
 
-    This additive parameterisation is the one whose gradient in θ has no multiplicative noise. The log dropout rate
-    :attr:`log_alpha` = log σ² - log θ² says how little the weight matters.
 
-    References:
-        | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)
-        | https://arxiv.org/abs/1701.05369
+class Jeffreys(dist.TorchDistribution):
+    r"""The improper prior of a scale, :math:`p(z) \propto 1 / z`.
+
+    To tools that run a model only to learn its shapes it is the magnitude of a :class:`~.log_uniform.LogUniform`.
 
     Args:
-        loc: The mean θ.
-        log_variance: log σ², of a shape that broadcasts with ``loc``.
-        validate_args: Whether to check the parameters and the values given to :meth:`log_prob`.
+        validate_args: As for any distribution.
 
     Example:
-        >>> posterior = SparseNormal(torch.tensor([0.1, 1.0]), torch.tensor(-4.0))
-        >>> posterior.log_alpha > 0
-        tensor([ True, False])
+        >>> Jeffreys().log_prob(torch.tensor(0.5)).exp()
+        tensor(2.)
     """
 
-    arg_constraints: ClassVar = {"loc": constraints.real, "log_variance": constraints.real}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.positive
+    has_rsample = True
 
-    def __init__(self, loc: Tensor | float, log_variance: Tensor | float, validate_args: bool | None = None) -> None:
-        if not (isinstance(loc, Tensor) and isinstance(log_variance, Tensor) and loc.shape == log_variance.shape):
-            loc, log_variance = broadcast_all(loc, log_variance)
-        self.loc, self.log_variance = loc, log_variance
-        Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
+    def __init__(self, validate_args: bool | None = None) -> None:
+        self._signed = LogUniform()
+        super().__init__(validate_args=validate_args)
 
-    @property
-    def scale(self) -> Tensor:
-        """The standard deviation σ."""
-        return (0.5 * self.log_variance).exp()
-
-    @property
-    def noise_scale(self) -> Tensor:
-        """The factor of the standard normal noise in a sample, which is σ."""
-        return self.scale
-
-    @property
-    def variance(self) -> Tensor:
-        """The variance σ²."""
-        return self.log_variance.exp()
-
-    @property
-    def log_alpha(self) -> Tensor:
-        """The log dropout rate, log σ² - log θ²."""
-        return divergence.log_alpha(self.loc, self.log_variance)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "SparseNormal":
-        """Returns this distribution with its parameters expanded to ``batch_shape``."""
-        new = self._get_checked_instance(SparseNormal, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new.loc, new.log_variance = self.loc.expand(batch_shape), self.log_variance.expand(batch_shape)
-        Distribution.__init__(new, batch_shape, validate_args=False)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Jeffreys":
+        """Returns this distribution with its batch shape expanded."""
+        new = self._get_checked_instance(Jeffreys, _instance)
+        new._signed = self._signed.expand(batch_shape)
+        super(Jeffreys, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Returns the log density of each value, in nats."""
+        """Returns the log density of each value in nats, up to a constant."""
         if self._validate_args:
             self._validate_sample(value)
-        deviation = (value - self.loc) ** 2 * (-self.log_variance).exp()
-        return -0.5 * (deviation + self.log_variance + math.log(2 * math.pi))
+        return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
-    def entropy(self) -> Tensor:
-        """Returns the entropy in nats."""
-        return 0.5 * (self.log_variance + 1 + math.log(2 * math.pi))
-
-
-@register_kl(torch.distributions.Normal, LogUniform)
-def kl_normal_log_uniform(q: torch.distributions.Normal, p: LogUniform, form: divergence.Form = "exact") -> Tensor:
-    """Returns KL(q ‖ p) of each weight in nats; for a bounded prior, ignoring the mass of q outside the bounds.
-
-    Args:
-        q: The Gaussian posterior.
-        p: The log-uniform prior.
-        form: ``"exact"``, which is what torch's registry uses, or ``"approximate"``.
-
-    Returns:
-        The divergence, with the batch shape of the two.
-
-    Raises:
-        ValueError: If ``form`` is neither of the two.
-
-    Example:
-        >>> torch.distributions.kl_divergence(SparseNormal(0.0, 1.0), LogUniform())
-        tensor(0.)
-    """
-    kl = divergence.kl_log_uniform(q.loc, log_variance_of(q), form)
-    return kl + p.log_normalizer if p.is_proper else kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
-
-
-def log_variance_of(q: torch.distributions.Normal) -> Tensor:
-    """Returns log σ² of a normal distribution.
-
-    Args:
-        q: The distribution.
-
-    Returns:
-        Its log variance, of its batch shape.
-
-    Example:
-        >>> log_variance_of(dist.Normal(0.0, 1.0))
-        tensor(0.)
-    """
-    return q.log_variance if isinstance(q, SparseNormal) else 2 * q.scale.log()
-
-
-def unwrap_independent(distribution: Distribution) -> Distribution:
-    """Returns the distribution inside any number of ``to_event`` wrappers.
-
-    Args:
-        distribution: Any distribution.
-
-    Returns:
-        The innermost base distribution.
-
-    Example:
-        >>> unwrap_independent(LogUniform().expand([2]).to_event(1))
-        LogUniform(batch_shape: (2,))
-    """
-    while isinstance(distribution, torch.distributions.Independent):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _show(bound: Tensor) -> str:
-    return f"{bound.reshape(-1)[0].item():g}" if bound.unique().numel() == 1 else f"of shape {tuple(bound.shape)}"
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
+        """Draws from the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
+        return self._signed.rsample(sample_shape).abs()
