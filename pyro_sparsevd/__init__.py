@@ -33,13 +33,13 @@ from .hierarchical import horseshoe as horseshoe
 from .initialization import init_to_weights as init_to_weights
 from .likelihoods import GaussianLikelihood as GaussianLikelihood
 from .local_gap import local_reparam_gap as local_reparam_gap
-from .local_reparam import local_reparam as local_reparam
 from .ops import divergence as divergence
+from .poutine.local_reparam import local_reparam as local_reparam
+from .poutine.trace import checkpoint_contexts as checkpoint_contexts
 from .priors import bayesianize as bayesianize
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .quantization import quantization_steps as quantization_steps
-from .records import checkpoint_contexts as checkpoint_contexts
 from .schedules import LinearWarmup as LinearWarmup
 from .selection import choose as choose
 from .shrinking import shrink as shrink

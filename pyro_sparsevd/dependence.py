@@ -14,7 +14,7 @@ from .distributions.util import unwrap_independent
 from .guides import AutoSparseNormal
 from .hierarchical import ShrunkWeightPrior
 from .masking import SparsifiedGuide
-from .records import Sites
+from .poutine.trace import Sites
 from .sites import WeightPrior
 
 _FACTORISED = {guide.forward for guide in (AutoSparseNormal, SparsifiedGuide, AutoNormal, AutoDelta)}

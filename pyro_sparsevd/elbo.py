@@ -17,11 +17,11 @@ from .checks import blame_device, blame_number, check_auxiliary, check_latent, c
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
 from .latents import unchanged_buffers_on_error
-from .lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
-from .local_reparam import LocalReparamMessenger
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .ops.workspace import Workspace
-from .records import SampleSites, Sites, log_prob, scored
+from .poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
+from .poutine.local_reparam import LocalReparamMessenger
+from .poutine.trace import SampleSites, Sites, log_prob, scored
 from .site_divergence import KL, Terms, divergences
 from .site_names import SiteNames
 

@@ -22,9 +22,9 @@ from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
-from .records import sole_recorder
+from .poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
+from .poutine.trace import sole_recorder
 from .sites import WeightPrior
-from .store_names import claim_name, mark_as_taken, parameters_are_seen
 
 _NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 

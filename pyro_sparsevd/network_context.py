@@ -7,7 +7,7 @@ from typing import Any
 from pyro.poutine.runtime import _PYRO_STACK
 
 from ._compat import PyroContext
-from .store_names import OwnParameters
+from .poutine.param_store import OwnParameters
 
 
 class NetworkContext(PyroContext):

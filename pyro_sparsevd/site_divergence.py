@@ -19,9 +19,9 @@ from .distributions.log_uniform import LogUniform
 from .distributions.util import unmasked, unwrap_independent
 from .gaussians import as_gaussian
 from .kept_parts import kept_parts
-from .lazy_weight import LazyWeight, kl_log_uniform_total
 from .ops.divergence import Form
-from .records import log_prob
+from .poutine.lazy_weight import LazyWeight, kl_log_uniform_total
+from .poutine.trace import log_prob
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from torch.distributions import Bernoulli, Distribution
 
 from ._modules import takes
 from .distributions.util import unwrap_independent
-from .records import sole_recorder
+from .poutine.param_store import OwnParameters
+from .poutine.trace import sole_recorder
 from .sites import EverySite
-from .store_names import OwnParameters
 
 
 class Supervised(PyroModule):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ._modules import evaluation_mode
 from .distributions.util import unwrap_independent
 from .guides import AutoSparseNormal
-from .records import density
+from .poutine.trace import density
 from .summary import sparse_normal_parts, sparsify
 
 

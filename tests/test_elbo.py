@@ -50,9 +50,9 @@ from pyro_sparsevd import (
 from pyro_sparsevd.dependence import is_factorised
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.util import map_tensors
-from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError
-from pyro_sparsevd.local_reparam import local_reparam
-from pyro_sparsevd.records import log_prob
+from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError
+from pyro_sparsevd.poutine.local_reparam import local_reparam
+from pyro_sparsevd.poutine.trace import log_prob
 
 F64 = torch.float64
 NUM_DATA = 20

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.lazy_weight import LazyWeight
+from pyro_sparsevd.poutine.lazy_weight import LazyWeight
 
 PAGE = Path(__file__).parents[1] / "docs" / "layers.md"
 SIGMAS, SAMPLES = 6, 10_000  # which tells variances apart that differ by an eighth

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
 from pyro_sparsevd.checks import finite_value
 from pyro_sparsevd.distributions.log_uniform import LogUniform
-from pyro_sparsevd.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
-from pyro_sparsevd.local_reparam import LocalReparamMessenger, local_reparam
 from pyro_sparsevd.ops import divergence
 from pyro_sparsevd.ops.local_convolution import LocalGreyConvolution
 from pyro_sparsevd.ops.workspace import Workspace
+from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
+from pyro_sparsevd.poutine.local_reparam import LocalReparamMessenger, local_reparam
 
 # Each statistical test compares thousands of numbers: 6 sigma keep the chance of a false alarm in the file below 1 %.
 SIGMAS = 6

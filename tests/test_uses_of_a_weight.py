@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.lazy_weight import LazyWeight
 from pyro_sparsevd.ops.workspace import Workspace
+from pyro_sparsevd.poutine.lazy_weight import LazyWeight
 
 F64 = torch.float64
 

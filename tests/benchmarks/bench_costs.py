@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.lazy_weight import LazyWeight, kl_log_uniform_total
 from pyro_sparsevd.nets import vgg_like
 from pyro_sparsevd.ops.workspace import Workspace
+from pyro_sparsevd.poutine.lazy_weight import LazyWeight, kl_log_uniform_total
 
 
 def _small() -> nn.Module:

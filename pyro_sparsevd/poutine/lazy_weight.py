@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ._compat import in_backward_pass, in_function_transform, tensor_without_memory, without_torch_function
-from .distributions.sparse_normal import SparseNormal, log_variance_of
-from .ops import divergence
-from .ops.geometry import pad_same, per_dim
-from .ops.kernels import KERNELS
-from .ops.local_convolution import LocalConvolution, LocalGreyConvolution
-from .ops.local_linear import Integral, LocalLinear
-from .ops.workspace import Workspace
+from .._compat import in_backward_pass, in_function_transform, tensor_without_memory, without_torch_function
+from ..distributions.sparse_normal import SparseNormal, log_variance_of
+from ..ops import divergence
+from ..ops.geometry import pad_same, per_dim
+from ..ops.kernels import KERNELS
+from ..ops.local_convolution import LocalConvolution, LocalGreyConvolution
+from ..ops.local_linear import Integral, LocalLinear
+from ..ops.workspace import Workspace
 
 Form = divergence.Form
 

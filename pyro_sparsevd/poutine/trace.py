@@ -11,8 +11,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
-from .distributions.util import unmasked, unwrap_independent
+from ..distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
+from ..distributions.util import unmasked, unwrap_independent
 from .lazy_weight import LazyWeight
 from .local_reparam import LocalReparamMessenger
 

@@ -29,11 +29,11 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch.distributions import Normal
 
-from ._compat import in_function_transform
-from .distributions.sparse_normal import SparseNormal
-from .distributions.util import unwrap_independent
+from .._compat import in_function_transform
+from ..distributions.sparse_normal import SparseNormal
+from ..distributions.util import unwrap_independent
+from ..ops.workspace import Workspace
 from .lazy_weight import LazyWeight, PassNotes
-from .ops.workspace import Workspace
 
 
 class LocalReparamMessenger(Messenger):
