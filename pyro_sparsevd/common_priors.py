@@ -6,13 +6,12 @@ import pyro.distributions as dist
 
 from .distributions.empirical_normal import EmpiricalNormal
 from .distributions.log_uniform import LogUniform
-from .hierarchical import group_normal_jeffreys, horseshoe
-from .priors import Prior
-from .weight_priors import fan_in_normal, scale_mixture
+from .nn.bayesianize import Prior
+from .nn.priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
 
 
 def common_priors() -> dict[str, Prior]:
-    """Returns priors for :func:`~.priors.bayesianize` by what to call them: those that make weights sparse, and others.
+    """Returns priors for :func:`~.bayesianize.bayesianize` by name: those that make weights sparse, and others.
 
     Returns:
         Ten priors. The scales of those that have a fixed one are of the order of 1; the groups of the last are the

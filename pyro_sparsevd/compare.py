@@ -26,9 +26,9 @@ from .datasets import Split
 from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
 from .metrics import uncertainty
-from .priors import Prior, bayesianize
+from .nn.bayesianize import Prior, bayesianize
+from .nn.supervised import Supervised
 from .recipes import fit_posterior
-from .supervised import Supervised
 from .sweep import SweepPoint, threshold_grid, threshold_sweep
 
 
@@ -71,7 +71,7 @@ def compare_priors(
 
     Args:
         network: A function that returns a new network; called with the same random numbers for all priors of a seed.
-        priors: What :func:`~.priors.bayesianize` takes as its prior, by what to call it.
+        priors: What :func:`~.bayesianize.bayesianize` takes as its prior, by what to call it.
         likelihood: As for :class:`~.supervised.Supervised`. A module with parameters, such as a noise scale, is copied
             for each run, and trained.
         train: The data to train on. The targets of any split may be real numbers.

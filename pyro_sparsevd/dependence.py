@@ -12,10 +12,10 @@ from .distributions.empirical_normal import EmpiricalNormal
 from .distributions.log_uniform import LogUniform
 from .distributions.util import unwrap_independent
 from .guides import AutoSparseNormal
-from .hierarchical import ShrunkWeightPrior
 from .masking import SparsifiedGuide
+from .nn.scales import ShrunkWeightPrior
+from .nn.sites import WeightPrior
 from .poutine.trace import Sites
-from .sites import WeightPrior
 
 _FACTORISED = {guide.forward for guide in (AutoSparseNormal, SparsifiedGuide, AutoNormal, AutoDelta)}
 

@@ -21,10 +21,10 @@ from .distributions.sparse_normal import SparseNormal
 from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masking import SparsifiedGuide
+from .nn.sites import WeightPrior
 from .parameters import GaussianParameters, Parameterization
 from .poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
 from .poutine.trace import sole_recorder
-from .sites import WeightPrior
 
 _NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 
@@ -38,7 +38,7 @@ class AutoSparseNormal(GaussianParameters):
     .. math:: q(w) = \prod_i \mathcal N(w_i \mid \theta_i, \sigma_i^2)
 
     The parameters ``locs`` and ``log_variances`` exist at once for the sites that are attributes of the model, as
-    those of :func:`~.priors.bayesianize`, and for others after the first call: give a torch optimiser
+    those of :func:`~.bayesianize.bayesianize`, and for others after the first call: give a torch optimiser
     ``parameters()`` after that. ``load_state_dict`` makes them from the state, without data;
     ``pyro.get_param_store().load`` before the first call, or before a step of SVI, works as for Pyro's guides. They
     are never shared with another guide through Pyro's parameter store: a second guide is numbered there. Weight decay

@@ -17,11 +17,11 @@ from torch.distributions import Distribution
 from .distributions.empirical_normal import EmpiricalNormal
 from .distributions.log_uniform import LogUniform
 from .distributions.util import map_tensors, unmasked, unwrap_independent
-from .sites import WeightPrior
+from .nn.sites import WeightPrior
 
 
 def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:
-    """Initialises a network's site to the weight it had, as :func:`~.priors.bayesianize` keeps it.
+    """Initialises a network's site to the weight it had, as :func:`~.bayesianize.bayesianize` keeps it.
 
     Another site with a log-uniform or an empirical prior starts at small random values, uniform with the standard
     deviation of torch's linear layers; any other as ``fallback`` says.

@@ -26,8 +26,8 @@ from .distributions.empirical_normal import EmpiricalNormal
 from .distributions.log_uniform import LogUniform
 from .distributions.sparse_normal import KeptNormal, SparseNormal
 from .distributions.util import map_tensors, unmasked, unwrap_independent
-from .hierarchical import ShrunkWeightPrior
-from .sites import SitePrior
+from .nn.scales import ShrunkWeightPrior
+from .nn.sites import SitePrior
 
 
 class Latent(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._modules import evaluation_mode
 from .datasets import Split
-from .supervised import Supervised
+from .nn.supervised import Supervised
 from .training import logits
 
 

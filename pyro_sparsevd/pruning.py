@@ -15,18 +15,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._compat import forget_on_state_dict
 from ._modules import copied
-from .hierarchical import ScaleSite
 from .masking import check_masks
-from .sites import SharedSite, SitePrior, without_sites
+from .nn.scales import ScaleSite
+from .nn.sites import SharedSite, SitePrior, without_sites
+from .nn.weights import weights_of
 from .summary import SparsitySummary, sparse_normal_parts
-from .weights import weights_of
 
 
 @torch.no_grad()
 def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Module:
     """Returns the network of the posterior means with the dropped weights at zero.
 
-    Its modules are of the classes that they had before :func:`~.priors.bayesianize`, with nothing of Pyro left but
+    Its modules are of the classes that they had before :func:`~.bayesianize.bayesianize`, with nothing of Pyro left but
     where the class is itself a ``PyroModule``; its state has the original names. Zeros stored densely save neither
     memory nor time.
 

@@ -18,11 +18,11 @@ from .checkpoints import Checkpoint
 from .datasets import Split
 from .elbo import SparseVD_ELBO
 from .guides import AutoSparseNormal
+from .nn.supervised import Supervised
 from .pruning import masks_held, prune
 from .schedules import LinearWarmup
 from .site_divergence import KL
 from .summary import sparsify
-from .supervised import Supervised
 from .sweep import smoothed_threshold
 from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
 

@@ -154,7 +154,7 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
     The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
     :func:`~.sweep.threshold_sweep`. The signal-to-noise ratio \|θ\|/σ, by which weights with other priors are commonly
     dropped, is α to the power of -½: one below 1 is log α > 0. Where the prior has groups, as that of
-    :func:`~.hierarchical.group_normal_jeffreys`, a group is kept or dropped as a whole, by log Σσ² - log Σθ².
+    :func:`~.priors.group_normal_jeffreys`, a group is kept or dropped as a whole, by log Σσ² - log Σθ².
 
     References:
         | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017)

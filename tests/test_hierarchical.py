@@ -9,7 +9,7 @@ from torch import nn
 import pyro_sparsevd as svd
 from pyro_sparsevd.distributions import ImproperPriorWarning
 from pyro_sparsevd.distributions.log_uniform import Jeffreys
-from pyro_sparsevd.hierarchical import HierarchicalPrior, Scale
+from pyro_sparsevd.nn.scales import HierarchicalPrior, Scale
 
 
 class Tied(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.distributions.util import map_tensors
-from pyro_sparsevd.sites import SitePrior, WeightPrior
+from pyro_sparsevd.nn.sites import SitePrior, WeightPrior
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")

@@ -6,8 +6,8 @@ from typing import Any
 
 from pyro.poutine.runtime import _PYRO_STACK
 
-from ._compat import PyroContext
-from .poutine.param_store import OwnParameters
+from .._compat import PyroContext
+from ..poutine.param_store import OwnParameters
 
 
 class NetworkContext(PyroContext):

@@ -12,10 +12,10 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
-from ._modules import takes
-from .distributions.util import unwrap_independent
-from .poutine.param_store import OwnParameters
-from .poutine.trace import sole_recorder
+from .._modules import takes
+from ..distributions.util import unwrap_independent
+from ..poutine.param_store import OwnParameters
+from ..poutine.trace import sole_recorder
 from .sites import EverySite
 
 
@@ -31,7 +31,7 @@ class Supervised(PyroModule):
     into another model: save ``state_dict()`` of model and guide.
 
     Args:
-        network: A Bayesian network, as :func:`~.priors.bayesianize` returns it.
+        network: A Bayesian network, as :func:`~.bayesianize.bayesianize` returns it.
         likelihood: A function from the network's output to the distribution of the targets, one per datum: its
             batch shape ends in the batch size.
         num_data: N, the size of the data set.

@@ -19,7 +19,7 @@ def choose(
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] = (),
 ) -> list[str]:
-    """Returns the names of the parameters to which :func:`~.priors.bayesianize` gives a prior.
+    """Returns the names of the parameters to which :func:`~.bayesianize.bayesianize` gives a prior.
 
     Args:
         net: The network.

@@ -13,11 +13,11 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 
-from ._compat import on_state_dict
-from ._modules import copied, takes
-from .distributions.log_uniform import LogUniform
-from .hierarchical import HierarchicalPrior
-from .network_context import NetworkContext
+from .._compat import on_state_dict
+from .._modules import copied, takes
+from ..distributions.log_uniform import LogUniform
+from .context import NetworkContext
+from .scales import HierarchicalPrior
 from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior, Sites, without_sites
 from .weights import padding_rows
@@ -44,7 +44,7 @@ def bayesianize(
     Args:
         net: Any network. It is not changed.
         prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a prior with scales
-            such as :func:`~.hierarchical.horseshoe`, a mapping from globs on the parameters' names to these (the
+            such as :func:`~.priors.horseshoe`, a mapping from globs on the parameters' names to these (the
             first that matches counts), or a function of ``(name, parameter)``; see :mod:`~.weight_priors`. The
             default is the improper :class:`~.log_uniform.LogUniform`. A glob that matches no chosen parameter is an
             error, and so is one after a glob that matches more.

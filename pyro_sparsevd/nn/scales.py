@@ -1,14 +1,6 @@
 """Priors whose scales are latents, too."""
 
-__all__ = [
-    "HierarchicalPrior",
-    "HierarchicalSite",
-    "Scale",
-    "ScaleSite",
-    "ShrunkWeightPrior",
-    "group_normal_jeffreys",
-    "horseshoe",
-]
+__all__ = ["HierarchicalPrior", "HierarchicalSite", "Scale", "ScaleSite", "ShrunkWeightPrior"]
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +11,6 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .distributions.log_uniform import Jeffreys
 from .sites import SitePrior, WeightPrior
 
 
@@ -36,7 +27,7 @@ class Scale(NamedTuple):
 
 
 class HierarchicalPrior:
-    """What :func:`~.priors.bayesianize` takes as a prior with scales: see :func:`horseshoe`.
+    """What :func:`~.bayesianize.bayesianize` takes as a prior with scales: see :func:`horseshoe`.
 
     Args:
         scales: The scales by the ends of their names: that of ``fc.weight`` and ``"scale"`` is ``fc.weight_scale``.
@@ -178,71 +169,6 @@ class HierarchicalSite(SitePrior):
         found = ShrunkWeightPrior(prior, value.dim(), value, self.group_dims, self.zero_row)
         found.site = self._name(module)
         return found
-
-
-def horseshoe(global_scale: float = 1.0) -> HierarchicalPrior:
-    r"""Returns the horseshoe prior: each weight has a scale of its own, and all of a tensor share one.
-
-    .. math:: w_i \sim \mathcal N(0, \lambda_i^2 \tau^2), \quad \lambda_i \sim C^+(0, 1), \quad \tau \sim C^+(0, \tau_0)
-
-    The sites are ``weight``, ``weight_local_scale`` and ``weight_global_scale``. A factorised posterior of weights and
-    scales shrinks less than the exact one.
-
-    References:
-        | The horseshoe estimator for sparse signals (Carvalho, Polson, Scott, 2010)
-        | Model Selection in Bayesian Neural Networks via Horseshoe Priors (Ghosh, Doshi-Velez, 2017)
-        | https://arxiv.org/abs/1705.10388
-
-    Args:
-        global_scale: τ₀.
-
-    Returns:
-        The prior, for :func:`~.priors.bayesianize`.
-
-    Raises:
-        ValueError: If ``global_scale`` is not positive.
-
-    Example:
-        >>> list(svd.AutoSparseNormal(svd.bayesianize(nn.Linear(4, 3), horseshoe())).posteriors)
-        ['weight_local_scale', 'weight_global_scale', 'weight']
-    """
-    if not global_scale > 0:
-        raise ValueError(f"global_scale: expected a positive number, but got {global_scale}")
-    local, shared = dist.HalfCauchy(1.0), dist.HalfCauchy(float(global_scale))
-    return HierarchicalPrior({"local_scale": Scale(local, None), "global_scale": Scale(shared, ())})
-
-
-def group_normal_jeffreys(group_dims: tuple[int, ...] = (0,)) -> HierarchicalPrior:
-    r"""Returns a prior that drops whole units, filters or inputs: each group of weights has one scale of its own.
-
-    .. math:: w_{gk} \sim \mathcal N(0, z_g^2), \quad p(z_g) \propto 1 / z_g
-
-    The sites are ``weight`` and ``weight_group_scale``. :func:`~.summary.sparsify` keeps or drops a group as a whole,
-    by the log α of its pooled moments. The prior is that of Bayesian Compression; the posterior is not: there the
-    scales are part of that of the weights, here weights and scales are independent.
-
-    References:
-        | Bayesian Compression for Deep Learning (Louizos, Ullrich, Welling, 2017)
-        | https://arxiv.org/abs/1705.08665
-
-    Args:
-        group_dims: Those dimensions of the weight along which groups differ: ``(0,)`` for the units of a linear layer
-            and the filters of a convolution, ``(1,)`` for their inputs.
-
-    Returns:
-        The prior, for :func:`~.priors.bayesianize`.
-
-    Raises:
-        ValueError: If there is no dimension, or not of distinct ones counted from 0.
-
-    Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3), group_normal_jeffreys())
-        >>> svd.AutoSparseNormal(bnn).posteriors["weight_group_scale"].batch_shape
-        torch.Size([3, 1])
-    """
-    if not group_dims or min(group_dims) < 0 or len(set(group_dims)) < len(group_dims):
-        raise ValueError(f"group_dims: expected distinct dimensions, counted from 0, but got {group_dims}")
-    return HierarchicalPrior({"group_scale": Scale(Jeffreys(), tuple(group_dims))}, tuple(group_dims))
 
 
 def _initial_scale(value: Tensor, dims: tuple[int, ...] | None) -> Tensor:

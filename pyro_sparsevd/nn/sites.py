@@ -13,8 +13,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ._compat import in_backward_pass
-from .distributions.util import map_tensors
+from .._compat import in_backward_pass
+from ..distributions.util import map_tensors
 
 
 class WeightPrior(dist.Independent):
