@@ -25,11 +25,12 @@ from .distributions import ImproperPriorWarning as ImproperPriorWarning
 from .distributions.empirical_normal import EmpiricalNormal as EmpiricalNormal
 from .distributions.log_uniform import LogUniform as LogUniform
 from .distributions.sparse_normal import SparseNormal as SparseNormal
-from .elbo import SparseVD_ELBO as SparseVD_ELBO
 from .export import export_onnx as export_onnx
-from .guides import AutoSparseNormal as AutoSparseNormal
-from .initialization import init_to_weights as init_to_weights
-from .local_gap import local_reparam_gap as local_reparam_gap
+from .infer.autoguide import AutoSparseNormal as AutoSparseNormal
+from .infer.elbo import SparseVD_ELBO as SparseVD_ELBO
+from .infer.initialization import init_to_weights as init_to_weights
+from .infer.local_gap import local_reparam_gap as local_reparam_gap
+from .infer.schedules import LinearWarmup as LinearWarmup
 from .nn.bayesianize import bayesianize as bayesianize
 from .nn.likelihoods import GaussianLikelihood as GaussianLikelihood
 from .nn.priors import fan_in_normal as fan_in_normal
@@ -44,7 +45,6 @@ from .poutine.trace import checkpoint_contexts as checkpoint_contexts
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .quantization import quantization_steps as quantization_steps
-from .schedules import LinearWarmup as LinearWarmup
 from .shrinking import shrink as shrink
 from .shrinking import shrink_with_report as shrink_with_report
 from .sparse_layers import to_sparse as to_sparse

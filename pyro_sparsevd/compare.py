@@ -23,8 +23,8 @@ from ._modules import evaluation_mode, same_random_numbers
 from .checkpoints import Checkpoint
 from .comparison import PriorComparison, PriorResult
 from .datasets import Split
-from .elbo import SparseVD_ELBO
-from .guides import AutoSparseNormal
+from .infer.autoguide import AutoSparseNormal
+from .infer.elbo import SparseVD_ELBO
 from .metrics import uncertainty
 from .nn.bayesianize import Prior, bayesianize
 from .nn.supervised import Supervised
@@ -53,7 +53,7 @@ def compare_priors(
     r"""Trains a network under each of several priors, all else equal, and measures it on held-out data.
 
     Under all priors of a seed the network starts from the same weights. The posterior is that of
-    :class:`~.guides.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
+    :class:`~.autoguide.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
     :func:`~.recipes.fit_posterior`. The mean prediction that is scored is
 
     .. math:: \log \tfrac1S \sum_s p(y_n \mid x_n, w_s), \quad w_s \sim q

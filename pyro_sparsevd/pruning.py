@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._compat import forget_on_state_dict
 from ._modules import copied
-from .masking import check_masks
+from .infer.masked import check_masks
 from .nn.scales import ScaleSite
 from .nn.sites import SharedSite, SitePrior, without_sites
 from .nn.weights import weights_of

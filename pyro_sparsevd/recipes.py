@@ -16,12 +16,12 @@ from torch import nn
 
 from .checkpoints import Checkpoint
 from .datasets import Split
-from .elbo import SparseVD_ELBO
-from .guides import AutoSparseNormal
+from .infer.autoguide import AutoSparseNormal
+from .infer.elbo import SparseVD_ELBO
+from .infer.kl import KL
+from .infer.schedules import LinearWarmup
 from .nn.supervised import Supervised
 from .pruning import masks_held, prune
-from .schedules import LinearWarmup
-from .site_divergence import KL
 from .summary import sparsify
 from .sweep import smoothed_threshold
 from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood

@@ -13,7 +13,7 @@ from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
 from . import _tables as tables
-from .guides import AutoSparseNormal
+from .infer.autoguide import AutoSparseNormal
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
         | https://arxiv.org/abs/1701.05369
 
     Args:
-        guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
+        guide: An :class:`~.autoguide.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
         threshold: The largest log α of a weight that is kept: one for all sites whose prior makes them sparse, as
             the log-uniform one does and the normal one does not; or a mapping from the names of sites, with any
             prior, or globs on them to thresholds (the first that is the name or matches it counts), which keeps the
@@ -199,7 +199,7 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
     """Returns the factorised Gaussian parts of a guide.
 
     Args:
-        guide: An :class:`~.guides.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
+        guide: An :class:`~.autoguide.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
 
     Returns:
         The guide itself, or its parts.

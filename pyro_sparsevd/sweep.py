@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._modules import evaluation_mode
 from .distributions.util import unwrap_independent
-from .guides import AutoSparseNormal
+from .infer.autoguide import AutoSparseNormal
 from .poutine.trace import density
 from .summary import sparse_normal_parts, sparsify
 

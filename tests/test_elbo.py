@@ -47,9 +47,9 @@ from pyro_sparsevd import (
     local_reparam_gap,
     sparsify,
 )
-from pyro_sparsevd.dependence import is_factorised
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.util import map_tensors
+from pyro_sparsevd.infer.dependence import is_factorised
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError
 from pyro_sparsevd.poutine.local_reparam import local_reparam
 from pyro_sparsevd.poutine.trace import log_prob
@@ -1410,7 +1410,7 @@ def test_a_divergence_that_is_sampled_is_logged_with_its_site_at_debug_level(dev
     twin = _student_twin(device)
     with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
         SparseVD_ELBO().loss(twin.model, twin.guide)
-    records = [r for r in caplog.records if r.name == "pyro_sparsevd.site_divergence"]
+    records = [r for r in caplog.records if r.name == "pyro_sparsevd.infer.kl"]
     assert [r.levelno for r in records] == [logging.DEBUG]
     assert records[0].getMessage().startswith("w: no closed form of KL(")
     assert "StudentT" in records[0].getMessage()

@@ -18,8 +18,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
-from pyro_sparsevd.checks import finite_value
 from pyro_sparsevd.distributions.log_uniform import LogUniform
+from pyro_sparsevd.infer.checks import finite_value
 from pyro_sparsevd.ops import divergence
 from pyro_sparsevd.ops.local_convolution import LocalGreyConvolution
 from pyro_sparsevd.ops.workspace import Workspace

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.infer.kl import KL
 from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.recipes import train_sparse
 from pyro_sparsevd.training import batches, error
 
-FORMS: tuple[svd.elbo.KL, ...] = ("approximate", "exact", "monte_carlo")
+FORMS: tuple[KL, ...] = ("approximate", "exact", "monte_carlo")
 
 
 def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, rounds: int = 7) -> dict[str, float]:

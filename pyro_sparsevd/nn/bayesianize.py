@@ -36,7 +36,7 @@ def bayesianize(
     r"""Returns a copy of a network whose weights are Pyro sample sites with a prior.
 
     Each chosen parameter becomes a ``PyroSample`` named like the parameter, and keeps its value as the initial mean
-    of :class:`~.guides.AutoSparseNormal`. By default what a layer multiplies with its input is chosen, see
+    of :class:`~.autoguide.AutoSparseNormal`. By default what a layer multiplies with its input is chosen, see
     :func:`~.selection.choose`: biases, normalisations, class tokens, position embeddings, all buffers, and what is
     frozen (``requires_grad=False``) stay as they are, and frozen. A tensor that several modules share is one site,
     under its first name.

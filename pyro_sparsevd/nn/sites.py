@@ -61,7 +61,7 @@ class WeightPrior(dist.Independent):
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of a value; a row that is zero, as it is by construction, has none.
 
-        Another guide than :class:`~.guides.AutoSparseNormal` may sample the row; it then counts as any other.
+        Another guide than :class:`~.autoguide.AutoSparseNormal` may sample the row; it then counts as any other.
         """
         if self.zero_row is None:
             return super().log_prob(value)

@@ -1,6 +1,6 @@
 """The divergence of latents from their priors: in closed form where one is known, else from one sample."""
 
-__all__ = ["KL", "Terms", "divergences"]
+__all__ = ["KL", "Terms", "divergences", "kept_parts"]
 
 import logging
 import warnings
@@ -13,15 +13,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from .distributions.improper import ImproperPriorWarning
-from .distributions.kl import kl_normal_log_uniform
-from .distributions.log_uniform import LogUniform
-from .distributions.util import unmasked, unwrap_independent
+from ..distributions.improper import ImproperPriorWarning
+from ..distributions.kl import kl_normal_log_uniform
+from ..distributions.log_uniform import LogUniform
+from ..distributions.util import unmasked, unwrap_independent
+from ..ops.divergence import Form
+from ..poutine.lazy_weight import LazyWeight, kl_log_uniform_total
+from ..poutine.trace import log_prob
 from .gaussians import as_gaussian
-from .kept_parts import kept_parts
-from .ops.divergence import Form
-from .poutine.lazy_weight import LazyWeight, kl_log_uniform_total
-from .poutine.trace import log_prob
 
 logger = logging.getLogger(__name__)
 
@@ -164,3 +163,30 @@ def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:
         for factor in (site["scale"], site["mask"])
     )
     return scale_and_mask(values, scale, mask).sum()
+
+
+def kept_parts(q: Any, p: Any) -> tuple[Any, Any]:
+    """Leaves to the divergence of a site what is not held at zero.
+
+    Args:
+        q: The site in a guide.
+        p: The site in a model.
+
+    Returns:
+        Both, with the other weights masked where their prior has a density for each weight.
+
+    Example:
+        >>> site = {"fn": dist.Normal(0.0, 1.0)}
+        >>> kept_parts(site, site) == (site, site)
+        True
+    """
+    kept = getattr(unwrap_independent(q["fn"]), "kept", None)
+    if kept is None or unwrap_independent(p["fn"]).batch_shape != kept.shape:
+        return q, p
+    return _masked(q, kept), _masked(p, kept)
+
+
+def _masked(site: Any, kept: Tensor) -> Any:
+    fn: Any = unwrap_independent(site["fn"])
+    value = torch.where(kept, site["value"], 1.0)  # where 0 has no density
+    return {**site, "fn": fn.mask(kept).to_event(len(site["fn"].event_shape)), "value": value}

@@ -16,15 +16,15 @@ from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
-from ._modules import same_random_numbers
-from .distributions.sparse_normal import SparseNormal
+from .._modules import same_random_numbers
+from ..distributions.sparse_normal import SparseNormal
+from ..nn.sites import WeightPrior
+from ..poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
+from ..poutine.trace import sole_recorder
 from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
-from .masking import SparsifiedGuide
-from .nn.sites import WeightPrior
+from .masked import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
-from .poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
-from .poutine.trace import sole_recorder
 
 _NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
 

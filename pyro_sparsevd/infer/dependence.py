@@ -8,14 +8,14 @@ from typing import Any
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.poutine.messenger import unwrap
 
-from .distributions.empirical_normal import EmpiricalNormal
-from .distributions.log_uniform import LogUniform
-from .distributions.util import unwrap_independent
-from .guides import AutoSparseNormal
-from .masking import SparsifiedGuide
-from .nn.scales import ShrunkWeightPrior
-from .nn.sites import WeightPrior
-from .poutine.trace import Sites
+from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.log_uniform import LogUniform
+from ..distributions.util import unwrap_independent
+from ..nn.scales import ShrunkWeightPrior
+from ..nn.sites import WeightPrior
+from ..poutine.trace import Sites
+from .autoguide import AutoSparseNormal
+from .masked import SparsifiedGuide
 
 _FACTORISED = {guide.forward for guide in (AutoSparseNormal, SparsifiedGuide, AutoNormal, AutoDelta)}
 

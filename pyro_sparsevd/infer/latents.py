@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from .distributions.empirical_normal import EmpiricalNormal
-from .distributions.log_uniform import LogUniform
-from .distributions.sparse_normal import KeptNormal, SparseNormal
-from .distributions.util import map_tensors, unmasked, unwrap_independent
-from .nn.scales import ShrunkWeightPrior
-from .nn.sites import SitePrior
+from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.log_uniform import LogUniform
+from ..distributions.sparse_normal import KeptNormal, SparseNormal
+from ..distributions.util import map_tensors, unmasked, unwrap_independent
+from ..nn.scales import ShrunkWeightPrior
+from ..nn.sites import SitePrior
 
 
 class Latent(NamedTuple):

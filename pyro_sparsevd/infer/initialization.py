@@ -14,10 +14,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .distributions.empirical_normal import EmpiricalNormal
-from .distributions.log_uniform import LogUniform
-from .distributions.util import map_tensors, unmasked, unwrap_independent
-from .nn.sites import WeightPrior
+from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.log_uniform import LogUniform
+from ..distributions.util import map_tensors, unmasked, unwrap_independent
+from ..nn.sites import WeightPrior
 
 
 def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) -> Any:

@@ -10,8 +10,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .distributions.sparse_normal import KeptNormal
-from .distributions.util import unwrap_independent
+from ..distributions.sparse_normal import KeptNormal
+from ..distributions.util import unwrap_independent
 
 
 class SparsifiedGuide(nn.Module):
@@ -22,7 +22,7 @@ class SparsifiedGuide(nn.Module):
     changes them.
 
     Args:
-        guide: An :class:`~.guides.AutoSparseNormal`.
+        guide: An :class:`~.autoguide.AutoSparseNormal`.
         masks: The weights to keep, by the name of the site.
 
     Raises:

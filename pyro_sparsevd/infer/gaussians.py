@@ -9,7 +9,7 @@ from pyro.distributions import Delta, Independent, Normal
 from torch.distributions import Distribution, TransformedDistribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from .distributions.util import unwrap_independent
+from ..distributions.util import unwrap_independent
 
 
 def as_gaussian(distribution: Any) -> Any:

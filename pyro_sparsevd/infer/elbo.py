@@ -11,18 +11,18 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from ._compat import not_compiled
-from ._modules import random_state
+from .._compat import not_compiled
+from .._modules import random_state
+from ..ops.workspace import Workspace
+from ..poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
+from ..poutine.local_reparam import LocalReparamMessenger
+from ..poutine.trace import SampleSites, Sites, log_prob, scored
 from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
+from .kl import KL, Terms, divergences
 from .latents import unchanged_buffers_on_error
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
-from .ops.workspace import Workspace
-from .poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
-from .poutine.local_reparam import LocalReparamMessenger
-from .poutine.trace import SampleSites, Sites, log_prob, scored
-from .site_divergence import KL, Terms, divergences
 from .site_names import SiteNames
 
 

@@ -12,7 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from ._compat import not_compiled
+from .._compat import not_compiled
 
 
 class LossModule(ELBOModule):
