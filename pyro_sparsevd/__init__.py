@@ -45,9 +45,9 @@ from .poutine.trace import checkpoint_contexts as checkpoint_contexts
 from .pruning import masks_held as masks_held
 from .pruning import prune as prune
 from .quantization import quantization_steps as quantization_steps
-from .shrinking import shrink as shrink
-from .shrinking import shrink_with_report as shrink_with_report
-from .sparse_layers import to_sparse as to_sparse
+from .shrink.shrink import shrink as shrink
+from .shrink.shrink import shrink_with_report as shrink_with_report
+from .shrink.sparse_linear import to_sparse as to_sparse
 from .storage import StorageError as StorageError
 from .storage import load_sparse as load_sparse
 from .storage import register_architecture as register_architecture

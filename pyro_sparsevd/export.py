@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._compat import validation_kept
 from ._modules import check_finite, check_plain, evaluation_mode
-from .sparse_layers import SparseLinear
+from .shrink.sparse_linear import SparseLinear
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .container import DTYPES, Entry, read_payload, read_table, write_file
 from .nets import lenet_5_caffe, lenet_300_100, vgg_like
 from .quantization import check_steps
 from .range_coder import StorageError
-from .sparse_layers import check_indices
+from .shrink.sparse_linear import check_indices
 from .tensor_codes import decode_tensors, encode_tensors
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyro_sparsevd import nets
-from pyro_sparsevd.shrinking import SelectFeatures, shrink, shrink_with_report
-from pyro_sparsevd.unit_flow import Channelwise
-from pyro_sparsevd.units import Ties, Units
+from pyro_sparsevd.shrink.flow import Channelwise
+from pyro_sparsevd.shrink.shrink import SelectFeatures, shrink, shrink_with_report
+from pyro_sparsevd.shrink.units import Ties, Units
 
 
 class Block(nn.Module):

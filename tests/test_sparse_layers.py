@@ -12,7 +12,7 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
-from pyro_sparsevd.sparse_layers import SparseLinear, to_sparse
+from pyro_sparsevd.shrink.sparse_linear import SparseLinear, to_sparse
 
 
 def _sparse(net, density=0.05):
@@ -269,7 +269,7 @@ def test_nothing_is_said_in_a_fresh_process_and_the_filters_stay(tmp_path, state
 import warnings
 import torch
 from torch import nn
-from pyro_sparsevd.sparse_layers import to_sparse
+from pyro_sparsevd.shrink.sparse_linear import to_sparse
 warnings.simplefilter("error")
 before = list(warnings.filters)
 {statement}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pyro_sparsevd.nets import lenet_300_100
-from pyro_sparsevd.shrinking import shrink
-from pyro_sparsevd.sparse_layers import to_sparse
+from pyro_sparsevd.shrink.shrink import shrink
+from pyro_sparsevd.shrink.sparse_linear import to_sparse
 
 
 def _masked(net, density):

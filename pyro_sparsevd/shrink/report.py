@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _tables as tables
-from ._modules import copied
-from .unit_flow import Layer
+from .. import _tables as tables
+from .._modules import copied
+from .flow import Layer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._modules import check_plain, copied
+from .._modules import check_plain, copied
 
 
 class SparseLinear(nn.Module):

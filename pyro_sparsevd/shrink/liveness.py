@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .operations import Recorder, WeightUses, operation_of, reads_batch_size, sources
-from .unit_flow import Layer, Operation, WeightedSum
+from .flow import Layer, Operation, WeightedSum
+from .graph import Recorder, WeightUses, operation_of, reads_batch_size, sources
 from .units import Ties, Units
 
 

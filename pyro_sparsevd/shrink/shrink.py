@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._modules import check_finite, copied
-from .dead_units import LayerUnits, Liveness, liveness
-from .layer_sizes import ShrinkReport, layer_sizes
-from .unit_flow import Layer, by_group, folded
+from .._modules import check_finite, copied
+from .flow import Layer, by_group, folded
+from .liveness import LayerUnits, Liveness, liveness
+from .report import ShrinkReport, layer_sizes
 
 
 def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from .unit_flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
+from .flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
 
 
 class Recorder(fx.Interpreter):
