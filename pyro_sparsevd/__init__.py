@@ -25,7 +25,6 @@ from .distributions import ImproperPriorWarning as ImproperPriorWarning
 from .distributions.empirical_normal import EmpiricalNormal as EmpiricalNormal
 from .distributions.log_uniform import LogUniform as LogUniform
 from .distributions.sparse_normal import SparseNormal as SparseNormal
-from .export import export_onnx as export_onnx
 from .infer.autoguide import AutoSparseNormal as AutoSparseNormal
 from .infer.elbo import SparseVD_ELBO as SparseVD_ELBO
 from .infer.initialization import init_to_weights as init_to_weights
@@ -48,10 +47,11 @@ from .quantization import quantization_steps as quantization_steps
 from .shrink.shrink import shrink as shrink
 from .shrink.shrink import shrink_with_report as shrink_with_report
 from .shrink.sparse_linear import to_sparse as to_sparse
-from .storage import StorageError as StorageError
-from .storage import load_sparse as load_sparse
-from .storage import register_architecture as register_architecture
-from .storage import save_sparse as save_sparse
+from .storage.onnx import export_onnx as export_onnx
+from .storage.sparse_file import StorageError as StorageError
+from .storage.sparse_file import load_sparse as load_sparse
+from .storage.sparse_file import register_architecture as register_architecture
+from .storage.sparse_file import save_sparse as save_sparse
 from .summary import SparsitySummary as SparsitySummary
 from .summary import sparsify as sparsify
 from .sweep import threshold_sweep as threshold_sweep

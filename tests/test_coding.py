@@ -6,8 +6,16 @@ import sys
 import numpy as np
 import pytest
 
-from pyro_sparsevd.coding import code_array, code_numbers, code_positions
-from pyro_sparsevd.range_coder import WHOLE, Decoder, Encoder, StorageError, code_choices, code_symbols, code_uniform
+from pyro_sparsevd.storage.models import code_array, code_numbers, code_positions
+from pyro_sparsevd.storage.range_coder import (
+    WHOLE,
+    Decoder,
+    Encoder,
+    StorageError,
+    code_choices,
+    code_symbols,
+    code_uniform,
+)
 
 
 def _data(code, values, *args, **kwargs):

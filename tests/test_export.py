@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.export import export_onnx
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100, vgg_like
+from pyro_sparsevd.storage.onnx import export_onnx
 
 
 def _residual():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.quantization import from_multiples, quantization_steps, quantized, to_multiples
+from pyro_sparsevd.quantization import quantization_steps
+from pyro_sparsevd.storage.rounding import from_multiples, quantized, to_multiples
 
 
 def _posterior(log_variances=(-6.0, -4.0)):

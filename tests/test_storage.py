@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import container, storage
-from pyro_sparsevd.coding import code_array
-from pyro_sparsevd.container import Entry
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
-from pyro_sparsevd.quantization import quantized
-from pyro_sparsevd.range_coder import Encoder
-from pyro_sparsevd.storage import StorageError, load_sparse, register_architecture, save_sparse
-from pyro_sparsevd.tensor_codes import decode_tensors, encode_tensors
+from pyro_sparsevd.storage.container import Entry
+from pyro_sparsevd.storage.models import code_array
+from pyro_sparsevd.storage.range_coder import Encoder
+from pyro_sparsevd.storage.rounding import quantized
+from pyro_sparsevd.storage.sparse_file import StorageError, container, load_sparse, register_architecture, save_sparse
+from pyro_sparsevd.storage.sparse_file import sparse_file as storage
+from pyro_sparsevd.storage.tensors import decode_tensors, encode_tensors
 
 
 class Tied(nn.Module):
@@ -453,7 +453,7 @@ KILLED = """
 import os, random, signal, sys, time
 import torch
 from torch import nn
-from pyro_sparsevd.storage import load_sparse, save_sparse
+from pyro_sparsevd.storage.sparse_file import load_sparse, save_sparse
 
 torch.set_num_threads(1)
 path, nets = sys.argv[1], [nn.Linear(100, 100), nn.Linear(100, 100)]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._modules import check_plain
+from .._modules import check_plain
+from ..nets import lenet_5_caffe, lenet_300_100, vgg_like
+from ..shrink.sparse_linear import check_indices
 from .container import DTYPES, Entry, read_payload, read_table, write_file
-from .nets import lenet_5_caffe, lenet_300_100, vgg_like
-from .quantization import check_steps
 from .range_coder import StorageError
-from .shrink.sparse_linear import check_indices
-from .tensor_codes import decode_tensors, encode_tensors
+from .rounding import check_steps
+from .tensors import decode_tensors, encode_tensors
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coding import code_array
 from .container import Entry
-from .quantization import from_multiples, to_multiples
+from .models import code_array
 from .range_coder import Coder, Decoder, Encoder, StorageError
+from .rounding import from_multiples, to_multiples
 
 
 def encode_tensors(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> bytes:
@@ -30,7 +30,7 @@ def encode_tensors(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> byt
         ValueError: If a tensor has values that its entry cannot hold.
 
     Example:
-        >>> from pyro_sparsevd.container import Entry
+        >>> from pyro_sparsevd.storage.container import Entry
         >>> state = {"weight": torch.tensor([[0.0, 0.0, 0.0, -0.5]])}
         >>> data = encode_tensors(state, [entry := Entry("weight", torch.float32, (1, 4))])
         >>> decode_tensors(data, [entry])

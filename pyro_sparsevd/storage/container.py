@@ -119,7 +119,7 @@ def read_table(file: BinaryIO) -> tuple[str, list[Entry]]:
         >>> read_table(io.BytesIO(b"GIF89a"))
         Traceback (most recent call last):
         ...
-        pyro_sparsevd.range_coder.StorageError: expected a file of save_sparse, which begins with b'\x89SVD'
+        pyro_sparsevd.storage.range_coder.StorageError: expected a file of save_sparse, which begins with b'\x89SVD'
     """
     start = file.read(_PREAMBLE.size + _CHECKSUM.size)
     if start[:4] != _MAGIC:

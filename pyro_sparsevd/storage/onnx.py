@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._compat import validation_kept
-from ._modules import check_finite, check_plain, evaluation_mode
-from .shrink.sparse_linear import SparseLinear
+from .._compat import validation_kept
+from .._modules import check_finite, check_plain, evaluation_mode
+from ..shrink.sparse_linear import SparseLinear
 
 
 @torch.no_grad()
