@@ -29,7 +29,7 @@ from .metrics import uncertainty
 from .nn.bayesianize import Prior, bayesianize
 from .nn.supervised import Supervised
 from .recipes import fit_posterior
-from .sweep import SweepPoint, threshold_grid, threshold_sweep
+from .sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 
 
 def compare_priors(

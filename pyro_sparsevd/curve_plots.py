@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .drawing import BLUE, ORANGE, are_wide, figure_or_new, joint_legend, line_styles, plain_numbers
-from .sweep import SweepPoint
+from .sparsity.threshold import SweepPoint
 
 
 def training_curves(
@@ -67,7 +67,7 @@ def threshold_curves(
     """Draws error and compression against the threshold.
 
     Args:
-        points: What :func:`~.sweep.threshold_sweep` returns.
+        points: What :func:`~.threshold.threshold_sweep` returns.
         chosen: The threshold that was chosen.
         title: What to write above.
         figure: Where to draw.

@@ -21,9 +21,9 @@ from .infer.elbo import SparseVD_ELBO
 from .infer.kl import KL
 from .infer.schedules import LinearWarmup
 from .nn.supervised import Supervised
-from .pruning import masks_held, prune
-from .summary import sparsify
-from .sweep import smoothed_threshold
+from .sparsity.pruning import masks_held, prune
+from .sparsity.summary import sparsify
+from .sparsity.threshold import smoothed_threshold
 from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
 
 
@@ -263,8 +263,8 @@ def choose_threshold(
 ) -> float:
     """Returns a threshold whose fine-tuned network predicts held-out data about as well as the best.
 
-    The network of each threshold is fine-tuned, and :func:`~.sweep.smoothed_threshold` chooses by their mean negative
-    log likelihoods.
+    The network of each threshold is fine-tuned, and :func:`~.threshold.smoothed_threshold` chooses by their mean
+    negative log likelihoods.
 
     Args:
         model: The model of a classifier.
@@ -274,13 +274,13 @@ def choose_threshold(
         thresholds: The thresholds to try, at least one; seven or more, evenly spaced, leave little to chance.
         epochs: How many epochs to fine-tune for.
         batch_size: The number of data of a step.
-        tolerance: As for :func:`~.sweep.smoothed_threshold`.
+        tolerance: As for :func:`~.threshold.smoothed_threshold`.
 
     Returns:
         The threshold.
 
     Raises:
-        ValueError: As of :func:`~.sweep.smoothed_threshold`.
+        ValueError: As of :func:`~.threshold.smoothed_threshold`.
 
     Example:
         >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=20)

@@ -34,7 +34,7 @@ from pyro_sparsevd import (
     bayesianize,
     init_to_weights,
 )
-from pyro_sparsevd.summary import sparse_normal_parts
+from pyro_sparsevd.sparsity.summary import sparse_normal_parts
 
 F64 = torch.float64
 NUM_DATA = 20

@@ -14,7 +14,7 @@ from pyro_sparsevd import plots, weight_plots
 from pyro_sparsevd.comparison import PriorComparison, PriorResult
 from pyro_sparsevd.drawing import BLUE, SIGNED, line_styles, plain_numbers
 from pyro_sparsevd.ops.divergence import kl_log_uniform
-from pyro_sparsevd.sweep import SweepPoint
+from pyro_sparsevd.sparsity.threshold import SweepPoint
 
 HISTORY = [
     {"error": 0.5, "compression": 1.0, "nll": 900.0, "kl": 30.0},

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.quantization import quantization_steps
+from pyro_sparsevd.sparsity.quantization import quantization_steps
 from pyro_sparsevd.storage.rounding import from_multiples, quantized, to_multiples
 
 

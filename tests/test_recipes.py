@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, recipes
 from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.sweep import smoothed_threshold
+from pyro_sparsevd.sparsity.threshold import smoothed_threshold
 from pyro_sparsevd.training import error, negative_log_likelihood
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_value
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.summary import SiteSparsity, SparsitySummary
+from pyro_sparsevd.sparsity.summary import SiteSparsity, SparsitySummary
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._compat import forget_on_state_dict
-from ._modules import copied
-from .infer.masked import check_masks
-from .nn.scales import ScaleSite
-from .nn.sites import SharedSite, SitePrior, without_sites
-from .nn.weights import weights_of
+from .._compat import forget_on_state_dict
+from .._modules import copied
+from ..infer.masked import check_masks
+from ..nn.scales import ScaleSite
+from ..nn.sites import SharedSite, SitePrior, without_sites
+from ..nn.weights import weights_of
 from .summary import SparsitySummary, sparse_normal_parts
 
 

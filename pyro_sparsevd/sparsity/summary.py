@@ -12,8 +12,8 @@ import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
-from . import _tables as tables
-from .infer.autoguide import AutoSparseNormal
+from .. import _tables as tables
+from ..infer.autoguide import AutoSparseNormal
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
     r"""Reads off the posterior which weights to keep: those with log α ≤ threshold.
 
     The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
-    :func:`~.sweep.threshold_sweep`. The signal-to-noise ratio \|θ\|/σ, by which weights with other priors are commonly
-    dropped, is α to the power of -½: one below 1 is log α > 0. Where the prior has groups, as that of
+    :func:`~.threshold.threshold_sweep`. The signal-to-noise ratio \|θ\|/σ, by which weights with other priors are
+    commonly dropped, is α to the power of -½: one below 1 is log α > 0. Where the prior has groups, as that of
     :func:`~.priors.group_normal_jeffreys`, a group is kept or dropped as a whole, by log Σσ² - log Σθ².
 
     References:

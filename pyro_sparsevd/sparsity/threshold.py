@@ -17,10 +17,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ._modules import evaluation_mode
-from .distributions.util import unwrap_independent
-from .infer.autoguide import AutoSparseNormal
-from .poutine.trace import density
+from .._modules import evaluation_mode
+from ..distributions.util import unwrap_independent
+from ..infer.autoguide import AutoSparseNormal
+from ..poutine.trace import density
 from .summary import sparse_normal_parts, sparsify
 
 

@@ -9,8 +9,8 @@ import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Tensor, nn
 
-from .distributions.sparse_normal import SparseNormal
-from .storage.rounding import quantized
+from ..distributions.sparse_normal import SparseNormal
+from ..storage.rounding import quantized
 from .summary import sparse_normal_parts
 
 
