@@ -28,11 +28,11 @@ import torch
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
-from .comparison import PriorComparison
 from .curve_plots import compression_curves, threshold_curves, training_curves
 from .distributions.log_uniform import LogUniform
 from .distributions.sparse_normal import SparseNormal
 from .drawing import BLUE, ORANGE, Style, are_wide, as_numpy, figure_or_new, line_styles, plain_numbers
+from .evaluation.comparison import PriorComparison
 from .ops.divergence import kl_log_uniform, log_alpha
 from .weight_plots import animate_weight_images, connections, weight_images
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.checkpoints import CheckpointError
-from pyro_sparsevd.common_priors import common_priors
-from pyro_sparsevd.compare import compare_priors
-from pyro_sparsevd.comparison import PriorComparison, PriorResult
-from pyro_sparsevd.datasets import Split
+from pyro_sparsevd.evaluation.common_priors import common_priors
+from pyro_sparsevd.evaluation.compare import compare_priors
+from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
+from pyro_sparsevd.training.checkpoints import CheckpointError
+from pyro_sparsevd.training.datasets import Split
 
 PRIORS = {
     **common_priors(),
@@ -461,7 +461,7 @@ FAST = {"epochs": 1, "batch_size": 20, "seeds": [0]}
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(changed, error, message, monkeypatch):
-    monkeypatch.setattr("pyro_sparsevd.compare.fit_posterior", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr("pyro_sparsevd.evaluation.compare.fit_posterior", lambda *a, **k: pytest.fail("trained"))
     split = regression("cpu")
     arguments = {"network": linear, "priors": {"a": None}, "likelihood": unit_noise}
     arguments.update(train=split, validation=split, test=split, **FAST)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes
 
-from pyro_sparsevd.datasets import Split, cifar10, diabetes, digits, hold_out, mnist, sparse_regression
+from pyro_sparsevd.training.datasets import Split, cifar10, diabetes, digits, hold_out, mnist, sparse_regression
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"

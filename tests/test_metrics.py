@@ -12,9 +12,16 @@ from pyro.infer import Predictive
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.metrics import Uncertainty, entropies, network_log_probs, ood_auroc, sampled_log_probs, uncertainty
-from pyro_sparsevd.training import error, negative_log_likelihood
+from pyro_sparsevd.evaluation.metrics import (
+    Uncertainty,
+    entropies,
+    network_log_probs,
+    ood_auroc,
+    sampled_log_probs,
+    uncertainty,
+)
+from pyro_sparsevd.training.datasets import Split
+from pyro_sparsevd.training.fit import error, negative_log_likelihood
 
 
 def slow_uncertainty(log_probs, labels, num_bins=15):

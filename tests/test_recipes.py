@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, recipes
-from pyro_sparsevd.datasets import Split
+from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training import error, negative_log_likelihood
+from pyro_sparsevd.training.datasets import Split
+from pyro_sparsevd.training.fit import error, negative_log_likelihood, recipes
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 

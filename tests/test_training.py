@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, checkpoints
-from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.datasets import Split
-from pyro_sparsevd.training import CrossEntropy, batches, constant_then_linear, error, fit
+from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
+from pyro_sparsevd.training.datasets import Split
+from pyro_sparsevd.training.fit import CrossEntropy, batches, checkpoints, constant_then_linear, error, fit
 
 
 @pytest.fixture

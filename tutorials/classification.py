@@ -22,9 +22,9 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
-from pyro_sparsevd.metrics import sampled_log_probs, uncertainty
-from pyro_sparsevd.recipes import choose_threshold, fine_tune, train_dense, train_sparse
-from pyro_sparsevd.training import error
+from pyro_sparsevd.evaluation.metrics import sampled_log_probs, uncertainty
+from pyro_sparsevd.training.fit import error
+from pyro_sparsevd.training.recipes import choose_threshold, fine_tune, train_dense, train_sparse
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 

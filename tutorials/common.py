@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.datasets import Split, cifar10, digits, hold_out, mnist
+from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
+from pyro_sparsevd.training.datasets import Split, cifar10, digits, hold_out, mnist
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
-from pyro_sparsevd.common_priors import common_priors
-from pyro_sparsevd.compare import compare_priors
-from pyro_sparsevd.datasets import diabetes, sparse_regression
+from pyro_sparsevd.evaluation.common_priors import common_priors
+from pyro_sparsevd.evaluation.compare import compare_priors
 from pyro_sparsevd.nets import lenet_300_100
+from pyro_sparsevd.training.datasets import diabetes, sparse_regression
 
 
 def linear() -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.nets import lenet_300_100
-from pyro_sparsevd.recipes import train_sparse
+from pyro_sparsevd.training.recipes import train_sparse
 
 Parameterization = Literal["additive", "multiplicative"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("additive", "multiplicative")

@@ -21,10 +21,10 @@ from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
-from pyro_sparsevd.checkpoints import Checkpoint
 from pyro_sparsevd.nets import lenet_300_100
-from pyro_sparsevd.recipes import fine_tune, train_dense, train_sparse
-from pyro_sparsevd.training import error, negative_log_likelihood
+from pyro_sparsevd.training.checkpoints import Checkpoint
+from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.recipes import fine_tune, train_dense, train_sparse
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4

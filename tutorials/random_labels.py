@@ -28,11 +28,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.checkpoints import Checkpoint
-from pyro_sparsevd.datasets import Split
 from pyro_sparsevd.nets import vgg_like
-from pyro_sparsevd.recipes import train_sparse
-from pyro_sparsevd.training import CrossEntropy, constant_then_linear, error, fit, logits
+from pyro_sparsevd.training.checkpoints import Checkpoint
+from pyro_sparsevd.training.datasets import Split
+from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, logits
+from pyro_sparsevd.training.recipes import train_sparse
 
 KINDS = ("true", "random")
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.nets import lenet_300_100
-from pyro_sparsevd.recipes import fine_tune, fit_posterior
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training import logits
+from pyro_sparsevd.training.fit import logits
+from pyro_sparsevd.training.recipes import fine_tune, fit_posterior
 
 VALIDATION_SETS = 150
 TOLERANCE = 0.05

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..infer.autoguide import AutoSparseNormal
+from ..infer.elbo import SparseVD_ELBO
+from ..infer.kl import KL
+from ..infer.schedules import LinearWarmup
+from ..nn.supervised import Supervised
+from ..sparsity.pruning import masks_held, prune
+from ..sparsity.summary import sparsify
+from ..sparsity.threshold import smoothed_threshold
 from .checkpoints import Checkpoint
 from .datasets import Split
-from .infer.autoguide import AutoSparseNormal
-from .infer.elbo import SparseVD_ELBO
-from .infer.kl import KL
-from .infer.schedules import LinearWarmup
-from .nn.supervised import Supervised
-from .sparsity.pruning import masks_held, prune
-from .sparsity.summary import sparsify
-from .sparsity.threshold import smoothed_threshold
-from .training import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
+from .fit import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
 
 
 def train_dense(
@@ -44,7 +44,7 @@ def train_dense(
         epochs: How many times to go through the data.
         batch_size: The number of data of a step.
         lr: The learning rate, constant for half of the epochs, then linear to 0.
-        checkpoint: As for :func:`~.training.fit`.
+        checkpoint: As for :func:`~.fit.fit`.
 
     Returns:
         The network.
@@ -96,8 +96,8 @@ def fit_posterior(
         batch_size: The number of data of a step.
         lr: The learning rate.
         warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
-        after_epoch: As for :func:`~.training.fit`.
-        checkpoint: As for :func:`~.training.fit`.
+        after_epoch: As for :func:`~.fit.fit`.
+        checkpoint: As for :func:`~.fit.fit`.
 
     Returns:
         What ``after_epoch`` returned, for each epoch.
@@ -163,7 +163,7 @@ def train_sparse(
         kl: The form of the divergence.
         warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
         threshold: The log α above which weights are dropped for the trial after each epoch.
-        checkpoint: As for :func:`~.training.fit`.
+        checkpoint: As for :func:`~.fit.fit`.
 
     Returns:
         For each epoch ``nll`` and ``kl``, in nats over the data set, of its last batch, and ``error``, ``sparsity``
@@ -229,7 +229,7 @@ def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int,
     Args:
         network: A plain sparse network; it is not changed.
         split: The training data, with classes for labels: a regression needs a loss of its own, given to
-            :func:`~.training.fit` within :func:`~.pruning.masks_held`.
+            :func:`~.fit.fit` within :func:`~.pruning.masks_held`.
         epochs: How many times to go through the data.
         batch_size: The number of data of a step.
         lr: The learning rate, as for :func:`train_dense`.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ._modules import evaluation_mode
+from .._modules import evaluation_mode
 from .checkpoints import Checkpoint, load, save
 from .datasets import Split
 

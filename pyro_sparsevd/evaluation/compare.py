@@ -19,17 +19,17 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from ._modules import evaluation_mode, same_random_numbers
-from .checkpoints import Checkpoint
+from .._modules import evaluation_mode, same_random_numbers
+from ..infer.autoguide import AutoSparseNormal
+from ..infer.elbo import SparseVD_ELBO
+from ..nn.bayesianize import Prior, bayesianize
+from ..nn.supervised import Supervised
+from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
+from ..training.checkpoints import Checkpoint
+from ..training.datasets import Split
+from ..training.recipes import fit_posterior
 from .comparison import PriorComparison, PriorResult
-from .datasets import Split
-from .infer.autoguide import AutoSparseNormal
-from .infer.elbo import SparseVD_ELBO
 from .metrics import uncertainty
-from .nn.bayesianize import Prior, bayesianize
-from .nn.supervised import Supervised
-from .recipes import fit_posterior
-from .sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 
 
 def compare_priors(

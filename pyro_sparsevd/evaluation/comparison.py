@@ -7,7 +7,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import _tables as tables
+from .. import _tables as tables
 
 
 @dataclass(frozen=True)

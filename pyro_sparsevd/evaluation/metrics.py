@@ -13,10 +13,10 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ._modules import evaluation_mode
-from .datasets import Split
-from .nn.supervised import Supervised
-from .training import logits
+from .._modules import evaluation_mode
+from ..nn.supervised import Supervised
+from ..training.datasets import Split
+from ..training.fit import logits
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How good and how sure predictions are, and priors side by side."""

@@ -1,0 +1,1 @@
+"""Training, from batches to a posterior."""
