@@ -5,8 +5,8 @@ __all__ = ["compression_curves", "threshold_curves", "training_curves"]
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .drawing import BLUE, ORANGE, are_wide, figure_or_new, joint_legend, line_styles, plain_numbers
-from .sparsity.threshold import SweepPoint
+from ..sparsity.threshold import SweepPoint
+from .style import BLUE, ORANGE, are_wide, figure_or_new, joint_legend, line_styles, plain_numbers
 
 
 def training_curves(

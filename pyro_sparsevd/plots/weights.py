@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .drawing import BLUE, ORANGE, SIGNED, as_numpy, figure_or_new
+from .style import BLUE, ORANGE, SIGNED, as_numpy, figure_or_new
 
 
 def weight_images(
