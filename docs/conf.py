@@ -1,6 +1,7 @@
 """Configuration of Sphinx. Notebooks are shown with the outputs they keep, and not run."""
 
 import importlib
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -45,11 +46,16 @@ for pattern in ("*.ipynb", "README.md", "images/*.png"):
 
 
 def _list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Puts a section for each module that the package's docstring lists, in its order, into the API page."""
+    """Puts a section for each room and its modules, in the order of the package's docstring, into the API page."""
     if docname == "api":
-        lines = re.findall(r"^    ((?:\w+)(?:, \w+)*)  +\w", pyro_sparsevd.__doc__ or "", re.M)
-        names = [name for line in lines for name in line.split(", ")]
-        source[0] = source[0].replace("<!-- modules -->", "\n".join(map(_section, names)))
+        rooms = re.findall(r"^    (\w+)  +\w", pyro_sparsevd.__doc__ or "", re.M)
+        source[0] = source[0].replace("<!-- modules -->", "\n".join(map(_room, rooms)))
+
+
+def _room(room: str) -> str:
+    package = importlib.import_module(f"pyro_sparsevd.{room}")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "_fused")
+    return f"## {room}\n\n{package.__doc__}\n\n" + "\n".join(_section(f"{room}.{name}") for name in names)
 
 
 def _section(name: str) -> str:
@@ -58,7 +64,7 @@ def _section(name: str) -> str:
     home = {public: getattr(getattr(module, public), "__module__", module.__name__) for public in module.__all__}
     elsewhere = ", ".join(public for public, of in home.items() if of != module.__name__)
     options = "   :members:\n" + (f"   :exclude-members: {elsewhere}\n" if elsewhere else "")
-    return f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {module.__name__}\n{options}```\n"
+    return f"### {name}\n\n```{{eval-rst}}\n.. automodule:: {module.__name__}\n{options}```\n"
 
 
 def setup(app: Sphinx) -> None:

@@ -612,6 +612,59 @@ def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():
         assert torch.equal(bnn.method(torch.ones(4)), bnn[0](torch.ones(4)))
 
 
+def test_a_parameter_of_a_class_of_its_own_is_refused_by_name():
+    class Scaled(nn.Parameter):
+        def scaled(self):
+            return 2 * self
+
+    net = nn.Linear(3, 2)
+    net.weight = Scaled(net.weight.data)
+    with pytest.raises(ValueError, match=r"^weight: expected an nn\.Parameter, but got a Scaled"):
+        svd.bayesianize(net)
+
+
+class Moving(nn.Module):
+    """Takes layers into other modules while it runs."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.a, self.b, self.move = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), nn.Linear(3, 3), move
+
+    def forward(self, x):
+        return self.move(self, x)
+
+
+def _one_after_the_other(net, x):
+    for layer in (net.a[0], net.b):
+        net.current = layer
+        x = net.current(x).tanh()
+    return x
+
+
+MOVES = {
+    "slices": lambda net, x: net.b(net.a[2:](net.a[:2](x))),
+    "a new container": lambda net, x: nn.Sequential(net.b, net.a)(x),
+    "one attribute for several": _one_after_the_other,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_modules_that_others_take_in_during_a_call_keep_their_names_and_weights(move):
+    net, x = Moving(move).double(), torch.randn(4, 3, dtype=torch.double)
+    original = svd.bayesianize(net)
+    for bnn in (original, copy.deepcopy(original)):
+        model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0).to_event(1), 4)
+        guide = svd.AutoSparseNormal(model, init_log_variance=-60.0)
+        assert set(guide.posteriors) <= set(svd.choose(net))
+        for _ in range(2):
+            assert set(guide(x)) <= set(svd.choose(net))
+            elbo = svd.SparseVD_ELBO(kl_weight=0.0)
+            expected = -dist.Normal(net(x), 1.0).log_prob(x).sum()
+            torch.testing.assert_close(elbo(model, guide)(x, x), expected, rtol=1e-8, atol=0)
+    pruned = svd.prune(bnn, guide, svd.sparsify(guide, math.inf))
+    torch.testing.assert_close(pruned(x), net(x))
+
+
 def test_a_layer_uses_the_weight_that_functional_call_gives_it():
     class Scaled(nn.Module):
         def __init__(self):

@@ -21,12 +21,12 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
+from pyro_sparsevd.storage import container, sparse_file
 from pyro_sparsevd.storage.container import Entry
 from pyro_sparsevd.storage.models import code_array
 from pyro_sparsevd.storage.range_coder import Encoder
 from pyro_sparsevd.storage.rounding import quantized
-from pyro_sparsevd.storage.sparse_file import StorageError, container, load_sparse, register_architecture, save_sparse
-from pyro_sparsevd.storage.sparse_file import sparse_file as storage
+from pyro_sparsevd.storage.sparse_file import StorageError, load_sparse, register_architecture, save_sparse
 from pyro_sparsevd.storage.tensors import decode_tensors, encode_tensors
 
 
@@ -259,7 +259,7 @@ def test_a_registered_architecture_loads_alone(path):
 
 @pytest.fixture
 def _registry(monkeypatch):
-    monkeypatch.setattr(storage, "_ARCHITECTURES", dict(storage._ARCHITECTURES))
+    monkeypatch.setattr(sparse_file, "_ARCHITECTURES", dict(sparse_file._ARCHITECTURES))
 
 
 @pytest.mark.usefixtures("_registry")
@@ -276,7 +276,7 @@ def test_architectures_are_checked(path):
         save_sparse(nn.Sequential(nn.Linear(9, 2), *_mlp()[1:]), path, architecture="mine")
     assert not path.exists()
     save_sparse(_mlp(), path, architecture="mine")
-    del storage._ARCHITECTURES["mine"]
+    del sparse_file._ARCHITECTURES["mine"]
     with pytest.raises(StorageError, match="but got 'mine'; pass a network, or call register_architecture"):
         load_sparse(path)
     save_sparse(_mlp(), path)

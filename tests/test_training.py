@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd.training import checkpoints
 from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
 from pyro_sparsevd.training.datasets import Split
-from pyro_sparsevd.training.fit import CrossEntropy, batches, checkpoints, constant_then_linear, error, fit
+from pyro_sparsevd.training.fit import CrossEntropy, batches, constant_then_linear, error, fit
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def kl_normal_log_uniform(q: torch.distributions.Normal, p: LogUniform, form: di
         ValueError: If ``form`` is neither of the two.
 
     Example:
-        >>> torch.distributions.kl_divergence(SparseNormal(0.0, 1.0), LogUniform())
+        >>> torch.distributions.kl_divergence(svd.SparseNormal(0.0, 1.0), svd.LogUniform())
         tensor(0.)
     """
     kl = divergence.kl_log_uniform(q.loc, log_variance_of(q), form)

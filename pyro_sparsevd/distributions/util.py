@@ -24,7 +24,7 @@ def unwrap_independent(distribution: Distribution) -> Distribution:
         The innermost base distribution.
 
     Example:
-        >>> unwrap_independent(LogUniform().expand([2]).to_event(1))
+        >>> unwrap_independent(svd.LogUniform().expand([2]).to_event(1))
         LogUniform(batch_shape: (2,))
     """
     while isinstance(distribution, torch.distributions.Independent):

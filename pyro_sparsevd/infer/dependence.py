@@ -52,7 +52,7 @@ def against_the_order(model_sites: Sites, guide_sites: Sites) -> list[str]:
         The names; not those of priors that depend on no latent.
 
     Example:
-        >>> with svd.records.SampleSites() as model:
+        >>> with svd.poutine.trace.SampleSites() as model:
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
         ...     y = pyro.sample("y", dist.Normal(x, 1.0))
         >>> against_the_order(model.found, dict(reversed(model.found.items())))

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from .._compat import on_state_dict
 from .._modules import copied, takes
 from ..distributions.log_uniform import LogUniform
-from .context import NetworkContext
+from .context import FixedName, NetworkContext
 from .scales import HierarchicalPrior
 from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior, Sites, without_sites
@@ -86,6 +86,7 @@ def bayesianize(
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if isinstance(module, PyroModule):
             module._pyro_name, module._pyro_context = path, context
+            module.__dict__["_pyro_set_supermodule"] = FixedName(module)
     rows = padding_rows(net)
     for name, fitted in priors.items():
         for alias in names[name]:

@@ -1,9 +1,10 @@
 """The context of a call of a network with priors."""
 
-__all__ = ["NetworkContext"]
+__all__ = ["FixedName", "NetworkContext"]
 
 from typing import Any
 
+from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 
 from .._compat import PyroContext
@@ -34,3 +35,18 @@ class NetworkContext(PyroContext):
         if not self.active and self._own_parameters is not None:
             self._own_parameters.__exit__(*error)
             self._own_parameters = None
+
+
+class FixedName:
+    """What a module of a network does where another module takes it in: it keeps its name while the network runs.
+
+    So the sites of ``self.layers[:2](x)``, a new module around old ones, are those of ``self.layers(x)``.
+    """
+
+    def __init__(self, module: PyroModule) -> None:
+        self.module = module
+
+    def __call__(self, name: str, context: PyroContext) -> None:
+        """Takes the name and the context of another module, unless the network runs."""
+        if not self.module._pyro_context.active:
+            type(self.module)._pyro_set_supermodule(self.module, name, context)

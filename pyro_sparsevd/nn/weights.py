@@ -103,12 +103,17 @@ def check_parameter(net: nn.Module, name: str) -> None:
         name: The name of the parameter.
 
     Raises:
-        ValueError: If it is not floating point or behind a parametrisation.
+        ValueError: If it is of another class, not floating point or behind a parametrisation.
 
     Example:
         >>> check_parameter(nn.Linear(2, 2), "weight")
     """
     parameter = net.get_parameter(name)
+    if type(parameter) is not nn.Parameter and not isinstance(parameter, nn.UninitializedParameter):
+        raise ValueError(
+            f"{name}: expected an nn.Parameter, but got a {type(parameter).__name__}, of whose methods a sample would "
+            "have none; exclude it"
+        )
     if not parameter.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
     if is_reparametrised(net, name):

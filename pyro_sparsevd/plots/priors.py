@@ -28,7 +28,8 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
         needs no weights has none.
 
     Example:
-        >>> result = svd.comparison.PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
+        >>> from pyro_sparsevd.evaluation.comparison import PriorResult
+        >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
         >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
         3
     """

@@ -143,6 +143,7 @@ def _to_plain_module_(module: PyroModule) -> None:
     """Undoes ``to_pyro_module_`` for one module; one that was a PyroModule before stays one, without sites."""
     original = next((base for base in type(module).__bases__ if PyroModule[base] is type(module)), None)
     forget_on_state_dict(module, without_sites)
+    module.__dict__.pop("_pyro_set_supermodule", None)
     if original is None:
         module._pyro_samples.clear()
         return
