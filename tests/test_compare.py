@@ -10,14 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lab.priors import common_priors
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.evaluation.common_priors import common_priors
 from pyro_sparsevd.evaluation.compare import compare_priors
 from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
 from pyro_sparsevd.training.checkpoints import CheckpointError
-from pyro_sparsevd.training.datasets import Split
+from pyro_sparsevd.training.split import Split
 
 PRIORS = {
     **common_priors(),

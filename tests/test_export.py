@@ -9,10 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lab.nets import lenet_5_caffe, lenet_300_100, vgg_like
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100, vgg_like
 from pyro_sparsevd.storage.onnx import export_onnx
 
 

@@ -20,8 +20,8 @@ from pyro_sparsevd.evaluation.metrics import (
     sampled_log_probs,
     uncertainty,
 )
-from pyro_sparsevd.training.datasets import Split
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.split import Split
 
 
 def slow_uncertainty(log_probs, labels, num_bins=15):

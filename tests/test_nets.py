@@ -3,9 +3,8 @@ from functools import partial
 
 import pytest
 import torch
+from lab.nets import lenet_5_caffe, lenet_300_100, vgg_like
 from torch import nn
-
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100, vgg_like
 
 
 def weights(net):

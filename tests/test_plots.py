@@ -7,13 +7,13 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from lab import figures
 from matplotlib.figure import Figure
 from PIL import Image
 
 from pyro_sparsevd import plots
 from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
 from pyro_sparsevd.ops.divergence import kl_log_uniform
-from pyro_sparsevd.plots import weights as weight_plots
 from pyro_sparsevd.plots.style import BLUE, SIGNED, line_styles, plain_numbers
 from pyro_sparsevd.sparsity.threshold import SweepPoint
 
@@ -34,15 +34,15 @@ DRAW = {
     "training_curves": lambda **kw: plots.training_curves(HISTORY, baseline=0.01, **kw),
     "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, left={"nll": "NLL"}, right={}, **kw),
     "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, **kw),
-    "compression_curves": lambda **kw: plots.compression_curves([10, 99], {"a": [0.1, 0.2]}, baseline=0.05, **kw),
+    "compression_curves": lambda **kw: figures.compression_curves([10, 99], {"a": [0.1, 0.2]}, baseline=0.05, **kw),
     "mean_and_scale": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), threshold=3.0, **kw),
     "mean_and_scale without a threshold": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), **kw),
     "mean_and_scale of zeros": lambda **kw: plots.mean_and_scale(torch.zeros(5), torch.zeros(5), threshold=3.0, **kw),
-    "prior_and_posteriors": lambda **kw: plots.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),
-    "divergences": lambda **kw: plots.divergences(samples={-2.0: 1.5, 2.0: 0.1}, **kw),
-    "prior_comparison": lambda **kw: plots.prior_comparison(PriorComparison(RESULTS, "error"), **kw),
-    "prior_comparison of squared errors": lambda **kw: plots.prior_comparison(PriorComparison(RESULTS, "mse"), **kw),
-    "connections": lambda **kw: plots.connections([torch.eye(3), torch.tensor([[1.0, -1.0, 0.0]])], **kw),
+    "prior_and_posteriors": lambda **kw: figures.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),
+    "divergences": lambda **kw: figures.divergences(samples={-2.0: 1.5, 2.0: 0.1}, **kw),
+    "prior_comparison": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "error"), **kw),
+    "prior_comparison of squared errors": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "mse"), **kw),
+    "connections": lambda **kw: figures.connections([torch.eye(3), torch.tensor([[1.0, -1.0, 0.0]])], **kw),
 }
 
 
@@ -154,7 +154,7 @@ def test_styles_of_lines_repeat_late_and_neighbours_differ_without_colors(skip):
 
 
 def test_divergences_are_those_of_the_package():
-    above, below = plots.divergences().axes
+    above, below = figures.divergences().axes
     assert below.get_ylabel() == "difference from\nthe exact KL, nats"
     exact = next(line for line in above.get_lines() if line.get_label() == "exact")
     log_alpha, drawn = (torch.as_tensor(v) for v in exact.get_data())
@@ -195,7 +195,7 @@ def test_means_and_scales_of_zero_are_drawn_at_the_lower_end_and_counted():
 
 def panels(results, error_name="error"):
     """Returns the axes of the errors and of the likelihoods, and the marks of each."""
-    axes = plots.prior_comparison(PriorComparison(tuple(results), error_name)).axes
+    axes = figures.prior_comparison(PriorComparison(tuple(results), error_name)).axes
     axes = [axis for axis in axes if axis.axison]
     return axes, [[line for line in axis.get_lines() if line.get_marker() != "None"] for axis in axes]
 
@@ -239,7 +239,7 @@ def test_errors_are_logarithmic_where_one_is_much_larger(largest, scale):
 
 def test_connections_are_the_weights_that_are_not_zero():
     weights = [torch.tensor([[1.0, 0.0], [-2.0, 0.5]]), torch.tensor([[0.0, 3.0]])]
-    axis = plots.connections(weights).axes[0]
+    axis = figures.connections(weights).axes[0]
     segments = [tuple(map(tuple, s)) for c in axis.collections if hasattr(c, "get_segments") for s in c.get_segments()]
     assert len(set(segments)) == len(segments) == 4
     assert sum(start[0] == 0 for start, _ in segments) == 3
@@ -248,12 +248,12 @@ def test_connections_are_the_weights_that_are_not_zero():
 @pytest.mark.parametrize("shapes", [[], [(3,)], [(2, 3), (2, 3)]], ids=str)
 def test_connections_need_layers_in_a_row(shapes):
     with pytest.raises(ValueError, match=r"weights: expected shapes \(b, a\), \(c, b\), \.\.\. of layers in a row"):
-        plots.connections([torch.ones(shape) for shape in shapes])
+        figures.connections([torch.ones(shape) for shape in shapes])
 
 
 def test_an_animation_has_a_frame_for_each_entry_and_is_small(tmp_path):
     path = tmp_path / "weights.gif"
-    plots.animate_weight_images([torch.randn(36, 28, 28) for _ in range(6)], path)
+    figures.animate_weight_images([torch.randn(36, 28, 28) for _ in range(6)], path)
     with Image.open(path) as image:
         assert (image.format, image.n_frames) == ("GIF", 6)
     assert path.stat().st_size < 3e6
@@ -261,10 +261,10 @@ def test_an_animation_has_a_frame_for_each_entry_and_is_small(tmp_path):
 
 def test_frames_of_an_animation_have_one_scale_and_a_title_each(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(weight_plots, "weight_images", lambda weight, **options: calls.append(options))
+    monkeypatch.setattr(figures, "weight_images", lambda weight, **options: calls.append(options))
     frames = [torch.full((2, 3, 3), value) for value in (1.0, -4.0)]
-    plots.animate_weight_images(frames, tmp_path / "a.gif", title=["threshold 3", "threshold {}"], colorbar_label="w")
-    plots.animate_weight_images(frames, tmp_path / "b.gif")
+    figures.animate_weight_images(frames, tmp_path / "a.gif", title=["threshold 3", "threshold {}"], colorbar_label="w")
+    figures.animate_weight_images(frames, tmp_path / "b.gif")
     assert [call["title"] for call in calls] == ["threshold 3", "threshold {}", "epoch 1", "epoch 2"]
     assert {call["limit"] for call in calls} == {4}
     assert [call["colorbar_label"] for call in calls] == ["w", "w", "weight", "weight"]
@@ -272,12 +272,12 @@ def test_frames_of_an_animation_have_one_scale_and_a_title_each(tmp_path, monkey
 
 def test_an_animation_needs_a_title_for_each_frame(tmp_path):
     with pytest.raises(ValueError, match="title: expected one for each of 2 frames, but got 1"):
-        plots.animate_weight_images(list(torch.randn(2, 1, 3, 3)), tmp_path / "weights.gif", title=["one"])
+        figures.animate_weight_images(list(torch.randn(2, 1, 3, 3)), tmp_path / "weights.gif", title=["one"])
 
 
 def test_an_animation_needs_a_frame(tmp_path):
     with pytest.raises(ValueError, match="history: expected the weights of at least one frame"):
-        plots.animate_weight_images([], tmp_path / "weights.gif")
+        figures.animate_weight_images([], tmp_path / "weights.gif")
 
 
 def test_pyplot_is_not_imported():

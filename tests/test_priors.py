@@ -1,6 +1,7 @@
 """Networks with priors against the networks themselves; data sets of any size; what is refused, and by what name."""
 
 import abc
+import collections
 import copy
 import functools
 import io
@@ -8,6 +9,7 @@ import math
 import pickle
 import re
 import types
+import unittest.mock
 import warnings
 from typing import ClassVar
 
@@ -574,6 +576,21 @@ class Cached(nn.Module):
         self.__dict__["cache"] = hold(self.layer.weight)
 
 
+def _with_default(w):
+    def function(x, *, w=w):
+        return x @ w
+
+    return function
+
+
+def _with_attribute(w):
+    def function(x):
+        return x @ function.w
+
+    function.w = w
+    return function
+
+
 def _times(self, x):
     return x @ self.w
 
@@ -587,6 +604,9 @@ HOLDERS = {
     "closure": lambda w: lambda x: x @ w,
     "default of a function": lambda w: lambda x, w=w: x @ w,
     "partial": lambda w: functools.partial(nn.functional.linear, weight=w),
+    "keyword's default": lambda w: _with_default(w),
+    "attribute of a function": lambda w: _with_attribute(w),
+    "queue": lambda w: collections.deque([w]),
     "object": lambda w: types.SimpleNamespace(inner=types.SimpleNamespace(w=w)),
     "bound method": lambda w: types.MethodType(_times, types.SimpleNamespace(w=w)),
 }
@@ -598,6 +618,31 @@ def test_a_weight_that_is_also_kept_where_no_sample_takes_its_place_is_refused(h
     with pytest.raises(ValueError, match=message):
         svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
     assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
+
+
+def test_a_function_that_is_not_copied_with_the_network_must_not_hold_its_modules():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+            self.helper = types.SimpleNamespace(net=self)
+            b, helper = self.b, self.helper
+            self.functions = {"alias": lambda x: b(x), "by an object": lambda x: helper.net.a(x)}
+            self.functions["cached"] = functools.lru_cache(None)(self.b.forward)
+
+    for kept, name in (("alias", "b"), ("by an object", "a"), ("cached", "b")):
+        net = Tied()
+        net.functions = {kept: net.functions[kept]}
+        with pytest.raises(ValueError, match=rf"^{name}\.weight: .* a function in 'functions' holds the module"):
+            svd.bayesianize(net)
+
+
+def test_an_optimiser_of_the_network_itself_is_no_second_place():
+    net = nn.Sequential(nn.Linear(3, 2))
+    net.optimizer = torch.optim.Adam(net.parameters())
+    net.any = unittest.mock.MagicMock()  # has every attribute
+    assert svd.choose(net) == ["0.weight"]
 
 
 def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():

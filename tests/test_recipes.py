@@ -12,8 +12,8 @@ from torch import nn
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
 from pyro_sparsevd.training import recipes
-from pyro_sparsevd.training.datasets import Split
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.split import Split
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 

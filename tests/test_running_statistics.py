@@ -123,7 +123,7 @@ def test_buffers_of_modules_that_are_met_again_are_kept_once(device):
     shared = nn.BatchNorm1d(3)
     net = nn.Sequential(*[nn.Sequential(shared, shared)] * 5).to(device)
     shared.add_module("owner", net)  # a circle
-    assert len(_running_buffers(net)) == 3
+    assert len(_running_buffers(net, with_frozen=False)) == 3
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -133,7 +133,7 @@ def test_what_weights_were_is_not_kept_a_second_time(error, device):
     bnn = svd.bayesianize(net)
     initial, buffers = bnn[0].weight, list(bnn[1].buffers())
 
-    @unchanged_buffers_on_error(bnn)
+    @unchanged_buffers_on_error(bnn, with_frozen=False)
     def fail() -> None:
         for changed in (initial, bnn[2].weight_initial, *buffers):
             changed.fill_(7)
@@ -175,3 +175,30 @@ def test_buffers_that_a_module_reassigns_are_left_alone_by_set_up_and_by_errors(
     assert bnn.mean.item() == 0
     bnn.double()
     assert bnn.mean.dtype == torch.float64
+
+
+class _Momentum(nn.Module):
+    """A frozen copy of its layer follows that by momentum, whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.follower = nn.Linear(4, 4, bias=False).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.follower.weight.lerp_(torch.ones_like(self.follower.weight), 0.25)
+        return (self.layer(x).tanh() + self.layer(self.follower(x))).sum(-1)
+
+
+@pytest.mark.parametrize("local_reparam", [True, False])
+def test_frozen_parameters_change_once_in_a_step(device, local_reparam):
+    net = _Momentum()
+    before = net.follower.weight.double().to(device)
+    loss = _loss(device, net, local_reparam=local_reparam)
+    loss(*_data(device)).backward()
+    torch.testing.assert_close(_follower(loss), before.lerp(torch.ones_like(before), 0.25))
+
+
+def _follower(loss: Any) -> Tensor:
+    return next(p for name, p in loss.named_parameters() if name.endswith("follower.weight"))

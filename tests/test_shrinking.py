@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from lab import nets
 from torch import nn
 
-from pyro_sparsevd import nets
 from pyro_sparsevd.shrink.flow import Channelwise
 from pyro_sparsevd.shrink.shrink import SelectFeatures, shrink, shrink_with_report
 from pyro_sparsevd.shrink.units import Ties, Units

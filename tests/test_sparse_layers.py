@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
+from lab.nets import lenet_5_caffe, lenet_300_100
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
 from pyro_sparsevd.shrink.sparse_linear import SparseLinear, to_sparse
 
 

@@ -17,10 +17,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from lab.nets import lenet_5_caffe, lenet_300_100
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
 from pyro_sparsevd.storage import container, sparse_file
 from pyro_sparsevd.storage.container import Entry
 from pyro_sparsevd.storage.models import code_array

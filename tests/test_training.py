@@ -9,8 +9,8 @@ from torch import nn
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
 from pyro_sparsevd.training import checkpoints
 from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.training.datasets import Split
 from pyro_sparsevd.training.fit import CrossEntropy, batches, constant_then_linear, error, fit
+from pyro_sparsevd.training.split import Split
 
 
 @pytest.fixture

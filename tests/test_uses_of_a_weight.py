@@ -331,6 +331,19 @@ def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(device):
     assert np.array_equal(weight.detach().cpu().numpy(), weight.cpu().numpy(force=True))
 
 
+def test_other_data_of_a_weight_must_fit(device):
+    weight = LazyWeight(svd.SparseNormal(*_inputs(device)[:2]), "fc.weight", Workspace())
+    for data, error in ((3.0, TypeError), (torch.ones(3, 2), RuntimeError), (weight.data.float(), RuntimeError)):
+        with pytest.raises(error, match=r"^fc\.weight: expected"):
+            weight.data = data
+    before = weight.detach().clone()
+    weight.data = weight
+    weight.data = (weight * 2).T.contiguous().T
+    torch.testing.assert_close(weight.detach(), 2 * before)
+    assert weight.detach().is_contiguous()
+    assert not weight._noise.sample.requires_grad
+
+
 def test_nobody_gets_the_memory_of_a_weight_but_its_sample(device):
     weight = LazyWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
     capsule = weight.__dlpack__()

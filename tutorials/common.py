@@ -11,12 +11,13 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from lab.datasets import cifar10, digits, mnist
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.training.datasets import Split, cifar10, digits, hold_out, mnist
+from pyro_sparsevd.training.split import Split, hold_out
 
 
 @dataclass

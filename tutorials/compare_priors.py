@@ -10,14 +10,14 @@ from typing import Any
 
 import pyro.distributions as dist
 from common import Data, load, parser, positive, positive_number, prepare, start, tolerance, write
+from lab import figures
+from lab.datasets import diabetes, sparse_regression
+from lab.nets import lenet_300_100
+from lab.priors import common_priors
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import plots
-from pyro_sparsevd.evaluation.common_priors import common_priors
 from pyro_sparsevd.evaluation.compare import compare_priors
-from pyro_sparsevd.nets import lenet_300_100
-from pyro_sparsevd.training.datasets import diabetes, sparse_regression
 
 
 def linear() -> nn.Module:
@@ -80,7 +80,7 @@ def main() -> None:
         checkpoints=checkpoints,
     )
     print(f"\n{found}")
-    write(args, plots.prior_comparison(found, title=f"priors on {args.data}"), found.to_dict())
+    write(args, figures.prior_comparison(found, title=f"priors on {args.data}"), found.to_dict())
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from torch.utils.benchmark import Timer
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
 from pyro_sparsevd.sparsity.quantization import quantization_steps
-from pyro_sparsevd.training.datasets import Split
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
 from pyro_sparsevd.training.recipes import fine_tune
+from pyro_sparsevd.training.split import Split
 
 ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}
 BATCH_SIZES = 1, 32, 1000

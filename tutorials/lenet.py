@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from classification import add_options, run
 from common import load, natural, parser, start
+from lab.nets import lenet_5_caffe, lenet_300_100
 from torch import Tensor, nn
-
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
 
 NETS: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5_caffe}
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import pyro.distributions as dist
 import torch
 from common import checkpoint, load, parser, start, two_or_more, write
+from lab.nets import lenet_300_100
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.training.recipes import train_sparse
 
 Parameterization = Literal["additive", "multiplicative"]

@@ -16,12 +16,12 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from common import Data, checkpoint, load, parser, positive, start, write
+from lab import figures
+from lab.nets import lenet_300_100
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import plots
-from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
 from pyro_sparsevd.training.recipes import fine_tune, train_dense, train_sparse
@@ -131,7 +131,7 @@ def main() -> None:
     dense = statistics.mean(run["dense"] for run in runs)
     report(runs, means, dense)
     title = "test error after fine-tuning"
-    figure = plots.compression_curves(COMPRESSIONS, means, baseline=dense, title=title)
+    figure = figures.compression_curves(COMPRESSIONS, means, baseline=dense, title=title)
     write(args, figure, {"compressions": COMPRESSIONS, "prior_scales": PRIOR_SCALES, "runs": runs})
 
 

@@ -24,15 +24,15 @@ from common import (
     start,
     write,
 )
+from lab.nets import vgg_like
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import vgg_like
 from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.datasets import Split
 from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, logits
 from pyro_sparsevd.training.recipes import train_sparse
+from pyro_sparsevd.training.split import Split
 
 KINDS = ("true", "random")
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from classification import THRESHOLDS
 from common import Data, checkpoint, classifier, load, natural, parser, positive, start, write
+from lab.nets import lenet_300_100
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
 from pyro_sparsevd.training.fit import logits
 from pyro_sparsevd.training.recipes import fine_tune, fit_posterior

@@ -11,9 +11,8 @@ import contextlib
 import torch
 from classification import add_options, run
 from common import CIFAR10_FOLDER, load_cifar10, parser, positive_number, start
+from lab.nets import vgg_like
 from torch import Tensor, nn
-
-from pyro_sparsevd.nets import vgg_like
 
 
 class RandomFlip(nn.Module):

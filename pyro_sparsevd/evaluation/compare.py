@@ -26,8 +26,8 @@ from ..nn.bayesianize import Prior, bayesianize
 from ..nn.supervised import Supervised
 from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 from ..training.checkpoints import Checkpoint
-from ..training.datasets import Split
 from ..training.recipes import fit_posterior
+from ..training.split import Split
 from .comparison import PriorComparison, PriorResult
 from .metrics import uncertainty
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .._modules import evaluation_mode
 from ..nn.supervised import Supervised
-from ..training.datasets import Split
 from ..training.fit import logits
+from ..training.split import Split
 
 
 @dataclass(frozen=True)

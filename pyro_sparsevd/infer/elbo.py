@@ -219,7 +219,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             # The walk over modules costs time; what else there is to find is mostly found at first.
             restore_random_state = random_state(None if self.terms else unwrap(model))
             try:
-                with unchanged_buffers_on_error(model):
+                with unchanged_buffers_on_error(model, with_frozen=not self.terms):  # what costs memory at first only
                     factorised = is_factorised(guide)
                     traces = self._get_traces(model, guide, args, kwargs)
                     particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]

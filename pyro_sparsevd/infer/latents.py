@@ -162,8 +162,11 @@ def keep_latents(trace: Any) -> None:
 
 @contextmanager
 def unchanged_buffers(model: Any) -> Iterator[None]:
-    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation."""
-    restore = _restorer(model)
+    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation.
+
+    So for frozen parameters, as of an encoder that follows another by momentum.
+    """
+    restore = _restorer(model, with_frozen=True)
     try:
         yield
     finally:
@@ -171,9 +174,9 @@ def unchanged_buffers(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
-    """Undoes what a run of the model did to its buffers, where it ends in an error."""
-    restore = _restorer(model)
+def unchanged_buffers_on_error(model: Any, with_frozen: bool) -> Iterator[None]:
+    """Undoes what a run of the model did to its buffers, and to frozen parameters, where it ends in an error."""
+    restore = _restorer(model, with_frozen)
     try:
         yield
     except BaseException:  # an interrupt, too
@@ -181,8 +184,8 @@ def unchanged_buffers_on_error(model: Any) -> Iterator[None]:
         raise
 
 
-def _restorer(model: Any) -> Callable[[], None]:
-    buffers = _running_buffers(model)
+def _restorer(model: Any, with_frozen: bool) -> Callable[[], None]:
+    buffers = _running_buffers(model, with_frozen)
     kept = [buffer.clone() for _, _, buffer in buffers]
 
     @torch.no_grad()
@@ -194,7 +197,7 @@ def _restorer(model: Any) -> Callable[[], None]:
     return restore
 
 
-def _running_buffers(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
+def _running_buffers(model: Any, with_frozen: bool) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
     model = unwrap(model)  # of handlers
@@ -210,4 +213,7 @@ def _running_buffers(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
             initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}
             own = module._buffers
             found += [(own, name, value) for name, value in own.items() if value is not None and name not in initial]
+        if with_frozen:
+            own = module._parameters
+            found += [(own, name, p) for name, p in own.items() if p is not None and not p.requires_grad]
     return found

@@ -27,7 +27,7 @@ class Scale(NamedTuple):
 
 
 class HierarchicalPrior:
-    """What :func:`~.bayesianize.bayesianize` takes as a prior with scales: see :func:`horseshoe`.
+    """What :func:`~.bayesianize.bayesianize` takes as a prior with scales: see :func:`~.priors.horseshoe`.
 
     Args:
         scales: The scales by the ends of their names: that of ``fc.weight`` and ``"scale"`` is ``fc.weight_scale``.

@@ -2,9 +2,10 @@
 
 __all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_rows", "weights_of"]
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim import Optimizer
 
 
 def weights_of(net: nn.Module) -> set[str]:
@@ -142,7 +144,8 @@ def check_references(net: nn.Module, names: Collection[str]) -> None:
         ValueError: weight: expected a parameter that is read from its module, but 'cached' holds it, too, ...
     """
     chosen = {id(net.get_parameter(name)): name for name in names}
-    modules = {id(m): name for name in reversed(list(names)) for m in _modules_above(net, name)}
+    aliases = [name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in chosen]
+    modules = {id(m): name for name in reversed(aliases) for m in _modules_above(net, name)}
     for holder, value, is_copied in _held_elsewhere(net):
         if id(value) in chosen:
             raise ValueError(
@@ -153,7 +156,7 @@ def check_references(net: nn.Module, names: Collection[str]) -> None:
             raise ValueError(
                 f"{modules[id(value)]}: expected a parameter that is read from its module, but a function in "
                 f"{holder!r} holds the module, and a copy of the network would use the one of this network; make the "
-                "function a method, or exclude the parameter"
+                "function a method, remove it if it is a hook, or exclude the parameter"
             )
     for name, other in _overlaps([*net.named_parameters(), *net.named_buffers()]):
         if not {name, other}.isdisjoint(names):
@@ -171,31 +174,37 @@ def _modules_above(net: nn.Module, name: str) -> Iterator[nn.Module]:
 
 def _held_elsewhere(net: nn.Module) -> Iterator[tuple[str, Any, bool]]:
     """Yields the tensors and modules that attributes refer to, each with whether a copy of the network copies it."""
-    seen: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
     for path, module in net.named_modules():
         own = ("_parameters", "_modules", "_buffers", "_flat_weights" if isinstance(module, nn.RNNBase) else "")
         for attribute, value in vars(module).items():
-            todo = [] if attribute in own or isinstance(value, nn.Module) else [(value, True)]
+            todo = [] if attribute in own or isinstance(value, (nn.Module, *_WITHOUT_TENSORS)) else [(value, True)]
             while todo:
                 value, is_copied = todo.pop()
                 if isinstance(value, Tensor | nn.Module):
                     yield f"{path}.{attribute}" if path else attribute, value, is_copied
-                elif id(value) not in seen and not isinstance(value, _WITHOUT_TENSORS):
-                    seen.add(id(value))
-                    is_copied = is_copied and not isinstance(value, FunctionType)  # copy.deepcopy leaves functions
-                    todo += [(part, is_copied) for part in _parts(value)]
+                elif (id(value), is_copied) not in seen:
+                    seen.add((id(value), is_copied))
+                    is_copied = is_copied and not isinstance(value, _NOT_COPIED)
+                    todo += [(part, is_copied) for part in _parts(value) if not isinstance(part, _WITHOUT_TENSORS)]
 
 
 def _parts(value: Any) -> list[Any]:
+    """Returns what a value refers to, as far as a network may read a weight there."""
     if isinstance(value, Mapping):
         return list(value.values())
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
+    attributes = getattr(value, "__dict__", None)
+    parts = list(attributes.values()) if isinstance(attributes, dict) else []
     if isinstance(value, FunctionType):
-        return [*_contents(value.__closure__ or ()), *(value.__defaults__ or ())]
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    return [value.__self__] if isinstance(value, MethodType) else list(getattr(value, "__dict__", {}).values())
+        keywords = value.__kwdefaults__ or {}
+        parts += [*_contents(value.__closure__ or ()), *(value.__defaults__ or ()), *keywords.values()]
+    elif isinstance(value, partial):
+        parts += [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        parts.append(value.__self__)
+    return parts
 
 
 def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
@@ -229,6 +238,8 @@ _LAYERS = (
     nn.EmbeddingBag,
     nn.Bilinear,
 )
-_WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None))
+# What an optimiser holds, it changes and no forward pass reads.
+_WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None), Optimizer)
+_NOT_COPIED = (FunctionType, type(cache(int)))  # by copy.deepcopy
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
 _REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -1,6 +1,6 @@
-"""Pictures of error, compression and the bound, from plain data; to be had from :mod:`~.plots` as well."""
+"""Pictures of error and of the bound."""
 
-__all__ = ["compression_curves", "threshold_curves", "training_curves"]
+__all__ = ["threshold_curves", "training_curves"]
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -92,42 +92,4 @@ def threshold_curves(
     other.set(ylabel="compression", yscale="log")
     plain_numbers(other.yaxis)
     joint_legend(axis, other)
-    return figure
-
-
-def compression_curves(
-    compressions: Sequence[float],
-    errors: Mapping[str, Sequence[float]],
-    *,
-    baseline: float | None = None,
-    title: str = "",
-    figure: Any = None,
-) -> Any:
-    """Draws the errors of several methods against compression, on logarithmic axes.
-
-    Args:
-        compressions: The compressions.
-        errors: The error of each method at each compression, as a fraction.
-        baseline: The error of a dense network.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> figure = compression_curves([10, 100], {"magnitude": [0.02, 0.1], "Sparse VD": [0.02, 0.02]})
-        >>> [line.get_label() for line in figure.axes[0].get_lines()]
-        ['magnitude', 'Sparse VD']
-    """
-    figure = figure_or_new(figure)
-    axis = figure.subplots()
-    for (method, found), (color, line, marker) in zip(errors.items(), line_styles(), strict=False):
-        axis.plot(compressions, [100 * e for e in found], color=color, linestyle=line, marker=marker, label=method)
-    if baseline is not None:
-        axis.axhline(100 * baseline, color="gray", linestyle=":", linewidth=1, label="dense")
-    axis.set(xlabel="compression", ylabel="error, %", xscale="log", yscale="log", title=title)
-    plain_numbers(axis.xaxis)
-    plain_numbers(axis.yaxis)
-    axis.legend(fontsize="small")
     return figure

@@ -1,88 +1,15 @@
-"""Pictures of priors, posteriors and divergences."""
+"""Pictures of posteriors."""
 
-__all__ = ["divergences", "log_alpha_histogram", "mean_and_scale", "prior_and_posteriors"]
+__all__ = ["log_alpha_histogram", "mean_and_scale"]
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..distributions.log_uniform import LogUniform
-from ..distributions.sparse_normal import SparseNormal
-from ..ops.divergence import kl_log_uniform, log_alpha
+from ..ops.divergence import log_alpha
 from .style import BLUE, ORANGE, as_numpy, figure_or_new, line_styles
-
-
-def prior_and_posteriors(
-    posteriors: Mapping[str, tuple[float, float]], *, limit: float = 3.0, title: str = "", figure: Any = None
-) -> Any:
-    """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights.
-
-    Args:
-        posteriors: Mean and log variance of each weight, by what to call it.
-        limit: The largest magnitude of a weight to draw.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> figure = prior_and_posteriors({"kept": (1.0, -3.0), "dropped": (0.01, 0.0)})
-        >>> [line.get_label() for line in figure.axes[0].get_lines()]
-        ['log-uniform prior, p(w) ∝ 1/|w|', 'kept: log α = -3.0', 'dropped: log α = 9.2']
-    """
-    figure = figure_or_new(figure)
-    axis = figure.subplots()
-    w = torch.linspace(-limit, limit, 2001, dtype=torch.float64)
-    prior = LogUniform().log_prob(w).exp() / 4
-    axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
-    for (name, (loc, log_variance)), style in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
-        q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
-        label = f"{name}: log α = {q.log_alpha:.1f}"
-        axis.plot(w, q.log_prob(w).exp(), color=style.color, linestyle=style.line, label=label)
-    axis.set(xlabel="weight w", ylabel="density", ylim=(0, 2.5), xlim=(-limit, limit), title=title)
-    axis.legend(fontsize="small")
-    return figure
-
-
-def divergences(
-    *, samples: Mapping[float, float] | None = None, limit: float = 8.0, title: str = "", figure: Any = None
-) -> Any:
-    """Draws the KL divergence against log α, exact and approximate, and below the difference from the exact one.
-
-    Args:
-        samples: Monte Carlo estimates of the divergence by log α.
-        limit: The largest magnitude of log α to draw.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> len(divergences(samples={0.0: 0.43}).axes)
-        2
-    """
-    figure = figure_or_new(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    log_alpha = torch.linspace(-limit, limit, 801, dtype=torch.float64)
-    one = torch.ones((), dtype=torch.float64)
-    exact, approximate = (kl_log_uniform(one, log_alpha, form) for form in ("exact", "approximate"))
-    above.plot(log_alpha, exact, color=ORANGE, label="exact")
-    above.plot(log_alpha, approximate, color=BLUE, linestyle="--", label="approximate (equation 14)")
-    below.plot(log_alpha, approximate - exact, color=BLUE, linestyle="--")
-    if samples:
-        at, values = (torch.tensor(list(v), dtype=torch.float64) for v in (samples.keys(), samples.values()))
-        above.plot(at, values, "x", color="black", label="Monte Carlo")
-        below.plot(at, values - kl_log_uniform(one, at, "exact"), "x", color="black")
-    below.axhline(0, color="gray", linewidth=0.5)
-    above.set(ylabel="KL, nats", title=title)
-    below.set(xlabel="log α", ylabel="difference from\nthe exact KL, nats", xlim=(-limit, limit))
-    above.legend(fontsize="small")
-    return figure
 
 
 def log_alpha_histogram(

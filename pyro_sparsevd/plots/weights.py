@@ -1,21 +1,15 @@
-"""Pictures of the weights of a network, from plain data; to be had from :mod:`~.plots` as well."""
+"""Pictures of weights."""
 
-__all__ = ["animate_weight_images", "connections", "weight_images"]
+__all__ = ["weight_images"]
 
-from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.animation import PillowWriter
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from .style import BLUE, ORANGE, SIGNED, as_numpy, figure_or_new
+from .style import SIGNED, as_numpy, figure_or_new
 
 
 def weight_images(
@@ -68,93 +62,6 @@ def weight_images(
         bar = figure.colorbar(colors, ax=axes, label=colorbar_label)
         bar.ax.set_ylim(-limit if (images < 0).any() else 0, limit)  # counts, say, have no lower half
     figure.suptitle(title)
-    return figure
-
-
-def animate_weight_images(
-    history: Sequence[Tensor],
-    path: str | Path,
-    *,
-    count: int = 36,
-    colorbar_label: str | None = "weight",
-    title: str | Sequence[str] = "epoch {}",
-    frames_per_second: int = 5,
-) -> None:
-    """Writes :func:`weight_images` over training as an animated GIF, all frames on one scale.
-
-    Args:
-        history: The weights at each frame, of shape ``(units, height, width)``.
-        path: The file to write, overwritten if there is one.
-        count: The largest number of units to draw, the first ones.
-        colorbar_label: As for :func:`weight_images`.
-        title: What to write above: one for each frame, or one for all with the number of the frame, from 1, for ``{}``.
-        frames_per_second: How fast to show them.
-
-    Raises:
-        ValueError: If ``history`` is empty, or the number of titles is another than that of frames.
-
-    Example:
-        >>> frames = [torch.randn(4, 5, 5) for _ in range(3)]
-        >>> titles = [f"threshold {threshold}" for threshold in (3, 2, 1)]
-        >>> animate_weight_images(frames, getfixture("tmp_path") / "weights.gif", title=titles)
-    """
-    if not history:
-        raise ValueError("history: expected the weights of at least one frame, but got none")
-    titles = [title.format(n) for n in range(1, len(history) + 1)] if isinstance(title, str) else title
-    if len(titles) != len(history):
-        raise ValueError(f"title: expected one for each of {len(history)} frames, but got {len(titles)}")
-    limit = max(_largest(as_numpy(weight[:count])) for weight in history)
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    writer = PillowWriter(fps=frames_per_second)
-    with writer.saving(figure, str(path), dpi=80):
-        for weight, text in zip(history, titles, strict=True):
-            figure.clear()
-            weight_images(weight, count=count, limit=limit, colorbar_label=colorbar_label, title=text, figure=figure)
-            writer.grab_frame()
-
-
-def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = None) -> Any:
-    """Draws the non-zero weights of a small fully-connected network as a graph, inputs to the left.
-
-    Positive weights are solid lines in blue, negative ones broken lines in orange, as wide as they are large within
-    their layer. A unit that nothing connects is a pale dot.
-
-    Args:
-        weights: The weight of each layer, of shape ``(outputs, inputs)``, in their order.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: If the shapes are not those of layers that follow each other.
-
-    Example:
-        >>> figure = connections([torch.eye(3), torch.ones(1, 3)])
-        >>> sum(len(lines.get_segments()) for lines in figure.axes[0].collections if hasattr(lines, "get_segments"))
-        6
-    """
-    shapes = [tuple(w.shape) for w in weights]
-    follow = all(before[0] == after[1] for before, after in pairwise(shapes) if len(after) == 2)
-    if not shapes or any(len(shape) != 2 for shape in shapes) or not follow:
-        raise ValueError(f"weights: expected shapes (b, a), (c, b), ... of layers in a row, but got {shapes}")
-    figure = figure_or_new(figure)
-    axis = figure.subplots()
-    sizes = [shapes[0][1], *(shape[0] for shape in shapes)]
-    heights = [np.linspace(-0.5, 0.5, size + 2)[1:-1] for size in sizes]
-    connected = [np.zeros(size, dtype=bool) for size in sizes]
-    for layer, weight in enumerate(map(as_numpy, weights)):
-        for sign, color, style in ((1, BLUE, "-"), (-1, ORANGE, "--")):
-            to, of = np.nonzero(sign * weight > 0)
-            ends = zip(heights[layer][of], heights[layer + 1][to], strict=True)
-            widths = 0.3 + 2 * np.abs(weight[to, of]) / (np.abs(weight).max() or 1.0)
-            lines = [[(layer, start), (layer + 1, end)] for start, end in ends]
-            axis.add_collection(LineCollection(lines, colors=color, linestyles=style, linewidths=widths, alpha=0.7))
-            connected[layer][of] = connected[layer + 1][to] = True
-    for layer, (height, alive) in enumerate(zip(heights, connected, strict=True)):
-        axis.scatter(np.full(height.shape, layer), height, c=np.where(alive, "black", "lightgray"), s=12, zorder=2)
-    axis.set(xticks=range(len(sizes)), xlabel="layer", yticks=[], title=title)
     return figure
 
 

@@ -143,8 +143,15 @@ class LazyWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.site}: expected a tensor as its data, but got {type(value).__name__}")
+        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+            raise RuntimeError(
+                f"{self.site}: expected data of shape {tuple(self.shape)}, {self.dtype}, on {self.device}, but got "
+                f"{tuple(value.shape)}, {value.dtype}, on {value.device}"
+            )
         self._numbers()
-        self._noise.sample = value
+        self._noise.sample = value.detach().contiguous()
 
     def value_for_density(self) -> Tensor:
         """Returns the weight if it was sampled, else a sample apart: the bound's terms are separate expectations."""

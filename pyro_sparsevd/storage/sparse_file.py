@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._modules import check_plain
-from ..nets import lenet_5_caffe, lenet_300_100, vgg_like
 from ..shrink.sparse_linear import check_indices
 from .container import DTYPES, Entry, read_payload, read_table, write_file
 from .range_coder import StorageError
@@ -29,7 +28,7 @@ def save_sparse(
     """Writes the state of a sparse network to a small file, whole or not at all.
 
     Stored are all tensors of ``net.state_dict()``, buffers too; one that two modules share is stored once. What is
-    not zero is stored with its position, as :mod:`~.coding` does it. By default nothing but the sign of a zero is lost.
+    not zero is stored with its position, as :mod:`~.models` does it. By default nothing but the sign of a zero is lost.
 
     Args:
         net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
@@ -38,8 +37,7 @@ def save_sparse(
             theirs is wider; or rounded to multiples of steps, a number for each name, as from
             :func:`~.quantization.quantization_steps`. Parameters without a step and all buffers stay as they are.
         architecture: The name that :func:`register_architecture` was given for the function that makes such a
-            network, or "lenet-300-100", "lenet-5-caffe" or "vgg-like", which are known. Then the file can be loaded
-            without a network.
+            network. Then the file can be loaded without a network.
 
     Raises:
         ImportError: If constriction is not installed.
@@ -91,11 +89,11 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
 
     Example:
         >>> import tempfile
-        >>> net = lenet_300_100()
+        >>> net = nn.Linear(4, 3)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_sparse(net, f"{folder}/net.svd", architecture="lenet-300-100")
-        ...     loaded = load_sparse(f"{folder}/net.svd")
-        >>> torch.equal(loaded[1].weight, net[1].weight)
+        ...     save_sparse(net, f"{folder}/net.svd")
+        ...     loaded = load_sparse(f"{folder}/net.svd", nn.Linear(4, 3))
+        >>> torch.equal(loaded.weight, net.weight)
         True
     """
     path = Path(path)
@@ -140,11 +138,7 @@ def register_architecture(name: str, factory: Callable[[], nn.Module]) -> None:
         raise ValueError(f"{name}: expected a new name, but it is that of another function; choose a different one")
 
 
-_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "lenet-300-100": lenet_300_100,
-    "lenet-5-caffe": lenet_5_caffe,
-    "vgg-like": vgg_like,
-}
+_ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {}
 _FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 _SLACK = 2**16  # bytes: what tiny tensors may take more than four times their size
 _ADVICE = "load into a network like the one that was saved"
@@ -152,7 +146,7 @@ _ADVICE = "load into a network like the one that was saved"
 
 def _build(architecture: str) -> nn.Module:
     if architecture not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
+        known = ", ".join(_ARCHITECTURES) or "none"
         raise StorageError(
             f"expected a known architecture, of {known}, but got {architecture!r}; pass a network, or call "
             "register_architecture before"

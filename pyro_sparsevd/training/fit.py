@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .._modules import evaluation_mode
 from .checkpoints import Checkpoint, load, save
-from .datasets import Split
+from .split import Split
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,8 +23,8 @@ from ..sparsity.pruning import masks_held, prune
 from ..sparsity.summary import sparsify
 from ..sparsity.threshold import smoothed_threshold
 from .checkpoints import Checkpoint
-from .datasets import Split
 from .fit import CrossEntropy, constant_then_linear, error, fit, negative_log_likelihood
+from .split import Split
 
 
 def train_dense(

@@ -10,10 +10,10 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from lab.nets import vgg_like
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import vgg_like
 from pyro_sparsevd.ops.workspace import Workspace
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight, kl_log_uniform_total
 

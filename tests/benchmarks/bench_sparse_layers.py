@@ -8,8 +8,8 @@ alive than pruning does, so a pruned network of the same density shrinks further
 
 import pytest
 import torch
+from lab.nets import lenet_300_100
 
-from pyro_sparsevd.nets import lenet_300_100
 from pyro_sparsevd.shrink.shrink import shrink
 from pyro_sparsevd.shrink.sparse_linear import to_sparse
 

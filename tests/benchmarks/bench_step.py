@@ -4,9 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lab.nets import lenet_5_caffe, lenet_300_100
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
 
 NETS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5_caffe}
 

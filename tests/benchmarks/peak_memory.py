@@ -13,10 +13,10 @@ from pathlib import Path
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from lab.nets import lenet_5_caffe, lenet_300_100
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.nets import lenet_5_caffe, lenet_300_100
 
 NETS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5_caffe}
 

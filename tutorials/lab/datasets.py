@@ -1,44 +1,17 @@
-"""Images from local files, and regression data sets: nothing is downloaded, unpickled or left unchecked."""
+"""Readers of MNIST and CIFAR-10, digits that a package ships, and regression data sets."""
 
-__all__ = ["Split", "cifar10", "diabetes", "digits", "hold_out", "mnist", "sparse_regression"]
+__all__ = ["cifar10", "diabetes", "digits", "mnist", "sparse_regression"]
 
 import gzip
 import math
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images with their labels, or features with their targets: one part, such as the training set, of a data set.
-
-    Args:
-        images: float32 in [0, 1], of shape ``(N, channels, height, width)``; or features of any shape ``(N, ...)``.
-        labels: int64, of shape ``(N,)``; or targets.
-
-    Raises:
-        ValueError: If there are not as many labels as images.
-
-    Example:
-        >>> len(Split(torch.zeros(3, 1, 28, 28), torch.tensor([7, 2, 1])))
-        3
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.labels) != (count := len(self.images)):
-            raise ValueError(f"Split: expected a label for each of {count} images, but got {len(self.labels)} labels")
-
-    def __len__(self) -> int:
-        return len(self.labels)
+from pyro_sparsevd.training.split import Split, hold_out
 
 
 def mnist(root: str | Path) -> tuple[Split, Split]:
@@ -162,32 +135,7 @@ def sparse_regression() -> tuple[Split, Split]:
     return Split(x[:400], y[:400]), Split(x[400:], y[400:])
 
 
-def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
-    """Splits off random data, to validate on.
-
-    Args:
-        split: The data; they are copied.
-        count: How many to split off.
-        seed: The seed of the choice. Torch's global generator is left alone.
-
-    Returns:
-        The rest and the ``count`` data split off, both shuffled.
-
-    Raises:
-        ValueError: If ``count`` is not an integer from 1 to ``len(split) - 1``.
-
-    Example:
-        >>> [len(part) for part in hold_out(Split(torch.rand(10, 1, 28, 28), torch.arange(10)), count=3)]
-        [7, 3]
-    """
-    if not (isinstance(count, int) and 0 < count < len(split)):
-        raise ValueError(f"hold_out: expected count, an integer from 1 to {len(split) - 1}, but got {count!r}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    rest, held_out = (Split(split.images[i], split.labels[i]) for i in (order[count:], order[:count]))
-    return rest, held_out
-
-
-_MOST_BYTES = 2**28  # of data in a file; those of MNIST have less than 2**26
+_MOST_TIMES = 1100  # that gzip makes something smaller
 
 
 def _mnist_split(folder: Path, part: str) -> Split:
@@ -212,7 +160,8 @@ def _idx(path: Path, dims: int) -> tuple[np.ndarray, Path]:
             _require(found == magic, path, f"the magic number {magic:#010x}", f"{found:#010x}")
             _require(0 not in shape, path, "at least one datum", f"the shape {shape}")
             size = math.prod(shape)
-            data = file.read(min(size, _MOST_BYTES) + 1)  # a small compressed file may go on for gigabytes
+            # A small compressed file may go on for gigabytes, and a wrong header promise anything.
+            data = file.read(min(size, _MOST_TIMES * path.stat().st_size) + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: expected a gzip file, but it is damaged ({error}); get a fresh copy") from error
     _require(len(data) == size, path, f"{size} bytes of data, as its header says", len(data))

@@ -4,10 +4,10 @@ __all__ = ["common_priors"]
 
 import pyro.distributions as dist
 
-from ..distributions.empirical_normal import EmpiricalNormal
-from ..distributions.log_uniform import LogUniform
-from ..nn.bayesianize import Prior
-from ..nn.priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
+from pyro_sparsevd.distributions.empirical_normal import EmpiricalNormal
+from pyro_sparsevd.distributions.log_uniform import LogUniform
+from pyro_sparsevd.nn.bayesianize import Prior
+from pyro_sparsevd.nn.priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
 
 
 def common_priors() -> dict[str, Prior]:

@@ -1,0 +1,60 @@
+"""Labelled data in memory."""
+
+__all__ = ["Split", "hold_out"]
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with their labels, or features with their targets: one part, such as the training set, of a data set.
+
+    Args:
+        images: float32 in [0, 1], of shape ``(N, channels, height, width)``; or features of any shape ``(N, ...)``.
+        labels: int64, of shape ``(N,)``; or targets.
+
+    Raises:
+        ValueError: If there are not as many labels as images.
+
+    Example:
+        >>> len(Split(torch.zeros(3, 1, 28, 28), torch.tensor([7, 2, 1])))
+        3
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != (count := len(self.images)):
+            raise ValueError(f"Split: expected a label for each of {count} images, but got {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
+    """Splits off random data, to validate on.
+
+    Args:
+        split: The data; they are copied.
+        count: How many to split off.
+        seed: The seed of the choice. Torch's global generator is left alone.
+
+    Returns:
+        The rest and the ``count`` data split off, both shuffled.
+
+    Raises:
+        ValueError: If ``count`` is not an integer from 1 to ``len(split) - 1``.
+
+    Example:
+        >>> [len(part) for part in hold_out(Split(torch.rand(10, 1, 28, 28), torch.arange(10)), count=3)]
+        [7, 3]
+    """
+    if not (isinstance(count, int) and 0 < count < len(split)):
+        raise ValueError(f"hold_out: expected count, an integer from 1 to {len(split) - 1}, but got {count!r}")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    rest, held_out = (Split(split.images[i], split.labels[i]) for i in (order[count:], order[:count]))
+    return rest, held_out

@@ -1,0 +1,1 @@
+"""What is experiment and not library: the paper's networks, data, priors to compare, figures of one tutorial."""

@@ -1,0 +1,317 @@
+"""Pictures of one tutorial each, from plain data."""
+
+__all__ = [
+    "animate_weight_images",
+    "compression_curves",
+    "connections",
+    "divergences",
+    "prior_and_posteriors",
+    "prior_comparison",
+]
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.animation import PillowWriter
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+from torch import Tensor
+
+from pyro_sparsevd.distributions.log_uniform import LogUniform
+from pyro_sparsevd.distributions.sparse_normal import SparseNormal
+from pyro_sparsevd.evaluation.comparison import PriorComparison
+from pyro_sparsevd.ops.divergence import kl_log_uniform
+from pyro_sparsevd.plots.style import (
+    BLUE,
+    ORANGE,
+    Style,
+    are_wide,
+    as_numpy,
+    figure_or_new,
+    line_styles,
+    plain_numbers,
+)
+from pyro_sparsevd.plots.weights import _largest, weight_images
+
+
+def prior_and_posteriors(
+    posteriors: Mapping[str, tuple[float, float]], *, limit: float = 3.0, title: str = "", figure: Any = None
+) -> Any:
+    """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights.
+
+    Args:
+        posteriors: Mean and log variance of each weight, by what to call it.
+        limit: The largest magnitude of a weight to draw.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = prior_and_posteriors({"kept": (1.0, -3.0), "dropped": (0.01, 0.0)})
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['log-uniform prior, p(w) ∝ 1/|w|', 'kept: log α = -3.0', 'dropped: log α = 9.2']
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    w = torch.linspace(-limit, limit, 2001, dtype=torch.float64)
+    prior = LogUniform().log_prob(w).exp() / 4
+    axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
+    for (name, (loc, log_variance)), style in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
+        q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
+        label = f"{name}: log α = {q.log_alpha:.1f}"
+        axis.plot(w, q.log_prob(w).exp(), color=style.color, linestyle=style.line, label=label)
+    axis.set(xlabel="weight w", ylabel="density", ylim=(0, 2.5), xlim=(-limit, limit), title=title)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def divergences(
+    *, samples: Mapping[float, float] | None = None, limit: float = 8.0, title: str = "", figure: Any = None
+) -> Any:
+    """Draws the KL divergence against log α, exact and approximate, and below the difference from the exact one.
+
+    Args:
+        samples: Monte Carlo estimates of the divergence by log α.
+        limit: The largest magnitude of log α to draw.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> len(divergences(samples={0.0: 0.43}).axes)
+        2
+    """
+    figure = figure_or_new(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    log_alpha = torch.linspace(-limit, limit, 801, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    exact, approximate = (kl_log_uniform(one, log_alpha, form) for form in ("exact", "approximate"))
+    above.plot(log_alpha, exact, color=ORANGE, label="exact")
+    above.plot(log_alpha, approximate, color=BLUE, linestyle="--", label="approximate (equation 14)")
+    below.plot(log_alpha, approximate - exact, color=BLUE, linestyle="--")
+    if samples:
+        at, values = (torch.tensor(list(v), dtype=torch.float64) for v in (samples.keys(), samples.values()))
+        above.plot(at, values, "x", color="black", label="Monte Carlo")
+        below.plot(at, values - kl_log_uniform(one, at, "exact"), "x", color="black")
+    below.axhline(0, color="gray", linewidth=0.5)
+    above.set(ylabel="KL, nats", title=title)
+    below.set(xlabel="log α", ylabel="difference from\nthe exact KL, nats", xlim=(-limit, limit))
+    above.legend(fontsize="small")
+    return figure
+
+
+def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: Any = None) -> Any:
+    """Draws error and, below, negative log likelihood on test data against compression: a mark per prior and seed.
+
+    The error is that of the network with the weights dropped that make the compression. The likelihood is that of the
+    posterior with all its weights. Marks of about the same compression, on thin lines, stand side by side.
+
+    Args:
+        comparison: What :func:`~.compare.compare_priors` returns.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure. A prior that missed the error level has a hollow mark at 1, at its error with all weights; one that
+        needs no weights has none.
+
+    Example:
+        >>> from pyro_sparsevd.evaluation.comparison import PriorResult
+        >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
+        >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
+        3
+    """
+    figure = figure_or_new(figure, size=(8, 5.5))
+    axes = figure.subplot_mosaic([["error", "names"], ["nll", "names"]], width_ratios=[2, 1])
+    results = comparison.results
+    looks = dict(zip(dict.fromkeys(r.prior for r in results), line_styles(), strict=False))
+    scale, name = (
+        (100, "error once pruned, %") if comparison.error_name == "error" else (1, "mean squared error\nonce pruned")
+    )
+    missed = [math.isnan(r.compression) for r in results]
+    places = [1.0 if none else r.compression for r, none in zip(results, missed, strict=True)]
+    errors = [scale * (r.error if none else r.sparse_error) for r, none in zip(results, missed, strict=True)]
+    shifts = _side_by_side(places, [r.prior for r in results])
+    for axis, values in (axes["error"], errors), (axes["nll"], [r.nll for r in results]):
+        for r, none, x, y, shift in zip(results, missed, places, values, shifts, strict=True):
+            _mark(axis, x, y, shift, looks[r.prior], hollow=none)
+        axis.set(xscale="log", yscale="log" if are_wide(values, ratio=5) else "linear")
+        axis.margins(x=0.14)  # room for the shifts
+        plain_numbers(axis.xaxis)
+        if axis.get_yscale() == "log":
+            plain_numbers(axis.yaxis)
+    _legend_of_priors(axes["names"], looks, any(missed))
+    axes["error"].set(ylabel=name, title=title)
+    place = "compression at equal validation error\n(marks side by side: about equal, at the thin lines)"
+    axes["nll"].set(ylabel="NLL with all weights,\nnats per datum", xlabel=place)
+    return figure
+
+
+def _side_by_side(places: list[float], priors: list[str], width: float = 7.0) -> list[float]:
+    """Returns how many points to shift each mark so that none hides that of another prior at about the same place."""
+    shifts = [0.0] * len(places)
+    groups: list[list[int]] = []
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        # the compressions of a comparison are steps of a ninth: a mark's width where the axis spans two decades
+        if groups and places[index] <= 1.12 * places[groups[-1][-1]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        order = list(dict.fromkeys(priors[index] for index in group))
+        for index in group:
+            shifts[index] = width * (order.index(priors[index]) - (len(order) - 1) / 2)
+    return shifts
+
+
+def _mark(axis: Any, x: float, y: float, shift: float, style: Style, hollow: bool) -> None:
+    fill = "none" if hollow else "full"
+    (mark,) = axis.plot(x, y, linestyle="", color=style.color, marker=style.marker, fillstyle=fill)
+    # only now, since the limits of the axis are those of the numbers
+    mark.set_transform(axis.transData + ScaledTranslation(shift / 72, 0, axis.figure.dpi_scale_trans))
+    if shift and math.isfinite(x):
+        axis.axvline(x, color="lightgray", linewidth=0.5, zorder=0)
+
+
+def _legend_of_priors(axis: Any, looks: Mapping[str, Style], with_hollow: bool) -> None:
+    for prior, style in looks.items():
+        axis.plot([], [], linestyle="", color=style.color, marker=style.marker, label=prior)
+    if with_hollow:
+        axis.plot([], [], linestyle="", color="gray", marker="o", fillstyle="none", label="missed the level, unpruned")
+    axis.set_axis_off()
+    axis.legend(loc="center left", fontsize="small")
+
+
+def animate_weight_images(
+    history: Sequence[Tensor],
+    path: str | Path,
+    *,
+    count: int = 36,
+    colorbar_label: str | None = "weight",
+    title: str | Sequence[str] = "epoch {}",
+    frames_per_second: int = 5,
+) -> None:
+    """Writes :func:`weight_images` over training as an animated GIF, all frames on one scale.
+
+    Args:
+        history: The weights at each frame, of shape ``(units, height, width)``.
+        path: The file to write, overwritten if there is one.
+        count: The largest number of units to draw, the first ones.
+        colorbar_label: As for :func:`weight_images`.
+        title: What to write above: one for each frame, or one for all with the number of the frame, from 1, for ``{}``.
+        frames_per_second: How fast to show them.
+
+    Raises:
+        ValueError: If ``history`` is empty, or the number of titles is another than that of frames.
+
+    Example:
+        >>> frames = [torch.randn(4, 5, 5) for _ in range(3)]
+        >>> titles = [f"threshold {threshold}" for threshold in (3, 2, 1)]
+        >>> animate_weight_images(frames, getfixture("tmp_path") / "weights.gif", title=titles)
+    """
+    if not history:
+        raise ValueError("history: expected the weights of at least one frame, but got none")
+    titles = [title.format(n) for n in range(1, len(history) + 1)] if isinstance(title, str) else title
+    if len(titles) != len(history):
+        raise ValueError(f"title: expected one for each of {len(history)} frames, but got {len(titles)}")
+    limit = max(_largest(as_numpy(weight[:count])) for weight in history)
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    writer = PillowWriter(fps=frames_per_second)
+    with writer.saving(figure, str(path), dpi=80):
+        for weight, text in zip(history, titles, strict=True):
+            figure.clear()
+            weight_images(weight, count=count, limit=limit, colorbar_label=colorbar_label, title=text, figure=figure)
+            writer.grab_frame()
+
+
+def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = None) -> Any:
+    """Draws the non-zero weights of a small fully-connected network as a graph, inputs to the left.
+
+    Positive weights are solid lines in blue, negative ones broken lines in orange, as wide as they are large within
+    their layer. A unit that nothing connects is a pale dot.
+
+    Args:
+        weights: The weight of each layer, of shape ``(outputs, inputs)``, in their order.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the shapes are not those of layers that follow each other.
+
+    Example:
+        >>> figure = connections([torch.eye(3), torch.ones(1, 3)])
+        >>> sum(len(lines.get_segments()) for lines in figure.axes[0].collections if hasattr(lines, "get_segments"))
+        6
+    """
+    shapes = [tuple(w.shape) for w in weights]
+    follow = all(before[0] == after[1] for before, after in pairwise(shapes) if len(after) == 2)
+    if not shapes or any(len(shape) != 2 for shape in shapes) or not follow:
+        raise ValueError(f"weights: expected shapes (b, a), (c, b), ... of layers in a row, but got {shapes}")
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    sizes = [shapes[0][1], *(shape[0] for shape in shapes)]
+    heights = [np.linspace(-0.5, 0.5, size + 2)[1:-1] for size in sizes]
+    connected = [np.zeros(size, dtype=bool) for size in sizes]
+    for layer, weight in enumerate(map(as_numpy, weights)):
+        for sign, color, style in ((1, BLUE, "-"), (-1, ORANGE, "--")):
+            to, of = np.nonzero(sign * weight > 0)
+            ends = zip(heights[layer][of], heights[layer + 1][to], strict=True)
+            widths = 0.3 + 2 * np.abs(weight[to, of]) / (np.abs(weight).max() or 1.0)
+            lines = [[(layer, start), (layer + 1, end)] for start, end in ends]
+            axis.add_collection(LineCollection(lines, colors=color, linestyles=style, linewidths=widths, alpha=0.7))
+            connected[layer][of] = connected[layer + 1][to] = True
+    for layer, (height, alive) in enumerate(zip(heights, connected, strict=True)):
+        axis.scatter(np.full(height.shape, layer), height, c=np.where(alive, "black", "lightgray"), s=12, zorder=2)
+    axis.set(xticks=range(len(sizes)), xlabel="layer", yticks=[], title=title)
+    return figure
+
+
+def compression_curves(
+    compressions: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    *,
+    baseline: float | None = None,
+    title: str = "",
+    figure: Any = None,
+) -> Any:
+    """Draws the errors of several methods against compression, on logarithmic axes.
+
+    Args:
+        compressions: The compressions.
+        errors: The error of each method at each compression, as a fraction.
+        baseline: The error of a dense network.
+        title: What to write above.
+        figure: Where to draw.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> figure = compression_curves([10, 100], {"magnitude": [0.02, 0.1], "Sparse VD": [0.02, 0.02]})
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['magnitude', 'Sparse VD']
+    """
+    figure = figure_or_new(figure)
+    axis = figure.subplots()
+    for (method, found), (color, line, marker) in zip(errors.items(), line_styles(), strict=False):
+        axis.plot(compressions, [100 * e for e in found], color=color, linestyle=line, marker=marker, label=method)
+    if baseline is not None:
+        axis.axhline(100 * baseline, color="gray", linestyle=":", linewidth=1, label="dense")
+    axis.set(xlabel="compression", ylabel="error, %", xscale="log", yscale="log", title=title)
+    plain_numbers(axis.xaxis)
+    plain_numbers(axis.yaxis)
+    axis.legend(fontsize="small")
+    return figure
