@@ -55,3 +55,4 @@ from .storage.sparse_file import StorageError as StorageError
 from .storage.sparse_file import load_sparse as load_sparse
 from .storage.sparse_file import register_architecture as register_architecture
 from .storage.sparse_file import save_sparse as save_sparse
+from .training.posterior import fit as fit
