@@ -1,14 +1,14 @@
 """Batches to a posterior in one call, for any model and likelihood."""
 
-__all__ = ["fit"]
+__all__ = ["fit", "learning_rate_factor", "require_finite_gradients", "sparsity_of"]
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .._modules import evaluation_mode
@@ -18,6 +18,7 @@ from ..infer.kl import KL
 from ..infer.schedules import LinearWarmup
 from ..nn.supervised import Supervised
 from ..sparsity.summary import sparsify
+from .batches import batches, loss_of, size_of
 
 
 def fit(
@@ -80,7 +81,7 @@ def fit(
     device = next((p.device for p in loss.parameters()), torch.device("cpu"))
     if not list(guide.parameters()):  # Pyro's own guides make them in their first pass
         with torch.no_grad():
-            _loss_of(loss, next(_batches("loader", loader, device)))
+            loss_of(loss, next(batches("loader", loader, device)))
     optimizer = torch.optim.Adam(loss.parameters(), lr)
     kl_weight = LinearWarmup(epochs / 40, warm_up * epochs) if warm_up else lambda time: 1.0
     steps = len(loader) if isinstance(loader, Sized) else 0
@@ -89,31 +90,36 @@ def fit(
         for epoch in range(epochs):
             loss.train()
             terms, sizes = [], []
-            for step, batch in enumerate(_batches("loader", loader, device)):
-                sizes.append(_size(batch))
+            for step, batch in enumerate(batches("loader", loader, device)):
+                sizes.append(size_of(batch))
                 _check_size(model, sum(sizes))
                 time = epoch + (step / steps if steps else 0.0)
                 elbo.kl_weight = kl_weight(time)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * min(1.0, 2 * (1 - time / epochs))
+                    group["lr"] = lr * learning_rate_factor(time / epochs)
                 optimizer.zero_grad()
-                _loss_of(loss, batch).backward()
-                _require_finite_gradients(loss)
+                loss_of(loss, batch).backward()
+                require_finite_gradients(loss)
                 optimizer.step()
                 terms.append(torch.stack([elbo.terms["nll"], elbo.terms["kl"]]))
             steps = len(terms)
             if epoch == 0:
                 _warn_of_missing_data(model, sizes)
             nll, divergence = torch.stack(terms).mean(0).tolist()
-            numbers = {"nll": nll, "kl": divergence, **_sparsity(guide)}
+            numbers = {"nll": nll, "kl": divergence, **sparsity_of(guide)}
             if validation is not None:
-                numbers["validation_nll"] = _expected_nll(elbo, loss, _batches("validation", validation, device))
+                numbers["validation_nll"] = _expected_nll(elbo, loss, batches("validation", validation, device))
             for callback in callbacks:
                 callback(epoch, numbers)
             history.append(numbers)
             progress.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
             progress.update()
     return history
+
+
+def learning_rate_factor(part: float) -> float:
+    """Returns the factor of the learning rate after a part of the training: 1 for half of it, then falling to 0."""
+    return min(1.0, 2 * (1 - part))
 
 
 def _check(model: Any, guide: Any, epochs: Any, lr: Any, warm_up: Any) -> None:
@@ -131,38 +137,8 @@ def _check(model: Any, guide: Any, epochs: Any, lr: Any, warm_up: Any) -> None:
         raise ValueError(f"warm_up: expected 0 or a part of the training above 1/40 and up to 1, but got {warm_up}")
 
 
-def _batches(name: str, loader: Any, device: torch.device) -> Iterator[Any]:
-    """Yields the batches of an epoch, on a device."""
-    batches = loader() if callable(loader) and not isinstance(loader, Iterable) else loader
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"{name}: expected batches, or a function that returns them, but got {type(loader).__name__}")
-    if batches is loader and isinstance(loader, Iterator):
-        raise ValueError(
-            f"{name}: expected batches that can be gone through again in each epoch, but got a {type(loader).__name__}"
-            "; give a DataLoader, a list, or a function that returns an iterator"
-        )
-    batch = None
-    for batch in batches:
-        yield _moved(batch, device)
-    if batch is None:
-        raise ValueError(f"{name}: expected at least one batch, but got none")
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(part, device) for name, part in batch.items()}
-    return tuple(_moved(part, device) for part in batch) if type(batch) in (tuple, list) else batch
-
-
-def _loss_of(loss: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        return loss(**batch)
-    return loss(*batch) if type(batch) is tuple else loss(batch)
-
-
-def _require_finite_gradients(loss: nn.Module) -> None:
+def require_finite_gradients(loss: nn.Module) -> None:
+    """Raises where a step would make parameters NaN or infinite."""
     gradients = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
     if not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
         wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
@@ -171,14 +147,6 @@ def _require_finite_gradients(loss: nn.Module) -> None:
             f"gradient: expected finite numbers, but those of {found} are not; no step was taken. "
             "torch.autograd.detect_anomaly() finds where they come from"
         )
-
-
-def _size(batch: Any) -> int:
-    """Returns the number of data of a batch, or 0 where it has no tensor of any."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if type(batch) is tuple else ()
-    return next((size for part in parts if (size := _size(part))), 0)
 
 
 def _check_size(model: nn.Module, count: int) -> None:
@@ -196,7 +164,8 @@ def _warn_of_missing_data(model: nn.Module, sizes: list[int]) -> None:
         )
 
 
-def _sparsity(guide: nn.Module) -> dict[str, float]:
+def sparsity_of(guide: nn.Module) -> dict[str, float]:
+    """Returns sparsity and compression at the threshold 3, where the guide has sites with a sparse prior."""
     if not any(isinstance(part, AutoSparseNormal) and part.sparse_sites for part in guide.modules()):
         return {}
     summary = sparsify(guide, 3.0)
@@ -209,7 +178,7 @@ def _expected_nll(elbo: SparseVD_ELBO, loss: nn.Module, batches: Iterable[Any]) 
     terms, sizes = [], []
     with evaluation_mode(loss):
         for batch in batches:
-            _loss_of(loss, batch)
+            loss_of(loss, batch)
             terms.append(elbo.terms["nll"])
-            sizes.append(max(_size(batch), 1))
+            sizes.append(max(size_of(batch), 1))
     return float(torch.stack(terms) @ torch.tensor(sizes).to(terms[0]) / sum(sizes))

@@ -1,6 +1,8 @@
 """svd.fit: any model, any likelihood, any iterable of batches."""
 
 import math
+import re
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -11,6 +13,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyro_sparsevd
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.training import posterior
@@ -169,6 +172,17 @@ def test_bad_input_is_refused_by_name(loader, options, error, message):
     model, guide = _model()
     with pytest.raises(error, match=message):
         svd.fit(model, guide, loader(), **{"epochs": 1, **options})
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of lightning's own
+def test_the_examples_of_the_page_run():
+    page = Path(pyro_sparsevd.__file__).parents[1] / "docs" / "training.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert namespace["trainer"].current_epoch == 3
 
 
 def test_functions_are_no_models():
