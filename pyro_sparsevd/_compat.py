@@ -11,6 +11,7 @@ __all__ = [
     "forget_params",
     "in_backward_pass",
     "in_function_transform",
+    "is_untraced",
     "is_zero_tensor",
     "keystr",
     "mask_of",
@@ -157,6 +158,14 @@ def mask_of(distribution: dist.MaskedDistribution) -> Tensor | bool:
     Pyro 1.9.2. It has no public attribute. Missing: the call fails.
     """
     return distribution._mask
+
+
+def is_untraced(site: dict[str, Any]) -> bool:
+    """Tells whether Pyro's own trace would not record a site, such as a deterministic one.
+
+    Pyro 1.9.2. Pyro marks such sites by these keys, which nothing public reads. Missing: the sites are recorded.
+    """
+    return bool(site["infer"].get("_do_not_trace") or site["infer"].get("_deterministic"))
 
 
 def stored_params() -> dict[str, Tensor]:

@@ -31,7 +31,9 @@ def serve(*tensors: Tensor | None) -> bool:
 
     Nor may they be where torch's operations are compiled, traced or watched, since none of that sees what C writes.
     """
-    return _LIBRARY is not None and all(map(_is_plain, tensors)) and not _are_watched()
+    if _LIBRARY is None or not all(map(_is_plain, tensors)):
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_watched())
 
 
 def divergence(
@@ -79,10 +81,6 @@ def _is_plain(tensor: Tensor | None) -> bool:
         return False
     is_own = not (tensor.is_neg() or is_zero_tensor(tensor))
     return is_own and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-
-
-def _are_watched() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_watched()
 
 
 def _call(loop: str, tensors: Sequence[Tensor], *options: Any) -> None:

@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .._compat import HANDLER_STACK
+from .._compat import HANDLER_STACK, is_untraced
 from ..distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
 from ..distributions.util import unmasked, unwrap_independent
 from .local_reparam import LocalReparamMessenger
@@ -41,7 +41,7 @@ class SiteTrace(Messenger):
             self.local_reparam._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not (msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic")):
+        if not is_untraced(msg):
             self._record(msg.copy())
 
     def sample(
