@@ -22,7 +22,7 @@ References:
 __version__ = "0.1.0"
 
 from .distributions import ImproperPriorWarning as ImproperPriorWarning
-from .distributions.empirical_normal import EmpiricalNormal as EmpiricalNormal
+from .distributions.empirical_normal import EmpiricalBayesNormal as EmpiricalBayesNormal
 from .distributions.log_uniform import LogUniform as LogUniform
 from .distributions.sparse_normal import SparseNormal as SparseNormal
 from .infer.autoguide import AutoSparseNormal as AutoSparseNormal
@@ -40,7 +40,7 @@ from .nn.selection import choose as choose
 from .nn.supervised import Supervised as Supervised
 from .ops import divergence as divergence
 from .poutine.local_reparam import local_reparam as local_reparam
-from .poutine.trace import checkpoint_contexts as checkpoint_contexts
+from .poutine.trace import recompute_contexts as recompute_contexts
 from .shrink.shrink import shrink as shrink
 from .shrink.shrink import shrink_with_report as shrink_with_report
 from .shrink.sparse_linear import to_sparse as to_sparse
