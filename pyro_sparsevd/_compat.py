@@ -6,11 +6,14 @@ fails.
 
 __all__ = [
     "PyroContext",
+    "call_context",
     "forget_on_state_dict",
     "in_backward_pass",
     "in_function_transform",
     "not_compiled",
     "on_state_dict",
+    "site_name",
+    "sites_of",
     "tensor_without_memory",
     "validation_kept",
     "without_torch_function",
@@ -18,7 +21,7 @@ __all__ = [
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -107,3 +110,22 @@ def on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
 def forget_on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Undoes :func:`on_state_dict`, in a copy of the module, too, of which nobody has torch's handle."""
     module._state_dict_hooks = OrderedDict((k, h) for k, h in module._state_dict_hooks.items() if h is not hook)
+
+
+# What PyroModule keeps of its place in a model (Pyro 1.9.2); it has no public readers.
+
+
+def site_name(module: nn.Module, attribute: str) -> str:
+    """Returns the name of the sample site that an attribute of a ``PyroModule`` is."""
+    path = module.__dict__["_pyro_name"]
+    return f"{path}.{attribute}" if path else attribute
+
+
+def sites_of(module: nn.Module) -> MutableMapping[str, Any]:
+    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing."""
+    return module.__dict__.get("_pyro_samples", {})
+
+
+def call_context(module: nn.Module) -> Any:
+    """Returns the context of a call of a ``PyroModule``; ``active`` says whether the call is under way."""
+    return module.__dict__["_pyro_context"]

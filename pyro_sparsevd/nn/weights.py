@@ -1,4 +1,4 @@
-"""Which parameters of a network are weights, and which parameters can have no prior."""
+"""The weights of a network by the types of its layers, and checks that a parameter can be sampled."""
 
 __all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_rows", "weights_of"]
 
@@ -17,21 +17,11 @@ from torch.optim import Optimizer
 
 
 def weights_of(net: nn.Module) -> set[str]:
-    """Returns the names of the weights: what layers multiply with their inputs.
+    """Returns the names of the weights: what layers multiply with their inputs; of a tied weight the first name.
 
     Layers of torch, and those derived from them, are known by their types. What another module holds is a weight unless
     it has three or more dimensions and is broadcast: along the data, with a first size of 1, as class tokens and
     position embeddings are, or along all dimensions but one, as layer scales are.
-
-    Args:
-        net: The network.
-
-    Returns:
-        The names; of a tied weight the first.
-
-    Example:
-        >>> sorted(weights_of(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm((2, 3)))))
-        ['0.weight']
     """
     first = {id(p): name for name, p in net.named_parameters()}
     return {
@@ -51,20 +41,10 @@ def _is_weight(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
 
 
 def padding_rows(net: nn.Module) -> dict[str, int]:
-    """Returns the rows of embeddings' weights that stay zero, by the names of the weights.
+    """Returns the rows of embeddings' weights that stay zero, those of padding tokens, by the names of the weights.
 
     A row that was given other numbers is a row like any other, and so is one whose weight another layer shares, which
     trains it.
-
-    Args:
-        net: The network.
-
-    Returns:
-        The rows of the padding tokens.
-
-    Example:
-        >>> padding_rows(nn.Embedding(5, 2, padding_idx=-1))
-        {'weight': 4}
     """
     rows: dict[int, set[int | None]] = {}
     for module in net.modules():
@@ -76,20 +56,7 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
 
 
 def is_reparametrised(net: nn.Module, name: str) -> bool:
-    """Tells whether a layer computes its weight from a parameter.
-
-    Args:
-        net: The network.
-        name: The name of the parameter.
-
-    Returns:
-        Whether it does.
-
-    Example:
-        >>> net = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        >>> is_reparametrised(net, "parametrizations.weight.original0"), is_reparametrised(net, "bias")
-        (True, False)
-    """
+    """Tells whether a layer computes its weight from a parameter, as ``weight_norm`` has it."""
     path, _, attribute = name.rpartition(".")
     hooks = [h for h in net.get_submodule(path)._forward_pre_hooks.values() if isinstance(h, _REPARAMETRISATIONS)]
     # "weight" of the layer is weight_g, weight_v or weight_orig here
@@ -98,18 +65,7 @@ def is_reparametrised(net: nn.Module, name: str) -> bool:
 
 
 def check_parameter(net: nn.Module, name: str) -> None:
-    """Refuses a parameter whose samples would make no weight.
-
-    Args:
-        net: The network.
-        name: The name of the parameter.
-
-    Raises:
-        ValueError: If it is of another class, not floating point or behind a parametrisation.
-
-    Example:
-        >>> check_parameter(nn.Linear(2, 2), "weight")
-    """
+    """Refuses a parameter whose samples make no weight: of another class or dtype, or behind a parametrisation."""
     parameter = net.get_parameter(name)
     if type(parameter) is not nn.Parameter and not isinstance(parameter, nn.UninitializedParameter):
         raise ValueError(
@@ -128,20 +84,7 @@ def check_parameter(net: nn.Module, name: str) -> None:
 def check_references(net: nn.Module, names: Collection[str]) -> None:
     """Refuses parameters that a network may read where no sample takes their place.
 
-    Args:
-        net: The network.
-        names: The names of the parameters that are to have a prior.
-
-    Raises:
-        ValueError: If one is held by an object or a function, too, or shares memory with another parameter.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> net.cached = [net.weight]
-        >>> check_references(net, ["weight"])
-        Traceback (most recent call last):
-            ...
-        ValueError: weight: expected a parameter that is read from its module, but 'cached' holds it, too, ...
+    Those are parameters that an object or a function holds, too, or that share memory with others.
     """
     chosen = {id(net.get_parameter(name)): name for name in names}
     aliases = [name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in chosen]
