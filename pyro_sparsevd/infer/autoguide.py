@@ -11,18 +11,18 @@ import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution
 
+from .._compat import call_context
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
-from ..nn.sites import WeightPrior
 from ..poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
 from ..poutine.trace import sole_recorder
+from .buffers import unchanged_buffers
 from .initialization import Start, init_to_weights, initial_value
-from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
+from .latents import Latent, attribute_sites, is_target, keep_latents, latent_of
 from .masked import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 
@@ -137,7 +137,7 @@ class AutoSparseNormal(GaussianParameters):
             self._setup_prototype(*args, **kwargs)
         recorder = sole_recorder()
         if recorder is not None and not (self._has_plates() or self.create_plates):
-            return {n: recorder.sample(n, s.posterior(*self._plain_parameters_of(n))) for n, s in self._sites.items()}
+            return {n: recorder.sample(n, s.posterior(*self._raw_parameters_of(n))) for n, s in self._sites.items()}
         plates = self._create_plates(*args, **kwargs)
         unobserved = not parameters_are_seen()
         result = {}
@@ -146,9 +146,9 @@ class AutoSparseNormal(GaussianParameters):
                 sized = [plate for plate in site.plates if plates[plate].size != _NO_SIZE]
                 for plate in sized:
                     stack.enter_context(plates[plate])
-                # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
-                plain = unobserved and not site.plates
-                loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
+                # pyro.param is the most expensive part of the guide; skip it where no handler records parameters.
+                read = self._raw_parameters_of if unobserved and not site.plates else self._parameters_of
+                loc, log_variance = read(name)
                 for plate in set(site.plates).difference(sized):  # where Pyro takes no parameters
                     stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
@@ -207,9 +207,9 @@ class AutoSparseNormal(GaussianParameters):
         """Samples all latents, see :meth:`forward`."""
         if not self._uses_store():
             return super().__call__(*args, **kwargs)
-        claim_name(self, {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites})
+        claim_name(self, {f"locs.{name}": self._raw_parameters_of(name)[0] for name in self._sites})
         if self.prototype_trace is None:
-            with self._pyro_context:
+            with call_context(self):
                 for name in self._sites:  # which makes what the store was loaded with the guide's
                     self._parameters_of(name)
         try:
@@ -270,23 +270,10 @@ class AutoSparseNormal(GaussianParameters):
         return initial_value(site, self.init_loc_fn(site))
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        transform = simplified(biject_to(prior.support))
-        loc = transform.inv(value.detach())
-        if not bool(loc.isfinite().all()):
-            raise ValueError(
-                f"{name}: expected initial values inside the support of the prior, {prior.support}; give the guide an "
-                "init_loc_fn, or the site another prior"
-            )
-        event_dim = len(prior.event_shape) + loc.dim() - value.dim()
-        for frame in frames:
-            full_size = frame.full_size or frame.size
-            if full_size != frame.size:
-                loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        plates = tuple(frame.name for frame in frames if frame.vectorized)
-        zero_row = prior.zero_row if isinstance(prior, WeightPrior) else None
-        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior), zero_row)
+        site, loc = latent_of(name, prior, value, frames)
+        self._sites[name] = site
         log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
-        self._set_parameters(name, loc, event_dim, log_variance)
+        self._write(name, loc, site.event_dim, log_variance)
 
     def _posterior(self, name: str) -> SparseNormal:
         loc, log_variance = self._parameters_of(name)

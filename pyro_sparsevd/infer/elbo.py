@@ -16,14 +16,15 @@ from .._modules import random_state
 from ..ops.workspace import Workspace
 from ..poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
 from ..poutine.local_reparam import LocalReparamMessenger
-from ..poutine.trace import SampleSites, Sites, log_prob, scored
-from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
+from ..poutine.trace import SampleSites, Sites, scored
+from .buffers import unchanged_buffers_on_error
+from .checks import finite_value, raise_device_error, raise_nonfinite
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
-from .kl import KL, Terms, divergences
-from .latents import unchanged_buffers_on_error
+from .kl import KL, Terms
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .site_names import SiteNames
+from .terms import nll_and_kl_terms
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -198,46 +199,50 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 raise ValueError("arguments: expected finite numbers")
             loss, nll, kl, value = self._evaluate(model, guide, args, kwargs)
         except (RuntimeError, ValueError) as error:  # not what torch.utils.checkpoint ends a repetition with
-            blame_device(error, model, guide, args, kwargs)
+            raise_device_error(error, model, guide, args, kwargs)
             if self.check_finite:
-                blame_number(error, model, guide, args, kwargs)
+                raise_nonfinite(error, model, guide, args, kwargs)
             raise
         self.terms = {"nll": nll.detach(), "kl": kl.detach()}
         return loss, value
 
-    def _evaluate(
-        self, model: Callable, guide: Callable, args: Any, kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    def _evaluate(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """Returns the loss, its two terms, and its value where that is checked.
 
-        It starts again where a weight is used otherwise than by one local form. All such weights of a pass are found
-        at once. From then on they are sampled at their sites, so that random numbers are the same for a layer that is
-        computed again in the backward pass, and for a run that is resumed.
+        It starts again where weights are used otherwise than once, in a function whose output can be sampled. All such
+        weights of a pass are found at once. From then on they are sampled at their sites, so that random numbers are
+        the same for a layer that is computed again in the backward pass, and for a run that is resumed.
         """
+        model = inputs[0]
         while True:
             self._newly_sampled = PassNotes()
-            # The walk over modules costs time; what else there is to find is mostly found at first.
+            # Later passes neither look for generators in all modules nor save frozen parameters: both cost time.
             restore_random_state = random_state(None if self.terms else unwrap(model))
             try:
-                with unchanged_buffers_on_error(model, with_frozen=not self.terms):  # what costs memory at first only
-                    factorised = is_factorised(guide)
-                    traces = self._get_traces(model, guide, args, kwargs)
-                    particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
-                    self._newly_sampled.is_running = False
-                    nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
-                    loss = nll + self.kl_weight * kl
-                    value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
-                    if self.check_finite and value is None:
-                        raise ValueError(
-                            f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
-                            + _sites_not_finite(particles)
-                        )
-                    return loss, nll, kl, value
-            except Exception:  # whatever comes of a pass that is spoiled
+                with unchanged_buffers_on_error(model, with_frozen=not self.terms):
+                    return self._evaluate_once(*inputs)
+            except Exception:  # any: the pass was run with weights of no use to it
                 if not self._newly_sampled:
                     raise
                 self._sampled_sites |= self._newly_sampled
                 restore_random_state()
+
+    def _evaluate_once(
+        self, model: Callable, guide: Callable, args: Any, kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        factorised = is_factorised(guide)
+        traces = self._get_traces(model, guide, args, kwargs)
+        particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
+        self._newly_sampled.is_running = False
+        nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
+        loss = nll + self.kl_weight * kl
+        value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
+        if self.check_finite and value is None:
+            raise ValueError(
+                f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
+                + _sites_not_finite(particles)
+            )
+        return loss, nll, kl, value
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         self._workspace.start_step()
@@ -264,26 +269,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled
             raise PassSpoiled
-        nlls: Terms = []
-        latents = []
-        for name, site in model_sites.items():
-            check_plates(name, site)
-            if site["is_observed"]:
-                nlls.append((name, -log_prob(site)))
-                continue
-            if name not in guide_sites:
-                raise ValueError(
-                    f"{name}: expected this latent of the model in the guide, which has no such site; a model whose "
-                    "passes use different layers of a network must be a Supervised"
-                )
-            check_latent(name, guide_sites[name], site)
-            latents.append((name, guide_sites[name], site))
-        of_latents = divergences(latents, self.kl, joint, self._warned_sites)
-        for name in [name for name in guide_sites if name not in model_sites]:
-            check_auxiliary(name, guide_sites[name])
-            check_plates(name, guide_sites[name])
-            of_latents.append((name, log_prob(guide_sites[name])))
-        return nlls, of_latents
+        return nll_and_kl_terms(model_sites, guide_sites, self.kl, joint, self._warned_sites)
 
 
 def _sum(terms: Terms) -> Tensor:
