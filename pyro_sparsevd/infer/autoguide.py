@@ -26,7 +26,7 @@ from .latents import Latent, attribute_sites, is_target, keep_latents, latent_of
 from .masked import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 
-_NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
+_NO_SIZE = -1  # how Pyro notes a plate without a size
 
 
 class AutoSparseNormal(GaussianParameters):
@@ -124,15 +124,7 @@ class AutoSparseNormal(GaussianParameters):
         return tuple(name for name, site in self._known_sites().items() if site.is_real)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples all latents.
-
-        Args:
-            *args: As for the model.
-            **kwargs: As for the model.
-
-        Returns:
-            The value of each latent by the name of its site.
-        """
+        """Samples all latents; returns their values by the names of their sites. The arguments are the model's."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         recorder = sole_recorder()
@@ -156,21 +148,16 @@ class AutoSparseNormal(GaussianParameters):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the posterior median of each latent.
+        """Returns the posterior median of each latent by the name of its site.
 
-        Args:
-            *args: As for the model; not needed once the parameters exist.
-            **kwargs: As for the model; not needed once the parameters exist.
-
-        Returns:
-            The median of each latent by the name of its site.
+        The arguments are the model's; once the parameters exist, they are not needed.
         """
         self._require_sites(*args, **kwargs)
         return {name: self.in_support(name, self._parameters_of(name)[0]).clone() for name in self._sites}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns posterior quantiles of each latent, of the elements of its unconstrained space transformed.
+        """Returns posterior quantiles of each latent, those of its unconstrained space transformed.
 
         Args:
             quantiles: Probabilities between 0 and 1.
@@ -210,7 +197,7 @@ class AutoSparseNormal(GaussianParameters):
         claim_name(self, {f"locs.{name}": self._raw_parameters_of(name)[0] for name in self._sites})
         if self.prototype_trace is None:
             with call_context(self):
-                for name in self._sites:  # which makes what the store was loaded with the guide's
+                for name in self._sites:  # by pyro.param, which takes the values that the store was loaded with
                     self._parameters_of(name)
         try:
             return super().__call__(*args, **kwargs)
@@ -236,7 +223,7 @@ class AutoSparseNormal(GaussianParameters):
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         plates = super()._create_plates(*args, **kwargs)
-        # In a list it is the list that has them made, or makes them.
+        # In an AutoGuideList, plates are the list's: of its create_plates, or with a subsample that the list chooses.
         is_made = self.master is None or self.master().create_plates is not None
         for name, frame in self._other_frames.items():
             if frame.size == _NO_SIZE:

@@ -18,7 +18,7 @@ from ..nn.sites import SitePrior
 def unchanged_buffers(model: Any) -> Iterator[None]:
     """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation.
 
-    So for frozen parameters, as of an encoder that follows another by momentum.
+    It restores frozen parameters, too, such as those of an encoder that follows another by momentum.
     """
     restore = _restorer(model, with_frozen=True)
     try:
@@ -57,7 +57,7 @@ def _running_buffers(model: Any, with_frozen: bool) -> list[tuple[dict[str, Any]
     model = unwrap(model)  # of handlers
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
     seen = set(modules)
-    for module in modules:  # not model.modules(), which takes its time at every step
+    for module in modules:  # faster than model.modules(), at every step
         for child in module._modules.values():
             if child is not None and child not in seen:
                 modules.append(child)

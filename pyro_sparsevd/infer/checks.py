@@ -40,7 +40,10 @@ def finite_value(*values: Any) -> float | None:
 
 
 def raise_device_error(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
-    """Raises an error that names the argument, or parameter of the guide, that is on another device than the model."""
+    """Raises an error that names an argument, or parameter of the guide, on another device than the model.
+
+    It does so where the error that was raised speaks of devices.
+    """
     of_model, of_guide = _named_parameters(model), _named_parameters(guide)
     devices = {value.device for _, value in of_model or of_guide}
     for name, value in [*_named_tensors(model, args, kwargs), *of_guide] if devices else ():

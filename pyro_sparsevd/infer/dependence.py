@@ -1,6 +1,6 @@
 """Dependence of a guide's latents on each other, where it rules out a KL in closed form."""
 
-__all__ = ["against_the_order", "is_factorised"]
+__all__ = ["is_factorised", "sampled_before_parents"]
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def is_factorised(guide: Callable) -> bool:
     return getattr(type(within), "forward", None) in _FACTORISED
 
 
-def against_the_order(model_sites: Sites, guide_sites: Sites) -> list[str]:
+def sampled_before_parents(model_sites: Sites, guide_sites: Sites) -> list[str]:
     """Returns the names of latents whose prior may depend on a latent that the guide samples later.
 
     That later one may depend on them in the guide, so their KL given its value has no closed form.

@@ -19,7 +19,7 @@ from ..poutine.local_reparam import LocalReparamMessenger
 from ..poutine.trace import SampleSites, Sites, scored
 from .buffers import unchanged_buffers_on_error
 from .checks import finite_value, raise_device_error, raise_nonfinite
-from .dependence import against_the_order, is_factorised
+from .dependence import is_factorised, sampled_before_parents
 from .gaussians import with_auxiliary_sites_exchanged
 from .kl import KL, Terms
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
@@ -115,15 +115,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.__dict__.update(state, _workspace=Workspace())
 
     def __call__(self, model: Any, guide: Any) -> LossModule:
-        """Returns the loss of a model and its guide as a torch module of the parameters of both.
-
-        Args:
-            model: The model.
-            guide: The guide.
-
-        Returns:
-            The module; it takes the arguments of the model.
-        """
+        """Returns the loss as a torch module of the parameters of model and guide, which is called as the model is."""
         return LossModule(model, guide, self)
 
     @property
@@ -137,7 +129,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
-    @not_compiled  # for no compiler knows weights that are not drawn
+    @not_compiled  # the compiler cannot trace weights that are not sampled
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
@@ -153,33 +145,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return self._loss_and_value(model, guide, args, kwargs)[0]
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss as a number, in nats over the data set.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Given to both.
-            **kwargs: Given to both.
-
-        Returns:
-            An estimate of the loss.
-        """
+        """Returns the loss as a number, see :meth:`differentiable_loss`."""
         with torch.no_grad():
             loss, value = self._loss_and_value(model, guide, args, kwargs)
         return loss.item() if value is None else value
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss as a number, and adds its gradients to the parameters'; what ``SVI.step`` calls.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Given to both.
-            **kwargs: Given to both.
-
-        Returns:
-            An estimate of the loss.
-        """
+        """Returns the loss as a number, and adds its gradients to the parameters'; what ``SVI.step`` calls."""
         loss, value = self._loss_and_value(model, guide, args, kwargs)
         seen = None if self._is_checked else seen_by_svi()
         if seen is not None:
@@ -194,11 +166,12 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     def _loss_and_value(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, float | None]:
         """Returns the loss, and as a number if it was checked."""
         try:
-            # At first, a guide or model may make parameters of what it is given.
+            # In the first pass, because a guide or model may make parameters of what it is given.
             if self.check_finite and not self.terms and finite_value(None, *args, *kwargs.values()) is None:
                 raise ValueError("arguments: expected finite numbers")
             loss, nll, kl, value = self._evaluate(model, guide, args, kwargs)
-        except (RuntimeError, ValueError) as error:  # not what torch.utils.checkpoint ends a repetition with
+        # torch.utils.checkpoint ends a recomputation by an exception of another type.
+        except (RuntimeError, ValueError) as error:
             raise_device_error(error, model, guide, args, kwargs)
             if self.check_finite:
                 raise_nonfinite(error, model, guide, args, kwargs)
@@ -262,9 +235,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
         guide_sites = with_auxiliary_sites_exchanged(guide_sites)
-        joint = [] if factorised else against_the_order(model_sites, guide_sites)
+        joint = [] if factorised else sampled_before_parents(model_sites, guide_sites)
         unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
-        if unsampled:  # what was made of them has samples of its own
+        if unsampled:  # their outputs were sampled, so they have no value of which to take the density
             if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled

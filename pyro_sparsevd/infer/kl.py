@@ -28,9 +28,7 @@ KL = Literal["approximate", "exact", "monte_carlo"]
 Terms: TypeAlias = list[tuple[str, Tensor]]  # names of sites and what they add to a bound
 
 
-def kl_terms(
-    latents: Iterable[tuple[str, Any, Any]], kl: KL, joint: Collection[str] = (), warned: set[str] | None = None
-) -> Terms:
+def kl_terms(latents: Iterable[tuple[str, Any, Any]], kl: KL, joint: Collection[str], warned: set[str]) -> Terms:
     """Returns KL(q || p) of latents, each a name with its sites in the guide and the model, by the names of the sites.
 
     The terms are in nats over the data set, with the scale and mask of each site. Weights under the log-uniform prior
@@ -38,7 +36,6 @@ def kl_terms(
     latents that have no KL of their own, given the others: their densities are taken at the sample. Where no closed
     form is known, a debug-level log names the site, and where the prior is improper a warning, unless ``warned`` does.
     """
-    warned = set() if warned is None else warned
     terms: Terms = []
     lazy: dict[float, list[LazyWeight]] = {}
     for name, q, p in latents:

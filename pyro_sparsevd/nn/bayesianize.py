@@ -149,7 +149,7 @@ def _first_globs(net: nn.Module, chosen: Mapping[str, Sequence[str]], table: Map
 
 
 def _check_table(net: nn.Module, chosen: Collection[str], table: Iterable[str]) -> None:
-    """Refuses globs that are of no use by mistake; one that matches more than others is a last resort."""
+    """Refuses globs without effect: those that match no chosen parameter, and those after a glob that matches more."""
     wider: list[set[str]] = []
     for glob in table:
         matched = matches(net, dict(net.named_parameters()), glob, "prior")

@@ -181,7 +181,7 @@ _LAYERS = (
     nn.EmbeddingBag,
     nn.Bilinear,
 )
-# What an optimiser holds, it changes and no forward pass reads.
+# An optimiser holds parameters to change them; no forward pass reads them there.
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None), Optimizer)
 _NOT_COPIED = (FunctionType, type(cache(int)))  # by copy.deepcopy
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
