@@ -4,7 +4,7 @@ __all__ = ["SparseVD_ELBO"]
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -16,15 +16,16 @@ from .._modules import random_state
 from ..ops.workspace import Workspace
 from ..poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
 from ..poutine.local_reparam import LocalReparamMessenger
-from ..poutine.trace import SampleSites, Sites, scored
+from ..poutine.trace import SampleSites, Sites, log_prob, scored
 from .buffers import unchanged_buffers_on_error
-from .checks import finite_value, raise_device_error, raise_nonfinite
+from .checks import check_auxiliary, check_latent, check_plates, finite_value, raise_device_error, raise_nonfinite
 from .dependence import is_factorised, sampled_before_parents
 from .gaussians import with_auxiliary_sites_exchanged
-from .kl import KL, Terms
+from .kl import KL, Terms, kl_terms
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .site_names import SiteNames
-from .terms import nll_and_kl_terms
+
+_Evaluation: TypeAlias = tuple[Tensor, Tensor, Tensor, float | None]  # loss, nll, KL; the loss's value if it is checked
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -179,30 +180,26 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.terms = {"nll": nll.detach(), "kl": kl.detach()}
         return loss, value
 
-    def _evaluate(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """Returns the loss, its two terms, and its value where that is checked.
+    def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> _Evaluation:
+        """Evaluates the loss, and starts again where a weight is used otherwise than once to make outputs to sample.
 
-        It starts again where weights are used otherwise than once, in a function whose output can be sampled. All such
-        weights of a pass are found at once. From then on they are sampled at their sites, so that random numbers are
-        the same for a layer that is computed again in the backward pass, and for a run that is resumed.
+        All such weights of a pass are found at once. From then on they are sampled at their sites, so that random
+        numbers are the same for a layer that is computed again in the backward pass, and for a run that is resumed.
         """
-        model = inputs[0]
         while True:
             self._newly_sampled = PassNotes()
             # Later passes neither look for generators in all modules nor save frozen parameters: both cost time.
             restore_random_state = random_state(None if self.terms else unwrap(model))
             try:
                 with unchanged_buffers_on_error(model, with_frozen=not self.terms):
-                    return self._evaluate_once(*inputs)
+                    return self._evaluate_once(model, guide, args, kwargs)
             except Exception:  # any: the pass was run with weights of no use to it
                 if not self._newly_sampled:
                     raise
                 self._sampled_sites |= self._newly_sampled
                 restore_random_state()
 
-    def _evaluate_once(
-        self, model: Callable, guide: Callable, args: Any, kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    def _evaluate_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> _Evaluation:
         factorised = is_factorised(guide)
         traces = self._get_traces(model, guide, args, kwargs)
         particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
@@ -242,7 +239,26 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled
             raise PassSpoiled
-        return nll_and_kl_terms(model_sites, guide_sites, self.kl, joint, self._warned_sites)
+        nlls: Terms = []
+        latents = []
+        for name, site in model_sites.items():
+            check_plates(name, site)
+            if site["is_observed"]:
+                nlls.append((name, -log_prob(site)))
+                continue
+            if name not in guide_sites:
+                raise ValueError(
+                    f"{name}: expected this latent of the model in the guide, which has no such site; a model whose "
+                    "passes use different layers of a network must be a Supervised"
+                )
+            check_latent(name, guide_sites[name], site)
+            latents.append((name, guide_sites[name], site))
+        kls = kl_terms(latents, self.kl, joint, self._warned_sites)
+        for name in [name for name in guide_sites if name not in model_sites]:
+            check_auxiliary(name, guide_sites[name])
+            check_plates(name, guide_sites[name])
+            kls.append((name, log_prob(guide_sites[name])))
+        return nlls, kls
 
 
 def _sum(terms: Terms) -> Tensor:

@@ -79,14 +79,7 @@ def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
         for attribute, prior in sites_of(module).items():
             fn = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(fn, Distribution):
-                site: dict[str, Any] = {
-                    "type": "sample",
-                    "name": site_name(module, attribute),
-                    "fn": fn,
-                    "value": None,
-                    "infer": {},
-                }
-                yield site | {"is_observed": False, "args": (), "kwargs": {}} | _NOT_IN_A_PLATE
+                yield {**_UNSAMPLED, "name": site_name(module, attribute), "fn": fn, "kwargs": {}, "infer": {}}
 
 
 def latent_of(name: str, prior: Distribution, value: Tensor, frames: tuple) -> tuple[Latent, Tensor]:
@@ -147,4 +140,12 @@ def keep_latents(trace: Any) -> None:
             node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
 
 
-_NOT_IN_A_PLATE = {"scale": 1.0, "mask": None, "cond_indep_stack": ()}
+_UNSAMPLED = {  # what Pyro notes of a site without a plate, before it is sampled
+    "type": "sample",
+    "args": (),
+    "value": None,
+    "is_observed": False,
+    "scale": 1.0,
+    "mask": None,
+    "cond_indep_stack": (),
+}

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from .weights import check_parameter, check_references, is_reparametrised, weights_of
+from .checks import check_parameter, check_references
+from .weights import is_reparametrised, weights_of
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
