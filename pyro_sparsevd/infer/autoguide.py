@@ -141,7 +141,8 @@ class AutoSparseNormal(GaussianParameters):
                 # pyro.param is the most expensive part of the guide; skip it where no handler records parameters.
                 read = self._raw_parameters_of if unobserved and not site.plates else self._parameters_of
                 loc, log_variance = read(name)
-                for plate in set(site.plates).difference(sized):  # where Pyro takes no parameters
+                # Entered after pyro.param, which fails in a plate without a size.
+                for plate in set(site.plates).difference(sized):
                     stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
@@ -201,7 +202,7 @@ class AutoSparseNormal(GaussianParameters):
                     self._parameters_of(name)
         try:
             return super().__call__(*args, **kwargs)
-        finally:  # after an error, too: what the store holds by then is this guide's
+        finally:  # also after an error, since the store holds this guide's parameters by then
             mark_as_taken(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -250,7 +251,7 @@ class AutoSparseNormal(GaussianParameters):
                 self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
 
     def _initial_value(self, site: Any) -> Any:
-        # After a state was loaded, a site that it lacks is a target, which a prediction leaves open.
+        # After a state was loaded, a site without parameters there is a target, which a prediction leaves unobserved.
         is_unknown = self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites
         if is_unknown or is_target(site):
             return site["fn"]()

@@ -1,4 +1,4 @@
-"""Buffers and frozen parameters of a model, as they were before a run of it."""
+"""Context managers that restore a model's buffers and frozen parameters after a run of it."""
 
 __all__ = ["unchanged_buffers", "unchanged_buffers_on_error"]
 
@@ -33,7 +33,7 @@ def unchanged_buffers_on_error(model: Any, with_frozen: bool) -> Iterator[None]:
     restore = _restorer(model, with_frozen)
     try:
         yield
-    except BaseException:  # an interrupt, too
+    except BaseException:  # KeyboardInterrupt included
         restore()
         raise
 
@@ -52,9 +52,9 @@ def _restorer(model: Any, with_frozen: bool) -> Callable[[], None]:
 
 
 def _running_buffers(model: Any, with_frozen: bool) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
+    """Returns the buffers that a run may change, with owner and name: all but the initial values of sites."""
     found: list[tuple[dict[str, Any], str, Tensor]] = []
-    model = unwrap(model)  # of handlers
+    model = unwrap(model)
     modules: list[Any] = [model] if isinstance(model, nn.Module) else []
     seen = set(modules)
     for module in modules:  # faster than model.modules(), at every step

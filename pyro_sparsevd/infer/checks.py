@@ -95,7 +95,7 @@ def check_plates(name: str, site: Any) -> None:
         return
     plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     sizes = {plate.dim: plate.size for plate in plates}
-    outermost = min(sizes, default=0)  # to the right of it, Pyro lets any size be
+    outermost = min(sizes, default=0)  # Pyro allows any size in dimensions to the right of it
     of_dims = zip(range(-len(batch_shape), 0), batch_shape, strict=True)
     # A plate without a size, which Pyro notes as -1, takes any.
     wrong = [dim for dim, size in of_dims if sizes.get(dim, 1 if dim < outermost else size) not in (size, -1)]

@@ -165,7 +165,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     @not_compiled
     def _loss_and_value(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, float | None]:
-        """Returns the loss, and as a number if it was checked."""
+        """Returns the loss, and its value if that was checked."""
         try:
             # In the first pass, because a guide or model may make parameters of what it is given.
             if self.check_finite and not self.terms and finite_value(None, *args, *kwargs.values()) is None:
@@ -193,7 +193,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             try:
                 with unchanged_buffers_on_error(model, with_frozen=not self.terms):
                     return self._evaluate_once(model, guide, args, kwargs)
-            except Exception:  # any: the pass was run with weights of no use to it
+            except Exception:  # of any type, since the pass ran with weights that cannot be used like this
                 if not self._newly_sampled:
                     raise
                 self._sampled_sites |= self._newly_sampled
@@ -230,12 +230,12 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return scored(model_sites.found), scored(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
-        """Returns the negative log likelihoods and the divergences of one particle, by site."""
+        """Returns the negative log likelihoods and the KL of one particle, by site."""
         guide_sites = with_auxiliary_sites_exchanged(guide_sites)
         joint = [] if factorised else sampled_before_parents(model_sites, guide_sites)
         unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
         if unsampled:  # their outputs were sampled, so they have no value of which to take the density
-            if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
+            if not self.local_reparam or unsampled & self._sampled_sites:  # by a local_reparam of the user's
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled
             raise PassSpoiled

@@ -29,7 +29,7 @@ def as_gaussian(distribution: Any) -> Any:
 
 
 def _parts(transform: Transform) -> list[Transform]:
-    """Returns the transforms of single elements that one is made of."""
+    """Returns the transforms that a transform is composed of, each without its event dimensions."""
     if isinstance(transform, IndependentTransform):
         return _parts(transform.base_transform)
     if isinstance(transform, ComposeTransform):

@@ -75,7 +75,7 @@ def initial_value(site: Any, value: Any) -> Tensor:
 
 
 def _numbers(prior: Distribution) -> list[Tensor]:
-    """Returns what the dtype and device of a prior's samples follow: nothing where it has no numbers of its own."""
+    """Returns the floating-point tensors of a prior, whose dtype and device its samples follow; perhaps none."""
     if isinstance(prior, WeightPrior):
         return [prior.value]
     base: Any = unwrap_independent(unmasked(prior)[0])

@@ -109,7 +109,7 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
     """
     (q_fn, q_mask), (p_fn, p_mask) = unmasked(as_gaussian(q["fn"])), unmasked(p["fn"])
     q_base, p_base = as_gaussian(unwrap_independent(q_fn)), unwrap_independent(p_fn)
-    if isinstance(q_base, Delta):  # Pyro's rule for it ignores the density that a guide may give it
+    if isinstance(q_base, Delta):  # Pyro's KL of a Delta ignores its log_density
         return None
     event_dims = len(q_base.batch_shape) - len(q_fn.batch_shape)
     if q_base.batch_shape == p_base.batch_shape:
@@ -135,7 +135,7 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
 
 
 def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:
-    """Returns the sum of what a site counts of the values of its elements."""
+    """Returns the sum of the values of a site's elements, scaled and masked as the site is."""
     if mask is not True:
         values = scale_and_mask(values, mask=mask)
     scale, mask = (
@@ -155,5 +155,5 @@ def _mask_dropped(q: Any, p: Any) -> tuple[Any, Any]:
 
 def _masked(site: Any, kept: Tensor) -> Any:
     fn: Any = unwrap_independent(site["fn"])
-    value = torch.where(kept, site["value"], 1.0)  # where 0 has no density
+    value = torch.where(kept, site["value"], 1.0)  # as 0 may have no density
     return {**site, "fn": fn.mask(kept).to_event(len(site["fn"].event_shape)), "value": value}

@@ -1,4 +1,4 @@
-"""What a guide needs to know of the latents of a model."""
+"""Metadata of a model's latents for the guide: transforms, plates, groups, sparsity."""
 
 __all__ = [
     "Latent",
@@ -28,7 +28,7 @@ from ..nn.sites import SitePrior, WeightPrior
 
 
 class Latent(NamedTuple):
-    """What the guide needs to know of a latent: nothing that holds numbers of the model.
+    """Metadata of a latent; it holds no numbers of the model.
 
     ``transform`` leads from unconstrained space to the latent's support, ``event_dim`` counts the dimensions of an
     event in unconstrained space, ``plates`` are names. Groups that matter or not as a whole differ along
@@ -83,7 +83,7 @@ def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def latent_of(name: str, prior: Distribution, value: Tensor, frames: tuple) -> tuple[Latent, Tensor]:
-    """Returns what to know of a latent, and its value in unconstrained space, over the full size of its plates."""
+    """Returns the metadata of a latent, and its value in unconstrained space, over the full size of its plates."""
     transform = _simplified(biject_to(prior.support))
     loc = transform.inv(value.detach())
     if not bool(loc.isfinite().all()):

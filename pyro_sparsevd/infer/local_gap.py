@@ -32,7 +32,7 @@ class LocalReparamGap(NamedTuple):
 
     @property
     def sigmas(self) -> float:
-        """The difference of the two in its standard errors; beyond 3 or so, it is none of chance."""
+        """The difference of the two in its standard errors; beyond 3 or so, it is not due to chance."""
         error = math.hypot(self.sampled_outputs.standard_error, self.sampled_weights.standard_error)
         difference = self.sampled_outputs.mean - self.sampled_weights.mean
         return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0

@@ -16,7 +16,7 @@ from .._compat import not_compiled
 
 
 class LossModule(ELBOModule):
-    """The loss of a model and its guide, which warns once of parameters that it depends on and does not have."""
+    """The loss of a model and its guide; it warns once if it depends on parameters that it does not own."""
 
     def __init__(self, model: Any, guide: Any, elbo: Any) -> None:
         super().__init__(model, guide, elbo)
@@ -28,7 +28,7 @@ class LossModule(ELBOModule):
         if not self._is_checked and loss.requires_grad:
             self._is_checked = True
             own = list(self.parameters())
-            if own:  # without any, an optimiser says so itself
+            if own:  # an optimiser itself refuses an empty list
                 remedy = "make what has them an attribute of a model that is a torch module, or train with SVI"
                 warn_of_untrained(loss, own, f"the parameters() of the loss lack them; {remedy}")
         return loss

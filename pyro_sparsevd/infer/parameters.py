@@ -33,7 +33,7 @@ class GaussianParameters(AutoGuide):
         if parameterization not in _SCALE_PARAMS:
             expected = " or ".join(map(repr, _SCALE_PARAMS))
             raise ValueError(f"parameterization: expected {expected}, but got {parameterization!r}")
-        if not -80 <= init_log_variance <= 80:  # of which float32 knows the exponential
+        if not -80 <= init_log_variance <= 80:  # where the exponential fits into float32
             raise ValueError(f"init_log_variance: expected a number from -80 to 80, but got {init_log_variance}")
         if not math.exp(-40) <= init_scale <= math.exp(40):
             raise ValueError(f"init_scale: expected a number from exp(-40) to exp(40), but got {init_scale}")
@@ -75,7 +75,7 @@ class GaussianParameters(AutoGuide):
         return value if site is None else site.transform(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own would take the model from the live guide too.
+        # Pyro's own version would also remove the model from the guide that is pickled.
         state = dict(PyroModule.__getstate__(self))
         state.update(_model=None, master=None)
         return state
@@ -107,14 +107,14 @@ class GaussianParameters(AutoGuide):
                 module._pyro_params[attribute] = constraints.real, event_dim
         if known == loc.shape:
             return
-        with torch.inference_mode(False):  # or no optimiser could change them
+        with torch.inference_mode(False):  # inference tensors could not be trained
             loc = loc.detach().clone(memory_format=torch.contiguous_format)
             scale_param = torch.full_like(loc, log_variance)
         if self.parameterization == "multiplicative":
             scale_param -= _log_squares(loc)
         if known is None:
             self._make(name, (loc, scale_param), event_dim)
-        else:  # an optimiser may have them already
+        else:  # in place, because an optimiser may hold them
             for parameter, value in zip(self._unconstrained(name), (loc, scale_param), strict=True):
                 parameter.data = value
 
@@ -180,7 +180,7 @@ def _is_in_plates(early: Tensor, value: Tensor) -> bool:
 
 
 def _log_squares(loc: Tensor) -> Tensor:
-    return 2 * loc.abs().clamp_min(1e-15).log()  # the square is still a number in single precision
+    return 2 * loc.abs().clamp_min(1e-15).log()  # whose square float32 can hold
 
 
 _SCALE_PARAMS = {"additive": "log_variances", "multiplicative": "log_alphas"}

@@ -108,7 +108,7 @@ def _to_pyro_modules(net: nn.Module) -> None:
                     f"{path or 'net'}: expected a module that Pyro can make a PyroModule, but {type(module).__name__} "
                     f"is none ({error}); derive it from nn.Module alone, without abc.ABC and the like"
                 ) from error
-        for name in order:  # Pyro puts its own modules last
+        for name in order:  # restores the order: Pyro puts PyroModules last
             module._modules[name] = module._modules.pop(name)
 
 

@@ -124,4 +124,4 @@ def _extent(tensor: Tensor) -> int:
 
 # An optimiser holds parameters to change them; no forward pass reads them there.
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None), Optimizer)
-_NOT_COPIED = (FunctionType, type(cache(int)))  # by copy.deepcopy
+_NOT_COPIED = (FunctionType, type(cache(int)))  # copy.deepcopy returns these as they are

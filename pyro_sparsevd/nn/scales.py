@@ -77,7 +77,7 @@ class ShrunkWeightPrior(WeightPrior):
 
 
 class ScaleSite(SitePrior):
-    """The prior of a scale, which is no parameter of the network that the weight is one of."""
+    """The prior of a scale: unlike a weight, no parameter of the original network."""
 
 
 class HierarchicalSite(SitePrior):

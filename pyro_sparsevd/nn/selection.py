@@ -74,7 +74,7 @@ def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any
     A glob or type that matches none is an error, which names the option that it was given for.
     """
     if isinstance(pattern, str):
-        first = {id(p): name for name, p in parameters.items()}  # of a tied parameter, any name will do
+        first = {id(p): name for name, p in parameters.items()}  # a tied parameter matches by any of its names
         named = net.named_parameters(remove_duplicate=False)
         found = {first[id(p)] for name, p in named if id(p) in first and glob_matches(pattern, name)}
     elif isinstance(pattern, type) and issubclass(pattern, nn.Module):

@@ -44,7 +44,7 @@ class WeightPrior(dist.Independent):
     ) -> None:
         super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
         self.value = value
-        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # no row of a joint prior is apart
+        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # a joint prior has no separate rows
         self.site = site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,7 +127,7 @@ class SitePrior:
 
 
 class SharedSite:
-    """What Pyro calls for a parameter that another module owns, too: reads the owner's attribute."""
+    """The site of a parameter that another module owns, too: it reads the owner's attribute."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         self.owner = owner
@@ -208,7 +208,7 @@ def sample_unused_sites(network: nn.Module, names: dict[tuple[str, ...], str | N
 
 
 def without_sites(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Takes out of a state what modules put there of their own accord and is a sample site now."""
+    """Removes sample sites from a state, into which some modules put them themselves."""
     for path, module in network.named_modules(prefix=prefix.rstrip(".")):
         for attribute in sites_of(module):
             state.pop(f"{path}.{attribute}" if path else attribute, None)

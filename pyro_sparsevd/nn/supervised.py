@@ -228,5 +228,5 @@ def _fitted_targets(y: Tensor, likelihood: Any) -> Tensor:
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
         raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
     base = unwrap_independent(likelihood)
-    is_bernoulli = isinstance(base, Bernoulli)  # whose density takes real numbers only
+    is_bernoulli = isinstance(base, Bernoulli)  # its log_prob needs floating-point targets
     return y.to(base.mean.dtype) if is_bernoulli and not y.is_floating_point() else y
