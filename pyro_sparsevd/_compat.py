@@ -112,20 +112,26 @@ def forget_on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
     module._state_dict_hooks = OrderedDict((k, h) for k, h in module._state_dict_hooks.items() if h is not hook)
 
 
-# What PyroModule keeps of its place in a model (Pyro 1.9.2); it has no public readers.
-
-
 def site_name(module: nn.Module, attribute: str) -> str:
-    """Returns the name of the sample site that an attribute of a ``PyroModule`` is."""
+    """Returns the name of the sample site that an attribute of a ``PyroModule`` is.
+
+    Pyro 1.9.2. The path of a module has no public reader. Missing: the call fails.
+    """
     path = module.__dict__["_pyro_name"]
     return f"{path}.{attribute}" if path else attribute
 
 
 def sites_of(module: nn.Module) -> MutableMapping[str, Any]:
-    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing."""
+    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing.
+
+    Pyro 1.9.2. Public access to the attribute would sample it. Missing: no module seems to have sites.
+    """
     return module.__dict__.get("_pyro_samples", {})
 
 
 def call_context(module: nn.Module) -> Any:
-    """Returns the context of a call of a ``PyroModule``; ``active`` says whether the call is under way."""
+    """Returns the context of a call of a ``PyroModule``; ``active`` says whether the call is under way.
+
+    Pyro 1.9.2. It has no public reader. Missing: the call fails.
+    """
     return module.__dict__["_pyro_context"]
