@@ -31,12 +31,12 @@ from .infer.initialization import init_to_weights as init_to_weights
 from .infer.local_gap import local_reparam_gap as local_reparam_gap
 from .infer.schedules import LinearWarmup as LinearWarmup
 from .nn.bayesianize import bayesianize as bayesianize
-from .nn.likelihoods import GaussianLikelihood as GaussianLikelihood
 from .nn.priors import fan_in_normal as fan_in_normal
 from .nn.priors import group_normal_jeffreys as group_normal_jeffreys
 from .nn.priors import horseshoe as horseshoe
 from .nn.priors import scale_mixture as scale_mixture
 from .nn.selection import choose as choose
+from .nn.supervised import GaussianLikelihood as GaussianLikelihood
 from .nn.supervised import Supervised as Supervised
 from .ops import divergence as divergence
 from .poutine.local_reparam import local_reparam as local_reparam

@@ -7,6 +7,7 @@ __all__ = [
     "HANDLER_STACK",
     "PyroContext",
     "WeakTensorKeyDictionary",
+    "call_context",
     "forget_on_state_dict",
     "forget_params",
     "in_backward_pass",
@@ -18,6 +19,8 @@ __all__ = [
     "not_compiled",
     "on_state_dict",
     "operations_are_watched",
+    "site_name",
+    "sites_of",
     "store_param",
     "stored_params",
     "tensor_without_memory",
@@ -30,7 +33,7 @@ __all__ = [
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -196,3 +199,28 @@ def forget_params(names: Collection[str]) -> None:
     store._params = {key: value for key, value in store._params.items() if key not in names}
     store._param_to_name = {value: key for value, key in store._param_to_name.items() if key not in names}
     store._constraints = {key: value for key, value in store._constraints.items() if key not in names}
+
+
+def site_name(module: nn.Module, attribute: str) -> str:
+    """Returns the name of the sample site that an attribute of a ``PyroModule`` is.
+
+    Pyro 1.9.2. The path of a module has no public reader. Missing: the call fails.
+    """
+    path = module.__dict__["_pyro_name"]
+    return f"{path}.{attribute}" if path else attribute
+
+
+def sites_of(module: nn.Module) -> MutableMapping[str, Any]:
+    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing.
+
+    Pyro 1.9.2. Public access to the attribute would sample it. Missing: no module seems to have sites.
+    """
+    return module.__dict__.get("_pyro_samples", {})
+
+
+def call_context(module: nn.Module) -> Any:
+    """Returns the context of a call of a ``PyroModule``; ``active`` says whether the call is under way.
+
+    Pyro 1.9.2. It has no public reader. Missing: the call fails.
+    """
+    return module.__dict__["_pyro_context"]

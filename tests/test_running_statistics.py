@@ -11,7 +11,7 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.infer.latents import _running_buffers, unchanged_buffers_on_error
+from pyro_sparsevd.infer.buffers import _running_buffers, unchanged_buffers_on_error
 
 F64 = torch.float64
 

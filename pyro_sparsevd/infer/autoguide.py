@@ -11,22 +11,22 @@ import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution
 
+from .._compat import call_context
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
-from ..nn.sites import WeightPrior
 from ..poutine.param_store import ensure_unique_name, params_are_traced, register_guide_params
 from ..poutine.trace import active_trace
+from .buffers import unchanged_buffers
 from .initialization import Start, init_to_weights, initial_value
-from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
+from .latents import Latent, attribute_sites, is_target, keep_latents, latent_of
 from .masked import SparsifiedGuide
 from .parameters import GaussianParameters, Parameterization
 
-_NO_SIZE = -1  # in a frame of Pyro's, of a plate without a size
+_NO_SIZE = -1  # how Pyro notes a plate without a size
 
 
 class AutoSparseNormal(GaussianParameters):
@@ -124,20 +124,12 @@ class AutoSparseNormal(GaussianParameters):
         return tuple(name for name, site in self._known_sites().items() if site.is_real)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples all latents.
-
-        Args:
-            *args: As for the model.
-            **kwargs: As for the model.
-
-        Returns:
-            The value of each latent by the name of its site.
-        """
+        """Samples all latents; returns their values by the names of their sites. The arguments are the model's."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         recorder = active_trace()
         if recorder is not None and not (self._has_plates() or self.create_plates):
-            return {n: recorder.sample(n, s.posterior(*self._plain_parameters_of(n))) for n, s in self._sites.items()}
+            return {n: recorder.sample(n, s.posterior(*self._raw_parameters_of(n))) for n, s in self._sites.items()}
         plates = self._create_plates(*args, **kwargs)
         unobserved = not params_are_traced()
         result = {}
@@ -146,31 +138,27 @@ class AutoSparseNormal(GaussianParameters):
                 sized = [plate for plate in site.plates if plates[plate].size != _NO_SIZE]
                 for plate in sized:
                     stack.enter_context(plates[plate])
-                # Where nobody looks, a statement for each parameter would be the dearest part of a guide.
-                plain = unobserved and not site.plates
-                loc, log_variance = self._plain_parameters_of(name) if plain else self._parameters_of(name)
-                for plate in set(site.plates).difference(sized):  # where Pyro takes no parameters
+                # pyro.param is the most expensive part of the guide; skip it where no handler records parameters.
+                read = self._raw_parameters_of if unobserved and not site.plates else self._parameters_of
+                loc, log_variance = read(name)
+                # Entered after pyro.param, which fails in a plate without a size.
+                for plate in set(site.plates).difference(sized):
                     stack.enter_context(plates[plate])
                 result[name] = pyro.sample(name, site.posterior(loc, log_variance))
         return result
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the posterior median of each latent.
+        """Returns the posterior median of each latent by the name of its site.
 
-        Args:
-            *args: As for the model; not needed once the parameters exist.
-            **kwargs: As for the model; not needed once the parameters exist.
-
-        Returns:
-            The median of each latent by the name of its site.
+        The arguments are the model's; once the parameters exist, they are not needed.
         """
         self._require_sites(*args, **kwargs)
         return {name: self.in_support(name, self._parameters_of(name)[0]).clone() for name in self._sites}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Returns posterior quantiles of each latent, of the elements of its unconstrained space transformed.
+        """Returns posterior quantiles of each latent, those of its unconstrained space transformed.
 
         Args:
             quantiles: Probabilities between 0 and 1.
@@ -207,14 +195,14 @@ class AutoSparseNormal(GaussianParameters):
         """Samples all latents, see :meth:`forward`."""
         if not self._uses_store():
             return super().__call__(*args, **kwargs)
-        ensure_unique_name(self, {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites})
+        ensure_unique_name(self, {f"locs.{name}": self._raw_parameters_of(name)[0] for name in self._sites})
         if self.prototype_trace is None:
-            with self._pyro_context:
-                for name in self._sites:  # which makes what the store was loaded with the guide's
+            with call_context(self):
+                for name in self._sites:  # by pyro.param, which takes the values that the store was loaded with
                     self._parameters_of(name)
         try:
             return super().__call__(*args, **kwargs)
-        finally:  # after an error, too: what the store holds by then is this guide's
+        finally:  # also after an error, since the store holds this guide's parameters by then
             register_guide_params(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +224,7 @@ class AutoSparseNormal(GaussianParameters):
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         plates = super()._create_plates(*args, **kwargs)
-        # In a list it is the list that has them made, or makes them.
+        # In an AutoGuideList, plates are the list's: of its create_plates, or with a subsample that the list chooses.
         is_made = self.master is None or self.master().create_plates is not None
         for name, frame in self._other_frames.items():
             if frame.size == _NO_SIZE:
@@ -263,30 +251,17 @@ class AutoSparseNormal(GaussianParameters):
                 self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
 
     def _initial_value(self, site: Any) -> Any:
-        # After a state was loaded, a site that it lacks is a target, which a prediction leaves open.
+        # After a state was loaded, a site without parameters there is a target, which a prediction leaves unobserved.
         is_unknown = self._loaded and site["name"] not in self._loaded and site["name"] not in self._sites
         if is_unknown or is_target(site):
             return site["fn"]()
         return initial_value(site, self.init_loc_fn(site))
 
     def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        transform = simplified(biject_to(prior.support))
-        loc = transform.inv(value.detach())
-        if not bool(loc.isfinite().all()):
-            raise ValueError(
-                f"{name}: expected initial values inside the support of the prior, {prior.support}; give the guide an "
-                "init_loc_fn, or the site another prior"
-            )
-        event_dim = len(prior.event_shape) + loc.dim() - value.dim()
-        for frame in frames:
-            full_size = frame.full_size or frame.size
-            if full_size != frame.size:
-                loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        plates = tuple(frame.name for frame in frames if frame.vectorized)
-        zero_row = prior.zero_row if isinstance(prior, WeightPrior) else None
-        site = self._sites[name] = Latent(transform, event_dim, plates, *sparsity_of(prior), zero_row)
+        site, loc = latent_of(name, prior, value, frames)
+        self._sites[name] = site
         log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
-        self._set_parameters(name, loc, event_dim, log_variance)
+        self._write(name, loc, site.event_dim, log_variance)
 
     def _posterior(self, name: str) -> SparseNormal:
         loc, log_variance = self._parameters_of(name)

@@ -1,6 +1,13 @@
-"""Checks of what goes into a bound."""
+"""Validation of what a bound is given: devices, finite numbers, latents and plates."""
 
-__all__ = ["blame_device", "blame_number", "check_auxiliary", "check_latent", "check_plates", "finite_value"]
+__all__ = [
+    "check_auxiliary",
+    "check_latent",
+    "check_plates",
+    "finite_value",
+    "raise_device_error",
+    "raise_nonfinite",
+]
 
 import inspect
 import math
@@ -15,18 +22,10 @@ from .._compat import keystr, tree_flatten_with_path, tree_leaves
 
 
 def finite_value(*values: Any) -> float | None:
-    """Returns the sum of what was evaluated, if it and all arguments are finite; an accelerator is waited for once.
+    """Returns the value of a scalar tensor, if it and all arguments are finite, else None.
 
-    Args:
-        *values: The tensor that was evaluated, or none; and arguments of a model, any objects. Tuples, lists and
-            dictionaries are looked into.
-
-    Returns:
-        The number, or None where a floating-point tensor holds NaN or infinities.
-
-    Example:
-        >>> finite_value(torch.tensor(2.0), [torch.ones(3)], "a"), finite_value(None, torch.tensor([torch.nan]))
-        (2.0, None)
+    The first of ``values`` is the scalar, or None, which counts as 0; the others are arguments of a model, any objects,
+    of which tuples, lists and dictionaries are looked into. An accelerator is waited for once.
     """
     found, *arguments = values
     leaves = (leaf for a in arguments for leaf in ((a,) if isinstance(a, Tensor) else tree_leaves(a)))
@@ -41,21 +40,10 @@ def finite_value(*values: Any) -> float | None:
     return value if math.isfinite(value) and all(bool(torch.isfinite(part).all()) for part in parts) else None
 
 
-def blame_device(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
-    """Raises an error that names an argument, or parameter of the guide, on another device than the model, if one is.
+def raise_device_error(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+    """Raises an error that names an argument, or parameter of the guide, on another device than the model.
 
-    Args:
-        error: What was raised.
-        model: The model.
-        guide: The guide.
-        args: What both were called with.
-        kwargs: What both were called with.
-
-    Raises:
-        ValueError: If the error may come of it.
-
-    Example:
-        >>> blame_device(RuntimeError(), lambda x: None, lambda x: None, (torch.zeros(1),), {})
+    It does so where the error that was raised speaks of devices.
     """
     of_model, of_guide = _named_parameters(model), _named_parameters(guide)
     devices = {value.device for _, value in of_model or of_guide}
@@ -68,25 +56,8 @@ def blame_device(error: Exception, model: Callable, guide: Callable, args: Any, 
             ) from error
 
 
-def blame_number(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
-    """Raises an error that names the argument or parameter that is not finite, if one is.
-
-    Args:
-        error: What was raised.
-        model: The model.
-        guide: The guide.
-        args: What both were called with.
-        kwargs: What both were called with.
-
-    Raises:
-        ValueError: If something is not finite.
-
-    Example:
-        >>> blame_number(ValueError(), lambda x: None, lambda x: None, (torch.tensor(torch.inf),), {})
-        Traceback (most recent call last):
-            ...
-        ValueError: x: expected finite numbers, but it holds NaN or infinities; a model ...
-    """
+def raise_nonfinite(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:
+    """Raises an error that names the first argument or parameter that is not finite, if there is one."""
     for named, hint in (
         (_named_tensors(model, args, kwargs), "a model that treats them itself needs check_finite=False of its bound"),
         (_named_parameters(model), _OF_STEP),
@@ -99,20 +70,7 @@ def blame_number(error: Exception, model: Callable, guide: Callable, args: Any, 
 
 
 def check_latent(name: str, q: Any, p: Any) -> None:
-    """Checks that a latent has a reparameterised guide, of the shape that it has in the model.
-
-    Args:
-        name: The name of the site.
-        q: The site in the guide.
-        p: The site in the model.
-
-    Raises:
-        ValueError: If it is enumerated, the guide not reparameterised, or the shapes differ.
-
-    Example:
-        >>> site = {"infer": {}, "fn": dist.Normal(0.0, 1.0)}
-        >>> check_latent("w", site, site)
-    """
+    """Refuses a latent that is enumerated, not reparameterised, or of another shape in the guide than in the model."""
     if any(site["infer"].get("enumerate") or site["infer"].get("_enumerate_dim") is not None for site in (q, p)):
         raise ValueError(
             f"{name}: expected a continuous latent, but it is enumerated; use TraceEnum_ELBO or observe it"
@@ -132,24 +90,13 @@ def check_latent(name: str, q: Any, p: Any) -> None:
 
 
 def check_plates(name: str, site: Any) -> None:
-    """Checks that the dimensions of a site's batch are those of its plates; others would be summed, or multiplied out.
-
-    Args:
-        name: The name of the site.
-        site: The site.
-
-    Raises:
-        ValueError: If one is not.
-
-    Example:
-        >>> check_plates("w", {"fn": dist.Normal(torch.zeros(3), 1.0).to_event(1), "cond_indep_stack": ()})
-    """
+    """Refuses a site with a batch dimension that is no plate's, which would be summed, or multiplied out."""
     batch_shape = site["fn"].batch_shape
     if not batch_shape or not is_validation_enabled():
         return
     plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     sizes = {plate.dim: plate.size for plate in plates}
-    outermost = min(sizes, default=0)  # to the right of it, Pyro lets any size be
+    outermost = min(sizes, default=0)  # Pyro allows any size in dimensions to the right of it
     of_dims = zip(range(-len(batch_shape), 0), batch_shape, strict=True)
     # A plate without a size, which Pyro notes as -1, takes any.
     wrong = [dim for dim, size in of_dims if sizes.get(dim, 1 if dim < outermost else size) not in (size, -1)]
@@ -162,19 +109,7 @@ def check_plates(name: str, site: Any) -> None:
 
 
 def check_auxiliary(name: str, site: Any) -> None:
-    """Checks that a site of the guide alone is marked as such, and reparameterised.
-
-    Args:
-        name: The name of the site.
-        site: The site.
-
-    Raises:
-        ValueError: If it is not.
-
-    Example:
-        >>> site = {"is_observed": False, "infer": {"is_auxiliary": True}, "fn": dist.Normal(0.0, 1.0)}
-        >>> check_auxiliary("w", site)
-    """
+    """Refuses a site of the guide alone that is not marked as auxiliary, or not reparameterised."""
     if site["is_observed"]:
         return
     if not site["infer"].get("is_auxiliary"):

@@ -1,6 +1,6 @@
-"""Which latents of a guide may depend on each other against the order of the model."""
+"""Dependence of a guide's latents on each other, where it rules out a KL in closed form."""
 
-__all__ = ["against_the_order", "is_factorised"]
+__all__ = ["is_factorised", "sampled_before_parents"]
 
 from collections.abc import Callable
 from typing import Any
@@ -21,42 +21,17 @@ _FACTORISED = {guide.forward for guide in (AutoSparseNormal, SparsifiedGuide, Au
 
 
 def is_factorised(guide: Callable) -> bool:
-    """Tells whether a guide is known to sample every latent independently of all others.
-
-    Args:
-        guide: The guide, in any handlers.
-
-    Returns:
-        False where nothing is known.
-
-    Example:
-        >>> is_factorised(pyro.poutine.scale(AutoSparseNormal(lambda: None), 2.0)), is_factorised(lambda: None)
-        (True, False)
-    """
+    """Tells whether a guide, in any handlers, is known to sample every latent independently of all others."""
     within: Any = unwrap(guide)
     if type(within) is AutoGuideList:
         return all(is_factorised(part) for part in within)
     return getattr(type(within), "forward", None) in _FACTORISED
 
 
-def against_the_order(model_sites: Sites, guide_sites: Sites) -> list[str]:
-    """Returns the latents whose prior may depend on a latent that the guide samples later.
+def sampled_before_parents(model_sites: Sites, guide_sites: Sites) -> list[str]:
+    """Returns the names of latents whose prior may depend on a latent that the guide samples later.
 
-    That later one may depend on them in the guide, so that no divergence given its value is to be had in closed form.
-
-    Args:
-        model_sites: The sites of the model, as they were sampled.
-        guide_sites: Those of the guide.
-
-    Returns:
-        The names; not those of priors that depend on no latent.
-
-    Example:
-        >>> with svd.poutine.trace.SiteTrace() as model:
-        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        ...     y = pyro.sample("y", dist.Normal(x, 1.0))
-        >>> against_the_order(model.found, dict(reversed(model.found.items())))
-        ['y']
+    That later one may depend on them in the guide, so their KL given its value has no closed form.
     """
     places = {name: place for place, name in enumerate(guide_sites)}
     found, latest = [], -1

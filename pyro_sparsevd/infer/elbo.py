@@ -4,7 +4,7 @@ __all__ = ["SparseVD_ELBO"]
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from pyro.infer.elbo import ELBO
@@ -17,13 +17,15 @@ from ..ops.memory import Workspace
 from ..poutine.local_reparam import LocalReparamMessenger
 from ..poutine.trace import Sites, SiteTrace, log_prob, without_subsampling
 from ..poutine.unsampled_weight import PassNotes, PassSpoiled, RepeatedUseError, UnsampledWeight
-from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
-from .dependence import against_the_order, is_factorised
+from .buffers import unchanged_buffers_on_error
+from .checks import check_auxiliary, check_latent, check_plates, finite_value, raise_device_error, raise_nonfinite
+from .dependence import is_factorised, sampled_before_parents
 from .gaussians import with_auxiliary_sites_exchanged
-from .kl import KL, Terms, divergences
-from .latents import unchanged_buffers_on_error
+from .kl import KL, Terms, kl_terms
 from .loss_module import LossModule, seen_by_svi, warn_of_untrained
 from .site_names import SiteNames
+
+_Evaluation: TypeAlias = tuple[Tensor, Tensor, Tensor, float | None]  # loss, nll, KL; the loss's value if it is checked
 
 
 class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
@@ -114,15 +116,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         self.__dict__.update(state, _workspace=Workspace())
 
     def __call__(self, model: Any, guide: Any) -> LossModule:
-        """Returns the loss of a model and its guide as a torch module of the parameters of both.
-
-        Args:
-            model: The model.
-            guide: The guide.
-
-        Returns:
-            The module; it takes the arguments of the model.
-        """
+        """Returns the loss as a torch module of the parameters of model and guide, which is called as the model is."""
         return LossModule(model, guide, self)
 
     @property
@@ -136,7 +130,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             raise ValueError(f"kl_weight: expected a finite number, at least 0, but got {value}")
         self._kl_weight = value
 
-    @not_compiled  # for no compiler knows weights that are not drawn
+    @not_compiled  # the compiler cannot trace weights that are not sampled
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, a scalar in nats over the data set, whose gradients are unbiased estimates.
 
@@ -152,33 +146,13 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return self._loss_and_value(model, guide, args, kwargs)[0]
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss as a number, in nats over the data set.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Given to both.
-            **kwargs: Given to both.
-
-        Returns:
-            An estimate of the loss.
-        """
+        """Returns the loss as a number, see :meth:`differentiable_loss`."""
         with torch.no_grad():
             loss, value = self._loss_and_value(model, guide, args, kwargs)
         return loss.item() if value is None else value
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss as a number, and adds its gradients to the parameters'; what ``SVI.step`` calls.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Given to both.
-            **kwargs: Given to both.
-
-        Returns:
-            An estimate of the loss.
-        """
+        """Returns the loss as a number, and adds its gradients to the parameters'; what ``SVI.step`` calls."""
         loss, value = self._loss_and_value(model, guide, args, kwargs)
         seen = None if self._is_checked else seen_by_svi()
         if seen is not None:
@@ -191,53 +165,54 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     @not_compiled
     def _loss_and_value(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Tensor, float | None]:
-        """Returns the loss, and as a number if it was checked."""
+        """Returns the loss, and its value if that was checked."""
         try:
-            # At first, a guide or model may make parameters of what it is given.
+            # In the first pass, because a guide or model may make parameters of what it is given.
             if self.check_finite and not self.terms and finite_value(None, *args, *kwargs.values()) is None:
                 raise ValueError("arguments: expected finite numbers")
             loss, nll, kl, value = self._evaluate(model, guide, args, kwargs)
-        except (RuntimeError, ValueError) as error:  # not what torch.utils.checkpoint ends a repetition with
-            blame_device(error, model, guide, args, kwargs)
+        # torch.utils.checkpoint ends a recomputation by an exception of another type.
+        except (RuntimeError, ValueError) as error:
+            raise_device_error(error, model, guide, args, kwargs)
             if self.check_finite:
-                blame_number(error, model, guide, args, kwargs)
+                raise_nonfinite(error, model, guide, args, kwargs)
             raise
         self.terms = {"nll": nll.detach(), "kl": kl.detach()}
         return loss, value
 
-    def _evaluate(
-        self, model: Callable, guide: Callable, args: Any, kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """Returns the loss, its two terms, and its value where that is checked.
+    def _evaluate(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> _Evaluation:
+        """Evaluates the loss, and starts again where a weight is used otherwise than once to make outputs to sample.
 
-        It starts again where a weight is used otherwise than by one local form. All such weights of a pass are found
-        at once. From then on they are sampled at their sites, so that random numbers are the same for a layer that is
-        computed again in the backward pass, and for a run that is resumed.
+        All such weights of a pass are found at once. From then on they are sampled at their sites, so that random
+        numbers are the same for a layer that is computed again in the backward pass, and for a run that is resumed.
         """
         while True:
             self._newly_sampled = PassNotes()
-            # The walk over modules costs time; what else there is to find is mostly found at first.
+            # Later passes neither look for generators in all modules nor save frozen parameters: both cost time.
             restore_random_state = random_state(None if self.terms else unwrap(model))
             try:
-                with unchanged_buffers_on_error(model, with_frozen=not self.terms):  # what costs memory at first only
-                    factorised = is_factorised(guide)
-                    traces = self._get_traces(model, guide, args, kwargs)
-                    particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
-                    self._newly_sampled.is_running = False
-                    nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
-                    loss = nll + self.kl_weight * kl
-                    value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
-                    if self.check_finite and value is None:
-                        raise ValueError(
-                            f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
-                            + _sites_not_finite(particles)
-                        )
-                    return loss, nll, kl, value
-            except Exception:  # whatever comes of a pass that is spoiled
+                with unchanged_buffers_on_error(model, with_frozen=not self.terms):
+                    return self._evaluate_once(model, guide, args, kwargs)
+            except Exception:  # of any type, since the pass ran with weights that cannot be used like this
                 if not self._newly_sampled:
                     raise
                 self._sampled_sites |= self._newly_sampled
                 restore_random_state()
+
+    def _evaluate_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> _Evaluation:
+        factorised = is_factorised(guide)
+        traces = self._get_traces(model, guide, args, kwargs)
+        particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
+        self._newly_sampled.is_running = False
+        nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
+        loss = nll + self.kl_weight * kl
+        value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
+        if self.check_finite and value is None:
+            raise ValueError(
+                f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
+                + _sites_not_finite(particles)
+            )
+        return loss, nll, kl, value
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> tuple[Sites, Sites]:
         self._workspace.start_step()
@@ -255,12 +230,12 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         return without_subsampling(model_sites.found), without_subsampling(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
-        """Returns the negative log likelihoods and the divergences of one particle, by site."""
+        """Returns the negative log likelihoods and the KL of one particle, by site."""
         guide_sites = with_auxiliary_sites_exchanged(guide_sites)
-        joint = [] if factorised else against_the_order(model_sites, guide_sites)
+        joint = [] if factorised else sampled_before_parents(model_sites, guide_sites)
         unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], UnsampledWeight)}
-        if unsampled:  # what was made of them has samples of its own
-            if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
+        if unsampled:  # their outputs were sampled, so they have no value of which to take the density
+            if not self.local_reparam or unsampled & self._sampled_sites:  # by a local_reparam of the user's
                 raise RepeatedUseError(min(unsampled))
             self._newly_sampled |= unsampled
             raise PassSpoiled
@@ -278,12 +253,12 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
                 )
             check_latent(name, guide_sites[name], site)
             latents.append((name, guide_sites[name], site))
-        of_latents = divergences(latents, self.kl, joint, self._warned_sites)
+        kls = kl_terms(latents, self.kl, joint, self._warned_sites)
         for name in [name for name in guide_sites if name not in model_sites]:
             check_auxiliary(name, guide_sites[name])
             check_plates(name, guide_sites[name])
-            of_latents.append((name, log_prob(guide_sites[name])))
-        return nlls, of_latents
+            kls.append((name, log_prob(guide_sites[name])))
+        return nlls, kls
 
 
 def _sum(terms: Terms) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gaussians that a guide writes in other ways."""
+"""Gaussians that a guide writes as transforms of Gaussians, or as a Delta at an auxiliary Gaussian site."""
 
 __all__ = ["as_gaussian", "with_auxiliary_sites_exchanged"]
 
@@ -13,18 +13,7 @@ from ..distributions.util import unwrap_independent
 
 
 def as_gaussian(distribution: Any) -> Any:
-    """Returns the Gaussian that transforms make of a Gaussian, if they do; any other distribution as it is.
-
-    Args:
-        distribution: A distribution.
-
-    Returns:
-        The same distribution, as a normal one, perhaps within ``to_event``.
-
-    Example:
-        >>> as_gaussian(dist.TransformedDistribution(dist.Normal(1.0, 1.0), dist.transforms.AffineTransform(0.0, 3.0)))
-        Normal(loc: 3.0, scale: 3.0)
-    """
+    """Returns the Gaussian that affine transforms make of a Gaussian; any other distribution as it is."""
     if not isinstance(distribution, TransformedDistribution):
         return distribution
     base = unwrap_independent(distribution.base_dist)
@@ -40,7 +29,7 @@ def as_gaussian(distribution: Any) -> Any:
 
 
 def _parts(transform: Transform) -> list[Transform]:
-    """Returns the transforms of single elements that one is made of."""
+    """Returns the transforms that a transform is composed of, each without its event dimensions."""
     if isinstance(transform, IndependentTransform):
         return _parts(transform.base_transform)
     if isinstance(transform, ComposeTransform):
@@ -52,19 +41,6 @@ def with_auxiliary_sites_exchanged(sites: dict[str, Any]) -> dict[str, Any]:
     """Exchanges each Delta at the value of an auxiliary site with that site, as those of ``AutoNormal``.
 
     The density of the two is the same, and the latent then has the distribution that its value is sampled from.
-
-    Args:
-        sites: The sites of a guide.
-
-    Returns:
-        The sites, in the order in which they were sampled.
-
-    Example:
-        >>> with svd.poutine.trace.SiteTrace() as sites:
-        ...     u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-        ...     w = pyro.sample("w", dist.Delta(u))
-        >>> list(with_auxiliary_sites_exchanged(sites.found))
-        ['w', 'u']
     """
     auxiliary = {id(site["value"]): name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
     if not auxiliary:

@@ -1,4 +1,4 @@
-"""Where a guide starts: the initial values of a model's latents."""
+"""The initial values of a model's latents."""
 
 __all__ = ["Start", "init_to_weights", "initial_value"]
 
@@ -54,22 +54,7 @@ def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) 
 
 
 def initial_value(site: Any, value: Any) -> Tensor:
-    """Returns what an initialisation gave for a site as a tensor of the prior's type.
-
-    Args:
-        site: A Pyro trace site.
-        value: The value: numbers of the site's shape, or one number for all.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ValueError: If it is something else.
-
-    Example:
-        >>> initial_value({"name": "w", "fn": dist.Normal(torch.zeros(2).double(), 1.0)}, 3)
-        tensor([3., 3.], dtype=torch.float64)
-    """
+    """Returns what an initialisation gave for a site, perhaps one number for all, as a tensor of the prior's type."""
     name, fn = site["name"], site["fn"]
     expected = f"{name}: expected an initial value of shape {tuple(fn.shape())}, but init_loc_fn gave"
     try:
@@ -90,7 +75,7 @@ def initial_value(site: Any, value: Any) -> Tensor:
 
 
 def _numbers(prior: Distribution) -> list[Tensor]:
-    """Returns what the dtype and device of a prior's samples follow: nothing where it has no numbers of its own."""
+    """Returns the floating-point tensors of a prior, whose dtype and device its samples follow; perhaps none."""
     if isinstance(prior, WeightPrior):
         return [prior.value]
     base: Any = unwrap_independent(unmasked(prior)[0])
@@ -106,20 +91,7 @@ def _numbers(prior: Distribution) -> list[Tensor]:
 
 
 class Start(InitMessenger):
-    """Gives a model's latents their initial values, and notes the plates whose subsample the model gives.
-
-    Args:
-        init_fn: The initialisation.
-        given: Where the names of those plates are put.
-
-    Example:
-        >>> given = set()
-        >>> with Start(lambda site: torch.zeros(()), given):
-        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        ...     plates = pyro.plate("a", 9, subsample_size=3), pyro.plate("b", 9, subsample=torch.arange(3))
-        >>> w, given
-        (tensor(0.), {'b'})
-    """
+    """Gives a model's latents their initial values; ``given`` gets the plates whose subsample the model gives."""
 
     def __init__(self, init_fn: Callable, given: set[str]) -> None:
         super().__init__(init_fn)

@@ -1,6 +1,6 @@
-"""The divergence of latents from their priors: in closed form where one is known, else from one sample."""
+"""KL(q || p) of a guide's latents: in closed form where one is known, else from one sample."""
 
-__all__ = ["KL", "Terms", "divergences", "kept_parts"]
+__all__ = ["KL", "Terms", "kl_terms"]
 
 import logging
 import warnings
@@ -29,34 +29,14 @@ KL = Literal["approximate", "exact", "monte_carlo"]
 Terms: TypeAlias = list[tuple[str, Tensor]]  # names of sites and what they add to a bound
 
 
-def divergences(
-    latents: Iterable[tuple[str, Any, Any]], kl: KL, joint: Collection[str] = (), warned: set[str] | None = None
-) -> Terms:
-    """Returns KL(q || p) of latents, each with the scale and the mask of its site.
+def kl_terms(latents: Iterable[tuple[str, Any, Any]], kl: KL, joint: Collection[str], warned: set[str]) -> Terms:
+    """Returns KL(q || p) of latents, each a name with its sites in the guide and the model, by the names of the sites.
 
-    Weights under the log-uniform prior that were not sampled are taken together, which is faster, those of the same
-    scale in one term. Where no closed form is known, a debug-level log names the site; where a divergence from the
-    improper prior is sampled though a closed form was asked for, a warning does.
-
-    Args:
-        latents: For each the name of the site, the site in the guide and the site in the model.
-        kl: The form of the divergence from the log-uniform prior, or ``"monte_carlo"`` for one sample of every latent.
-        joint: The latents that have no divergence of their own, given the others: their densities are taken at the
-            sample.
-        warned: The sites that a warning has named; more are added.
-
-    Returns:
-        Scalars, in nats over the data set, by the names of the sites that they are of.
-
-    Raises:
-        ValueError: If a prior has no density where one is needed.
-
-    Example:
-        >>> q, p = ({"fn": dist.Normal(mean, 1.0), "scale": 10.0, "mask": None} for mean in (0.0, 1.0))
-        >>> divergences([("w", q, p)], "exact")
-        [('w', tensor(5.))]
+    The terms are in nats over the data set, with the scale and mask of each site. Weights under the log-uniform prior
+    that were not sampled are taken together, which is faster, those of the same scale in one term. ``joint`` names the
+    latents that have no KL of their own, given the others: their densities are taken at the sample. Where no closed
+    form is known, a debug-level log names the site, and where the prior is improper a warning, unless ``warned`` does.
     """
-    warned = set() if warned is None else warned
     terms: Terms = []
     lazy: dict[float, list[UnsampledWeight]] = {}
     for name, q, p in latents:
@@ -85,7 +65,7 @@ def _sampled(name: str, q: Any, p: Any) -> Tensor:
     if isinstance(q["value"], UnsampledWeight):
         sample = q["value"].value_for_density()
         q, p = {**q, "value": sample}, {**p, "value": sample}
-    q, p = kept_parts(q, p)
+    q, p = _mask_dropped(q, p)
     try:
         return log_prob(q) - log_prob(p)
     except NotImplementedError as error:
@@ -130,7 +110,7 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
     """
     (q_fn, q_mask), (p_fn, p_mask) = unmasked(as_gaussian(q["fn"])), unmasked(p["fn"])
     q_base, p_base = as_gaussian(unwrap_independent(q_fn)), unwrap_independent(p_fn)
-    if isinstance(q_base, Delta):  # Pyro's rule for it ignores the density that a guide may give it
+    if isinstance(q_base, Delta):  # Pyro's KL of a Delta ignores its log_density
         return None
     event_dims = len(q_base.batch_shape) - len(q_fn.batch_shape)
     if q_base.batch_shape == p_base.batch_shape:
@@ -156,7 +136,7 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
 
 
 def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:
-    """Returns the sum of what a site counts of the values of its elements."""
+    """Returns the sum of the values of a site's elements, scaled and masked as the site is."""
     if mask is not True:
         values = scale_and_mask(values, mask=mask)
     scale, mask = (
@@ -166,21 +146,8 @@ def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:
     return scale_and_mask(values, scale, mask).sum()
 
 
-def kept_parts(q: Any, p: Any) -> tuple[Any, Any]:
-    """Leaves to the divergence of a site what is not held at zero.
-
-    Args:
-        q: The site in a guide.
-        p: The site in a model.
-
-    Returns:
-        Both, with the other weights masked where their prior has a density for each weight.
-
-    Example:
-        >>> site = {"fn": dist.Normal(0.0, 1.0)}
-        >>> kept_parts(site, site) == (site, site)
-        True
-    """
+def _mask_dropped(q: Any, p: Any) -> tuple[Any, Any]:
+    """Masks the weights that the guide holds at zero, in the sites of guide and model, if there are any."""
     kept = getattr(unwrap_independent(q["fn"]), "kept", None)
     if kept is None or unwrap_independent(p["fn"]).batch_shape != kept.shape:
         return q, p
@@ -189,5 +156,5 @@ def kept_parts(q: Any, p: Any) -> tuple[Any, Any]:
 
 def _masked(site: Any, kept: Tensor) -> Any:
     fn: Any = unwrap_independent(site["fn"])
-    value = torch.where(kept, site["value"], 1.0)  # where 0 has no density
+    value = torch.where(kept, site["value"], 1.0)  # as 0 may have no density
     return {**site, "fn": fn.mask(kept).to_event(len(site["fn"].event_shape)), "value": value}

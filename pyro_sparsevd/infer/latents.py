@@ -1,45 +1,38 @@
-"""What a guide learns about the latents of a model."""
+"""Metadata of a model's latents for the guide: transforms, plates, groups, sparsity."""
 
 __all__ = [
     "Latent",
     "attribute_sites",
     "is_target",
     "keep_latents",
-    "simplified",
-    "sparsity_of",
-    "unchanged_buffers",
-    "unchanged_buffers_on_error",
+    "latent_of",
 ]
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.poutine.messenger import unwrap
+from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
+from .._compat import site_name, sites_of
 from ..distributions.empirical_normal import EmpiricalBayesNormal
 from ..distributions.log_uniform import LogUniform
 from ..distributions.sparse_normal import MaskedNormal, SparseNormal
 from ..distributions.util import map_tensors, unmasked, unwrap_independent
 from ..nn.scales import ShrunkWeightPrior
-from ..nn.sites import SitePrior
+from ..nn.sites import SitePrior, WeightPrior
 
 
 class Latent(NamedTuple):
-    """What the guide needs to know of a latent: nothing that holds numbers of the model.
+    """Metadata of a latent; it holds no numbers of the model.
 
-    Args:
-        transform: From unconstrained space to the latent's support.
-        event_dim: The number of dimensions of an event, in unconstrained space.
-        plates: The names of the plates it is in.
-        is_sparse: Whether its prior makes weights sparse.
-        group_dims: Those of its dimensions along which groups differ that matter or not as a whole; none if empty.
-        zero_row: The row that is held at zero, if there is one.
+    ``transform`` leads from unconstrained space to the latent's support, ``event_dim`` counts the dimensions of an
+    event in unconstrained space, ``plates`` are names. Groups that matter or not as a whole differ along
+    ``group_dims``; if empty, there are none. ``zero_row`` is the row that is held at zero, if there is one.
     """
 
     transform: Transform
@@ -81,37 +74,35 @@ class Latent(NamedTuple):
 
 
 def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
-    """Yields each sample site that is an attribute of a module of the model, as Pyro records it before it is drawn."""
+    """Yields each sample site that is an attribute of a module of the model, as Pyro has it before it is sampled."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        for attribute, prior in getattr(module, "_pyro_samples", {}).items():
-            found = prior.of(module) if isinstance(prior, SitePrior) else prior
-            if isinstance(found, Distribution):
-                site: dict[str, Any] = {"type": "sample", "fn": found, "value": None, "is_observed": False}
-                site["name"] = f"{module._pyro_name}.{attribute}" if module._pyro_name else attribute
-                yield {
-                    **site,
-                    "args": (),
-                    "kwargs": {},
-                    "infer": {},
-                    "scale": 1.0,
-                    "mask": None,
-                    "cond_indep_stack": (),
-                }
+        for attribute, prior in sites_of(module).items():
+            fn = prior.of(module) if isinstance(prior, SitePrior) else prior
+            if isinstance(fn, Distribution):
+                yield {**_UNSAMPLED, "name": site_name(module, attribute), "fn": fn, "kwargs": {}, "infer": {}}
 
 
-def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
-    """Tells whether a prior makes weights sparse, and along which dimensions groups of them differ, if it has any.
+def latent_of(name: str, prior: Distribution, value: Tensor, frames: tuple) -> tuple[Latent, Tensor]:
+    """Returns the metadata of a latent, and its value in unconstrained space, over the full size of its plates."""
+    transform = _simplified(biject_to(prior.support))
+    loc = transform.inv(value.detach())
+    if not bool(loc.isfinite().all()):
+        raise ValueError(
+            f"{name}: expected initial values inside the support of the prior, {prior.support}; give the guide an "
+            "init_loc_fn, or the site another prior"
+        )
+    event_dim = len(prior.event_shape) + loc.dim() - value.dim()
+    for frame in frames:
+        full_size = frame.full_size or frame.size
+        if full_size != frame.size:
+            loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
+    plates = tuple(frame.name for frame in frames if frame.vectorized)
+    zero_row = prior.zero_row if isinstance(prior, WeightPrior) else None
+    return Latent(transform, event_dim, plates, *_sparsity_of(prior), zero_row), loc
 
-    Args:
-        prior: The prior of a site.
 
-    Returns:
-        Both.
-
-    Example:
-        >>> sparsity_of(LogUniform()), sparsity_of(dist.Normal(0.0, 1.0))
-        ((True, ()), (False, ()))
-    """
+def _sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
+    """Tells whether a prior makes weights sparse, and along which dimensions groups of them differ, if it has any."""
     base: Any = unwrap_independent(unmasked(prior)[0])
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
@@ -121,26 +112,15 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
 
 
 def is_target(site: Any) -> bool:
-    """Tells whether a site is what a model predicts, and no latent where it is not given.
-
-    Args:
-        site: A Pyro trace site.
-
-    Returns:
-        Whether its model says so.
-
-    Example:
-        >>> is_target({"infer": {"is_target": True}})
-        True
-    """
+    """Tells whether a site is what a model predicts, and no latent where it is not given."""
     return bool(site["infer"].get("is_target"))
 
 
-def simplified(transform: Transform) -> Transform:
+def _simplified(transform: Transform) -> Transform:
     """Drops x ↦ 0 + 1 x, as at the end of torch's map onto the positive numbers, which hides equal transforms."""
     if not isinstance(transform, ComposeTransform):
         return transform
-    parts = [simplified(part) for part in transform.parts]
+    parts = [_simplified(part) for part in transform.parts]
     parts = [part for part in parts if not (isinstance(part, AffineTransform) and part == AffineTransform(0, 1))]
     return parts[0] if len(parts) == 1 else ComposeTransform(parts)
 
@@ -160,60 +140,12 @@ def keep_latents(trace: Any) -> None:
             node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
 
 
-@contextmanager
-def unchanged_buffers(model: Any) -> Iterator[None]:
-    """Undoes what a run of the model does to its buffers, such as the statistics of batch normalisation.
-
-    So for frozen parameters, as of an encoder that follows another by momentum.
-    """
-    restore = _restorer(model, with_frozen=True)
-    try:
-        yield
-    finally:
-        restore()
-
-
-@contextmanager
-def unchanged_buffers_on_error(model: Any, with_frozen: bool) -> Iterator[None]:
-    """Undoes what a run of the model did to its buffers, and to frozen parameters, where it ends in an error."""
-    restore = _restorer(model, with_frozen)
-    try:
-        yield
-    except BaseException:  # an interrupt, too
-        restore()
-        raise
-
-
-def _restorer(model: Any, with_frozen: bool) -> Callable[[], None]:
-    buffers = _running_buffers(model, with_frozen)
-    kept = [buffer.clone() for _, _, buffer in buffers]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for (owner, name, buffer), value in zip(buffers, kept, strict=True):
-            buffer.copy_(value)
-            owner[name] = buffer  # a module may have put another tensor there
-
-    return restore
-
-
-def _running_buffers(model: Any, with_frozen: bool) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Returns where the buffers are, and those, that a run may change: all but the values that weights had."""
-    found: list[tuple[dict[str, Any], str, Tensor]] = []
-    model = unwrap(model)  # of handlers
-    modules: list[Any] = [model] if isinstance(model, nn.Module) else []
-    seen = set(modules)
-    for module in modules:  # not model.modules(), which takes its time at every step
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                modules.append(child)
-                seen.add(child)
-        if module._buffers:
-            priors = module.__dict__.get("_pyro_samples", {}).values()
-            initial = {prior.buffer for prior in priors if isinstance(prior, SitePrior)}
-            own = module._buffers
-            found += [(own, name, value) for name, value in own.items() if value is not None and name not in initial]
-        if with_frozen:
-            own = module._parameters
-            found += [(own, name, p) for name, p in own.items() if p is not None and not p.requires_grad]
-    return found
+_UNSAMPLED = {  # what Pyro notes of a site without a plate, before it is sampled
+    "type": "sample",
+    "args": (),
+    "value": None,
+    "is_observed": False,
+    "scale": 1.0,
+    "mask": None,
+    "cond_indep_stack": (),
+}

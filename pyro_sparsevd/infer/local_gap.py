@@ -1,4 +1,4 @@
-"""What sampling outputs instead of weights makes of a bound."""
+"""The loss with sampled outputs against the loss with sampled weights."""
 
 __all__ = ["Estimate", "LocalReparamGap", "local_reparam_gap"]
 
@@ -9,17 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .buffers import unchanged_buffers
 from .elbo import SparseVD_ELBO
-from .latents import unchanged_buffers
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error.
-
-    Args:
-        mean: The mean.
-        standard_error: Its standard error.
-    """
+    """A mean with its standard error."""
 
     mean: float
     standard_error: float
@@ -28,9 +23,8 @@ class Estimate(NamedTuple):
 class LocalReparamGap(NamedTuple):
     """The loss of a model and its guide in two ways, in nats over the data set.
 
-    Args:
-        sampled_outputs: With outputs sampled, as ``local_reparam=True`` has it.
-        sampled_weights: With weights sampled, which is the negative evidence lower bound of any model.
+    ``sampled_outputs`` is that of ``local_reparam=True``; ``sampled_weights`` the negative evidence lower bound of any
+    model.
     """
 
     sampled_outputs: Estimate
@@ -38,7 +32,7 @@ class LocalReparamGap(NamedTuple):
 
     @property
     def sigmas(self) -> float:
-        """The difference of the two in its standard errors; beyond 3 or so, it is none of chance."""
+        """The difference of the two in its standard errors; beyond 3 or so, it is not due to chance."""
         error = math.hypot(self.sampled_outputs.standard_error, self.sampled_weights.standard_error)
         difference = self.sampled_outputs.mean - self.sampled_weights.mean
         return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
@@ -49,8 +43,8 @@ def local_reparam_gap(
 ) -> LocalReparamGap:
     """Measures whether sampled outputs give the loss of sampled weights.
 
-    Both are the same where each row that a linear layer gives is a datum of its own. Where rows are mixed later on, as
-    in graphs, sets and attention over positions, their noise is not the same as that of one weight for all of them.
+    Both are the same where each row that a linear layer gives is an example of its own. Where rows are mixed later on,
+    as in graphs, sets and attention over positions, their noise is not that of one weight for all of them.
 
     Args:
         elbo: The bound; it is not changed.

@@ -1,4 +1,4 @@
-"""The bound of a model and its guide as a torch module, and the parameters that no optimiser would see."""
+"""The loss of a model and its guide as a torch module, and a warning of parameters that no optimiser would change."""
 
 __all__ = ["LossModule", "seen_by_svi", "warn_of_untrained"]
 
@@ -15,50 +15,26 @@ from .._compat import HANDLER_STACK, not_compiled
 
 
 class LossModule(ELBOModule):
-    """The loss of a model and its guide, which says once where its parameters are not all that the loss depends on.
-
-    Args:
-        model: The model.
-        guide: The guide.
-        elbo: The bound.
-    """
+    """The loss of a model and its guide; it warns once if it depends on parameters that it does not own."""
 
     def __init__(self, model: Any, guide: Any, elbo: Any) -> None:
         super().__init__(model, guide, elbo)
         self._is_checked = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss, see the bound.
-
-        Args:
-            *args: As for the model.
-            **kwargs: As for the model.
-
-        Returns:
-            The loss, in nats over the data set.
-        """
+        """Returns the loss for the model's arguments, in nats over the data set."""
         loss = super().forward(*args, **kwargs)
         if not self._is_checked and loss.requires_grad:
             self._is_checked = True
             own = list(self.parameters())
-            if own:  # without any, an optimiser says so itself
+            if own:  # an optimiser itself refuses an empty list
                 remedy = "make what has them an attribute of a model that is a torch module, or train with SVI"
                 warn_of_untrained(loss, own, f"the parameters() of the loss lack them; {remedy}")
         return loss
 
 
 def seen_by_svi() -> list[Tensor] | None:
-    """Returns the parameters that a step of ``SVI`` has seen so far and is going to change; None outside of one.
-
-    Returns:
-        The parameters.
-
-    Example:
-        >>> with pyro.poutine.trace(param_only=True):
-        ...     p = pyro.param("p", torch.zeros(3))
-        ...     len(seen_by_svi())
-        1
-    """
+    """Returns the parameters that a step of ``SVI`` has seen so far and is going to change; None outside of one."""
     handlers = [h for h in HANDLER_STACK if isinstance(h, TraceMessenger) and h.param_only]
     sites = [site for handler in handlers for site in handler.trace.nodes.values() if site["type"] == "param"]
     return [site["value"].unconstrained() for site in sites] if handlers else None
@@ -66,17 +42,7 @@ def seen_by_svi() -> list[Tensor] | None:
 
 @not_compiled
 def warn_of_untrained(loss: Tensor, trained: Iterable[Tensor], why: str) -> None:
-    """Warns of parameters that a loss depends on and that are not trained, by name.
-
-    Args:
-        loss: The loss.
-        trained: The parameters that are.
-        why: What to say of the others.
-
-    Example:
-        >>> scale = nn.Parameter(torch.ones(()))
-        >>> warn_of_untrained(2 * scale, [scale], "nobody has them")
-    """
+    """Warns of parameters that a loss depends on and that are not trained, by name; ``why`` ends the message."""
     known, store = set(map(id, trained)), pyro.get_param_store()
     names = [
         store.param_name(leaf) or f"one of shape {tuple(leaf.shape)}"

@@ -1,4 +1,4 @@
-"""The posterior with dropped weights at zero."""
+"""A guide with dropped weights at zero."""
 
 __all__ = ["SparsifiedGuide", "check_masks"]
 
@@ -20,20 +20,6 @@ class SparsifiedGuide(nn.Module):
     It is a copy with parameters of its own: training may go on with the original, or with this one and a new
     optimiser, which has no momentum of the dropped weights; there these stay at zero, cost no divergence, and no step
     changes them.
-
-    Args:
-        guide: An :class:`~.autoguide.AutoSparseNormal`.
-        masks: The weights to keep, by the name of the site.
-
-    Raises:
-        ValueError: If a mask does not fit the guide.
-
-    Example:
-        >>> guide = svd.AutoSparseNormal(lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1)))
-        >>> samples = guide()
-        >>> samples = SparsifiedGuide(guide, {"w": torch.tensor([True, False, True])})()
-        >>> samples["w"] == 0
-        tensor([False,  True, False])
     """
 
     def __init__(self, guide: Any, masks: Mapping[str, Tensor]) -> None:
@@ -43,39 +29,16 @@ class SparsifiedGuide(nn.Module):
         self._mask_numbers = {name: f"mask_{number}" for number, name in enumerate(masks)}
         for name, number in self._mask_numbers.items():
             self.register_buffer(number, masks[name].clone())
-            with torch.no_grad():
-                self.guide._plain_parameters_of(name)[0].mul_(masks[name])  # so that a new summary drops them, too
+            self.guide.drop_(name, masks[name])  # so that a new summary drops them, too
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples all latents, those that were dropped as 0.
-
-        Args:
-            *args: As for the model.
-            **kwargs: As for the model.
-
-        Returns:
-            The value of each latent by the name of its site.
-        """
+        """Samples all latents, those that were dropped as 0."""
         with _MaskMessenger({name: getattr(self, number) for name, number in self._mask_numbers.items()}):
             return self.guide(*args, **kwargs)
 
 
 def check_masks(shapes: Mapping[str, torch.Size], masks: Mapping[str, Tensor]) -> None:
-    """Checks that masks are of a guide's sites.
-
-    Args:
-        shapes: The shapes of the guide's sites, by name.
-        masks: The weights to keep, by the name of the site.
-
-    Raises:
-        ValueError: If a site or a shape differs.
-
-    Example:
-        >>> check_masks({"w": torch.Size([3])}, {"v": torch.ones(3)})
-        Traceback (most recent call last):
-            ...
-        ValueError: v: the summary has this site, but the guide has w; are they of the same model?
-    """
+    """Refuses masks of sites that the guide does not have, or of other shapes than there."""
     for name, mask in masks.items():
         if name not in shapes:
             known = ", ".join(shapes) or "none"

@@ -1,9 +1,8 @@
-"""Priors onto the parameters of a network: sample sites of Pyro, named as the parameters are."""
+"""From a torch network to a Bayesian one: its parameters become sample sites of Pyro, of the same names."""
 
 __all__ = ["Prior", "bayesianize"]
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -13,13 +12,13 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.fx import GraphModule
 
-from .._compat import on_state_dict
+from .._compat import on_state_dict, sites_of
 from .._modules import copied, takes
 from ..distributions.log_uniform import LogUniform
-from .context import FixedName, NetworkContext
+from .context import NetworkContext, join_network
 from .scales import HierarchicalPrior
-from .selection import Pattern, choose, matches
-from .sites import SharedSite, SitePrior, Sites, without_sites
+from .selection import Pattern, choose, first_match, matches
+from .sites import SharedSite, SitePrior, set_site, take_parameter, without_sites
 from .weights import padding_rows
 
 WeightPriors: TypeAlias = Distribution | HierarchicalPrior
@@ -85,8 +84,7 @@ def bayesianize(
     context = NetworkContext()
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if isinstance(module, PyroModule):
-            module._pyro_name, module._pyro_context = path, context
-            module.__dict__["_pyro_set_supermodule"] = FixedName(module)
+            join_network(module, path, context)
     rows = padding_rows(net)
     for name, fitted in priors.items():
         for alias in names[name]:
@@ -102,7 +100,7 @@ def _to_pyro_modules(net: nn.Module) -> None:
         if isinstance(module, PyroModule):
             for name in order:
                 setattr(module, name, module._modules[name])
-        elif not _is_plain_function(module):
+        elif not _is_stateless_layer(module):
             try:
                 to_pyro_module_(module, recurse=False)
             except TypeError as error:  # such as a class with another metaclass
@@ -110,11 +108,11 @@ def _to_pyro_modules(net: nn.Module) -> None:
                     f"{path or 'net'}: expected a module that Pyro can make a PyroModule, but {type(module).__name__} "
                     f"is none ({error}); derive it from nn.Module alone, without abc.ABC and the like"
                 ) from error
-        for name in order:  # Pyro puts its own modules last
+        for name in order:  # restores the order: Pyro puts PyroModules last
             module._modules[name] = module._modules.pop(name)
 
 
-def _is_plain_function(module: nn.Module) -> bool:
+def _is_stateless_layer(module: nn.Module) -> bool:
     """Tells whether a module is a layer of torch's own without parameters, parts or numbers that could be random."""
     *package, file = type(module).__module__.split(".")
     holds = module._parameters or module._buffers or module._modules
@@ -125,8 +123,7 @@ def _is_plain_function(module: nn.Module) -> bool:
 def _fitted_priors(net: nn.Module, chosen: Mapping[str, Sequence[str]], prior: Prior) -> dict[str, WeightPriors]:
     """Returns the prior of each chosen parameter, of its shape, given all names of each."""
     if isinstance(prior, Mapping):
-        givers = _first_matches(net, chosen, prior)
-        found: dict[str, Any] = {name: prior[givers[name]] for name in chosen}
+        found: dict[str, Any] = {name: prior[glob] for name, glob in _first_globs(net, chosen, prior).items()}
     elif callable(prior) and not isinstance(prior, WeightPriors | type):
         if not takes(prior, "name", None):
             raise TypeError(f"prior: expected a function of (name, parameter), but got {prior}; perhaps call it first")
@@ -136,23 +133,23 @@ def _fitted_priors(net: nn.Module, chosen: Mapping[str, Sequence[str]], prior: P
     return {name: _fitted(name, net.get_parameter(name).shape, value) for name, value in found.items()}
 
 
-def _first_matches(net: nn.Module, chosen: Mapping[str, Sequence[str]], table: Mapping[str, Any]) -> dict[str, str]:
+def _first_globs(net: nn.Module, chosen: Mapping[str, Sequence[str]], table: Mapping[str, Any]) -> dict[str, str]:
     """Returns the first glob that matches a name of each chosen parameter."""
     for glob in table:
         if not isinstance(glob, str):
             raise TypeError(f"prior: expected globs on the names of parameters as keys, but got {glob!r}")
     found = {}
     for name, names in chosen.items():
-        matching = [glob for glob in table if any(fnmatchcase(alias, glob) for alias in names)]
-        if not matching:
+        first = first_match(table, *names)
+        if first is None:
             raise ValueError(f"{name}: expected a prior, but none of {list(table)} matches; add one or exclude it")
-        found[name] = matching[0]
+        found[name] = first
     _check_table(net, chosen, table)
     return found
 
 
 def _check_table(net: nn.Module, chosen: Collection[str], table: Iterable[str]) -> None:
-    """Refuses globs that are of no use by mistake; one that matches more than others is a last resort."""
+    """Refuses globs without effect: those that match no chosen parameter, and those after a glob that matches more."""
     wider: list[set[str]] = []
     for glob in table:
         matched = matches(net, dict(net.named_parameters()), glob, "prior")
@@ -201,24 +198,16 @@ def _aliases(net: nn.Module) -> dict[str, list[str]]:
 
 
 def _make_site(bnn: PyroModule, alias: str, name: str, prior: WeightPriors, zero_row: int | None) -> None:
-    # The parameter is replaced past __setattr__: that of nn.LSTM would read, and so sample, its other weights.
     path, _, attribute = alias.rpartition(".")
     module: Any = bnn.get_submodule(path)
-    value, module._parameters[attribute] = module._parameters[attribute], None  # None keeps its place in the order
-    if not isinstance(module._pyro_samples, Sites):
-        module._pyro_samples = Sites(module._parameters)
-    if alias == name:
-        buffer = f"{attribute}_initial"
-        while hasattr(module, buffer):
-            buffer += "_"
-        module.register_buffer(buffer, value.detach(), persistent=False)
-        site = (
-            prior.make_site(module, attribute, buffer)
-            if isinstance(prior, HierarchicalPrior)
-            else SitePrior(buffer, prior)
-        )
-        site.zero_row = zero_row
-        module._pyro_samples[attribute] = site
-    else:
+    value = take_parameter(module, attribute)
+    if alias != name:
         path, _, owner_attribute = name.rpartition(".")
-        module._pyro_samples[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)
+        sites_of(module)[attribute] = SharedSite(bnn.get_submodule(path), owner_attribute)
+        return
+    if isinstance(prior, HierarchicalPrior):
+        site: SitePrior = prior.set_scales(module, attribute, value)
+    else:
+        site = SitePrior(prior)
+    site.zero_row = zero_row
+    set_site(module, attribute, site, value)

@@ -1,25 +1,17 @@
-"""The context of a call of a network with priors."""
+"""The context of a call of a Bayesian network, and the names of its modules in it."""
 
-__all__ = ["FixedName", "NetworkContext"]
+__all__ = ["NetworkContext", "join_network"]
 
 from typing import Any
 
 from pyro.nn import PyroModule
 
-from .._compat import HANDLER_STACK, PyroContext
+from .._compat import HANDLER_STACK, PyroContext, call_context
 from ..poutine.param_store import IsolateParamsMessenger
 
 
 class NetworkContext(PyroContext):
-    """What the modules of a network share, within which its parameters stay its own, and frozen ones frozen.
-
-    Example:
-        >>> net = nn.Linear(2, 1).requires_grad_(False)
-        >>> bnn = svd.bayesianize(net, svd.LogUniform(1e-4, 1.0), include="weight")
-        >>> output = bnn(torch.zeros(1, 2))
-        >>> bnn.bias.requires_grad, list(pyro.get_param_store())
-        (False, [])
-    """
+    """The context that the modules of a network share; within it, parameters stay the network's own, or frozen."""
 
     _isolate_params: IsolateParamsMessenger | None = None
 
@@ -36,8 +28,14 @@ class NetworkContext(PyroContext):
             self._isolate_params = None
 
 
-class FixedName:
-    """What a module of a network does where another module takes it in: it keeps its name while the network runs.
+def join_network(module: PyroModule, path: str, context: NetworkContext) -> None:
+    """Gives a module its name and context in a network."""
+    module._pyro_name, module._pyro_context = path, context
+    module.__dict__["_pyro_set_supermodule"] = _SetSupermodule(module)
+
+
+class _SetSupermodule:
+    """Gives a module the name and the context of another module that takes it in, unless the network is running.
 
     So the sites of ``self.layers[:2](x)``, a new module around old ones, are those of ``self.layers(x)``.
     """
@@ -46,6 +44,5 @@ class FixedName:
         self.module = module
 
     def __call__(self, name: str, context: PyroContext) -> None:
-        """Takes the name and the context of another module, unless the network runs."""
-        if not self.module._pyro_context.active:
+        if not call_context(self.module).active:
             type(self.module)._pyro_set_supermodule(self.module, name, context)

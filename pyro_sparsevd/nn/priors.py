@@ -42,7 +42,7 @@ def fan_in_normal(scale: float = 1.0) -> Callable[[str, nn.Parameter], Distribut
 
 
 class _MixtureOfReals(dist.MixtureSameFamily):
-    support = constraints.real  # torch's own is one that no transform is known to
+    support = constraints.real  # biject_to has no transform to the support that torch declares
 
 
 def scale_mixture(weight: float = 0.5, wide: float = 1.0, narrow: float = 0.0025) -> dist.MixtureSameFamily:

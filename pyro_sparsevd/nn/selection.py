@@ -1,6 +1,6 @@
-"""Which parameters of a network to give a prior."""
+"""The choice of the parameters of a network that get a prior, by globs, types and predicates."""
 
-__all__ = ["Pattern", "choose", "matches"]
+__all__ = ["Pattern", "choose", "first_match", "glob_matches", "matches"]
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from .weights import check_parameter, check_references, is_reparametrised, weights_of
+from .checks import check_parameter, check_references
+from .weights import is_reparametrised, weights_of
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
@@ -68,30 +69,14 @@ def _listed(patterns: Any) -> list[Any]:
 
 
 def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any, option: str) -> set[str]:
-    """Returns the names of the parameters that a pattern matches.
+    """Returns the names of the parameters that a glob, a module type or a predicate matches.
 
-    Args:
-        net: The network.
-        parameters: Its parameters by name.
-        pattern: A glob, a module type or a predicate.
-        option: The option it was given for, to name in errors.
-
-    Returns:
-        The names.
-
-    Raises:
-        TypeError: If the pattern is none of the three.
-        ValueError: If a glob or a type matches nothing.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> matches(net, dict(net.named_parameters()), "b*", "include")
-        {'bias'}
+    A glob or type that matches none is an error, which names the option that it was given for.
     """
     if isinstance(pattern, str):
-        first = {id(p): name for name, p in parameters.items()}  # of a tied parameter, any name will do
+        first = {id(p): name for name, p in parameters.items()}  # a tied parameter matches by any of its names
         named = net.named_parameters(remove_duplicate=False)
-        found = {first[id(p)] for name, p in named if id(p) in first and fnmatchcase(name, pattern)}
+        found = {first[id(p)] for name, p in named if id(p) in first and glob_matches(pattern, name)}
     elif isinstance(pattern, type) and issubclass(pattern, nn.Module):
         owned = {id(p) for m in net.modules() if isinstance(m, pattern) for p in m.parameters()}
         found = {name for name, p in parameters.items() if id(p) in owned}
@@ -104,6 +89,16 @@ def matches(net: nn.Module, parameters: Mapping[str, nn.Parameter], pattern: Any
             f"{option}: expected a pattern that matches a parameter, but {pattern!r} fits none of {_names(parameters)}"
         )
     return found
+
+
+def glob_matches(glob: str, name: str) -> bool:
+    """Tells whether a glob matches a name; every name matches itself, one with brackets, too."""
+    return name == glob or fnmatchcase(name, glob)
+
+
+def first_match(globs: Iterable[str], *names: str) -> str | None:
+    """Returns the first glob that matches one of the names, or None."""
+    return next((glob for glob in globs if any(glob_matches(glob, name) for name in names)), None)
 
 
 def _names(parameters: Iterable[str]) -> str:

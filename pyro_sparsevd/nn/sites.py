@@ -1,9 +1,20 @@
-"""What a parameter of a network is after it was given a prior."""
+"""Random weights: what ``bayesianize`` puts in place of a parameter."""
 
-__all__ = ["EverySite", "SharedSite", "SitePrior", "Sites", "WeightPrior", "without_sites"]
+__all__ = [
+    "SampledAttributes",
+    "SharedSite",
+    "SitePrior",
+    "WeightPrior",
+    "free_name",
+    "sample_unused_sites",
+    "set_site",
+    "site_paths",
+    "take_parameter",
+    "without_sites",
+]
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,39 +24,31 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .._compat import in_backward_pass
+from .._compat import call_context, in_backward_pass, site_name, sites_of
 from ..distributions.util import map_tensors
 
 
 class WeightPrior(dist.Independent):
-    """The prior of one parameter of a network, with the parameter's value.
+    """The prior of one parameter of a network, with the value that the parameter had and the name of its site.
 
-    Args:
-        base_dist: The prior of the single weights, of the parameter's shape.
-        reinterpreted_batch_ndims: How many trailing dimensions are event dimensions.
-        value: The value that the parameter had.
-        zero_row: The row that is zero in every sample, if there is one.
-
-    Example:
-        >>> prior = WeightPrior(svd.LogUniform().expand([3, 4]), 2, torch.zeros(3, 4))
-        >>> prior.event_shape
-        torch.Size([3, 4])
+    ``zero_row`` is the row that is zero in every sample, such as that of an embedding's padding token.
     """
 
     def __init__(
-        self, base_dist: Distribution, reinterpreted_batch_ndims: int, value: Tensor, zero_row: int | None = None
+        self,
+        base_dist: Distribution,
+        reinterpreted_batch_ndims: int,
+        value: Tensor,
+        zero_row: int | None = None,
+        site: str = "weight",
     ) -> None:
         super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
         self.value = value
-        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # no row of a joint prior is apart
-        self.site = "weight"
+        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # a joint prior has no separate rows
+        self.site = site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws from the prior.
-
-        Raises:
-            RuntimeError: In a backward pass, where the weight of the forward pass is meant.
-        """
+        """Samples the prior; in a backward pass, where the sample of the forward pass is meant, that is an error."""
         if in_backward_pass():
             raise RuntimeError(_RECOMPUTED.format(self.site))
         return super().__call__(*args, **kwargs)
@@ -59,10 +62,7 @@ class WeightPrior(dist.Independent):
         return self._with_row(super().sample(sample_shape), 0.0, 2)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Returns the log density of a value; a row that is zero, as it is by construction, has none.
-
-        Another guide than :class:`~.autoguide.AutoSparseNormal` may sample the row; it then counts as any other.
-        """
+        """Returns the log density of a value; the zero row adds nothing, unless another guide sampled it."""
         if self.zero_row is None:
             return super().log_prob(value)
         dims = self.reinterpreted_batch_ndims
@@ -83,101 +83,65 @@ class WeightPrior(dist.Independent):
 
 
 class SitePrior:
-    """What Pyro calls where a module's attribute is read: the prior, or outside a call of the network its value.
+    """The prior of a module's attribute; Pyro calls it where the attribute is read.
 
-    The prior follows the module to another device or dtype. The value lets modules that look at their own weights,
-    as ``nn.LSTM`` does when it is copied, do so without a sample.
-
-    Args:
-        buffer: The name of the module's buffer with the value that the attribute had.
-        prior: The prior, of the value's shape.
-
-    Example:
-        >>> net = nn.Linear(4, 3)
-        >>> bnn = svd.bayesianize(net, svd.LogUniform(1e-4, 1.0))
-        >>> torch.equal(bnn.weight, net.weight)
-        True
-        >>> bnn._pyro_samples["weight"].of(bnn.double()).sample().dtype
-        torch.float64
+    It follows the module to another device or dtype. :func:`set_site` fills in the attribute's name, and that of the
+    module's buffer with the value that the parameter had.
     """
 
-    def __init__(self, buffer: str, prior: Distribution) -> None:
-        self.buffer = buffer
+    attribute: str
+    buffer: str
+
+    def __init__(self, prior: Distribution, zero_row: int | None = None) -> None:
         self.prior = prior
-        self.zero_row: int | None = None
+        self.zero_row = zero_row
         self._last: WeightPrior | None = None
 
     def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
-        """Returns the prior within a call of the network, and outside of one the value.
+        """Returns the prior within a call of the network, and outside of one the value that the parameter had.
 
-        Raises:
-            RuntimeError: Outside of a call of the network in a backward pass, as in a checkpoint of activations.
+        The value lets modules that look at their own weights, as ``nn.LSTM`` does when it is copied, do so without a
+        sample. In a backward pass it would be wrong, and is an error.
         """
-        if module._pyro_context.active:
+        if call_context(module).active:
             return self.of(module)
         if in_backward_pass():
-            raise RuntimeError(_RECOMPUTED.format(self._name(module)))
-        return module._buffers[self.buffer]
+            raise RuntimeError(_RECOMPUTED.format(site_name(module, self.attribute)))
+        return self.value(module)
 
-    def of(self, module: nn.Module) -> WeightPrior:
-        """Returns the prior on the device and of the dtype that the module now has.
-
-        Args:
-            module: The module whose attribute it is.
-
-        Returns:
-            The prior.
-        """
+    def value(self, module: nn.Module) -> Tensor:
+        """Returns the value that the parameter had."""
         value = module._buffers[self.buffer]
         assert value is not None
+        return value
+
+    def of(self, module: nn.Module) -> WeightPrior:
+        """Returns the prior on the device and of the dtype that the module now has."""
+        value = self.value(module)
         if self._last is None or self._last.value is not value:
             with torch.inference_mode(False):
                 prior = map_tensors(self.prior, lambda t: t.to(value) if t.is_floating_point() else t.to(value.device))
-            self._last = WeightPrior(prior, value.dim() - len(prior.event_shape), value, self.zero_row)
-            self._last.site = self._name(module)
+            event_dims = value.dim() - len(prior.event_shape)
+            self._last = WeightPrior(prior, event_dims, value, self.zero_row, site_name(module, self.attribute))
         return self._last
-
-    def _name(self, module: nn.Module) -> str:
-        samples = module.__dict__["_pyro_samples"]
-        attribute = next(name for name, prior in samples.items() if prior is self)
-        return _full(module.__dict__["_pyro_name"], attribute)
 
 
 class SharedSite:
-    """What Pyro calls for a parameter that another module owns: the owner's draw.
-
-    Args:
-        owner: The module whose site it is.
-        attribute: The owner's name for it.
-
-    Example:
-        >>> owner = nn.Linear(2, 2)
-        >>> SharedSite(owner, "weight")(nn.Embedding(2, 2)) is owner.weight
-        True
-    """
+    """The site of a parameter that another module owns, too: it reads the owner's attribute."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         self.owner = owner
         self.attribute = attribute
 
     def __call__(self, module: nn.Module) -> Tensor:
-        """Returns the owner's draw."""
+        """Returns the owner's sample."""
         return getattr(self.owner, self.attribute)
 
 
-class Sites(OrderedDict[str, Any]):
-    """What Pyro samples where an attribute of a module is read, unless somebody gave the module its parameter.
+class SampledAttributes(OrderedDict[str, Any]):
+    """The sample sites of a module by attribute, without those whose parameter somebody gave the module.
 
     ``torch.func.functional_call`` does so, and a layer is then to use what it is given.
-
-    Args:
-        parameters: The module's parameters.
-
-    Example:
-        >>> bnn = svd.bayesianize(nn.Linear(2, 1, bias=False))
-        >>> with bnn._pyro_context:
-        ...     torch.func.functional_call(bnn, {"weight": torch.ones(1, 2)}, torch.ones(2))
-        tensor([2.])
     """
 
     def __init__(self, parameters: Mapping[str, Any] | None = None) -> None:
@@ -188,84 +152,66 @@ class Sites(OrderedDict[str, Any]):
         return super().__contains__(name) and self.parameters.get(str(name)) is None
 
 
-class EverySite:
-    """Draws the sites of a network that a pass did not use.
+def take_parameter(module: Any, attribute: str) -> nn.Parameter:
+    """Takes a parameter out of a ``PyroModule``, so that a sample site can have its name."""
+    # Not by setattr: that of nn.LSTM would read, and so sample, its other weights. None keeps the place in the order.
+    parameter, module._parameters[attribute] = module._parameters[attribute], None
+    if not isinstance(sites_of(module), SampledAttributes):
+        module._pyro_samples = SampledAttributes(module._parameters)
+    return parameter
 
-    What a layer weighs a priori does not depend on whether a pass skips it.
 
-    Args:
-        network: The Bayesian network.
+def set_site(module: nn.Module, attribute: str, prior: SitePrior, value: Tensor) -> None:
+    """Makes an attribute of a ``PyroModule`` a sample site, with its value in a buffer that no state holds."""
+    prior.attribute, prior.buffer = attribute, free_name(module, f"{attribute}_initial")
+    module.register_buffer(prior.buffer, value.detach(), persistent=False)
+    sites_of(module)[attribute] = prior
 
-    Example:
-        >>> heads = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-        >>> bnn = svd.bayesianize(heads, svd.LogUniform(1e-4, 1.0))
-        >>> with pyro.poutine.trace() as trace, bnn._pyro_context:
-        ...     output = bnn["a"](torch.zeros(1, 2))
-        ...     EverySite(bnn)(bnn)
-        >>> trace.trace.stochastic_nodes
-        ['a.weight', 'b.weight']
+
+def free_name(module: nn.Module, name: str) -> str:
+    """Returns a name that no attribute of the module has: this one, or with underscores at its end."""
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def site_paths(network: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Yields the place of each site in a network: the names of the modules on the way to it, and its attribute."""
+    for path, module in network.named_modules():
+        for attribute, prior in sites_of(module).items():
+            if isinstance(prior, SitePrior):
+                yield (*path.split("."), attribute) if path else (attribute,)
+
+
+def sample_unused_sites(network: nn.Module, names: dict[tuple[str, ...], str | None]) -> None:
+    """Samples the sites that a pass did not use: the prior of a layer counts, whether a pass skips the layer or not.
+
+    ``names`` has the name of each site by its place, see :func:`site_paths`; None becomes the name that the site has in
+    this first pass, and a site that later has another name is an error.
     """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._paths = [
-            (*path.split("."), attribute) if path else (attribute,)
-            for path, module in network.named_modules()
-            for attribute, prior in module.__dict__.get("_pyro_samples", {}).items()
-            if isinstance(prior, SitePrior)
-        ]
-        self._modules_called: dict[tuple[str, ...], str] = {}
-
-    @property
-    def names(self) -> set[str]:
-        """The names of all sites of the network."""
-        return {".".join(path) for path in self._paths}
-
-    def __call__(self, network: nn.Module) -> None:
-        """Draws them; those that the pass used have their values already.
-
-        Args:
-            network: The network, in the context of its pass.
-
-        Raises:
-            ValueError: If a site is called otherwise than in the first pass.
-        """
-        for *path, attribute in self._paths:
-            module: Any = network
-            for part in path:
-                module = None if module is None else module._modules.get(part)
-            if module is not None and attribute in module.__dict__.get("_pyro_samples", ()):
-                name = module.__dict__["_pyro_name"]
-                before = self._modules_called.setdefault((*path, attribute), name)
-                if name != before:
-                    raise ValueError(
-                        f"{_full(before, attribute)}: expected this site to keep its name, but another PyroModule took "
-                        f"the network in and made it {_full(name, attribute)}, which no guide of before has; give that "
-                        "module a copy.deepcopy of the network, or take it in before it is used"
-                    )
-                getattr(module, attribute)
+    for place, before in names.items():
+        *path, attribute = place
+        module: Any = network
+        for part in path:
+            module = None if module is None else module._modules.get(part)
+        if module is not None and attribute in sites_of(module):
+            name = site_name(module, attribute)
+            if before is None:
+                names[place] = name
+            elif name != before:
+                raise ValueError(
+                    f"{before}: expected this site to keep its name, but another PyroModule took the network in and "
+                    f"made it {name}, which no guide of before has; give that module a copy.deepcopy of the network, "
+                    "or take it in before it is used"
+                )
+            getattr(module, attribute)
 
 
 def without_sites(network: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Takes out of a state what modules put there of their own accord and is a sample site now.
-
-    Args:
-        network: The Bayesian network.
-        state: Its state.
-        prefix: What the names in the state begin with.
-
-    Example:
-        >>> state = {"net.weight": 0, "net.bias": 1}
-        >>> without_sites(svd.bayesianize(nn.Linear(2, 2)), state, "net.")
-        >>> state
-        {'net.bias': 1}
-    """
+    """Removes sample sites from a state, into which some modules put them themselves."""
     for path, module in network.named_modules(prefix=prefix.rstrip(".")):
-        for attribute in module.__dict__.get("_pyro_samples", ()):
-            state.pop(_full(path, attribute), None)
-
-
-def _full(module: str, attribute: str) -> str:
-    return f"{module}.{attribute}" if module else attribute
+        for attribute in sites_of(module):
+            state.pop(f"{path}.{attribute}" if path else attribute, None)
 
 
 _RECOMPUTED = (

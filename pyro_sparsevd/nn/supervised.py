@@ -1,22 +1,26 @@
-"""A network with priors as a Pyro model of a data set."""
+"""A Bayesian network and a likelihood as a Pyro model of a data set."""
 
-__all__ = ["Supervised"]
+__all__ = ["GaussianLikelihood", "Supervised"]
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
 import pyro
+import torch
+from pyro.distributions import Normal, TorchDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
+from .._compat import call_context
 from .._modules import takes
 from ..distributions.util import unwrap_independent
 from ..poutine.param_store import IsolateParamsMessenger
 from ..poutine.trace import active_trace
-from .sites import EverySite
+from .sites import sample_unused_sites, site_paths
 
 
 class Supervised(PyroModule):
@@ -25,15 +29,15 @@ class Supervised(PyroModule):
     .. math:: y_n \mid x_n, w \sim \mathrm{likelihood}(\mathrm{network}(x_n; w)), \quad n = 1 \ldots N
 
     The observations are the site ``y`` in the plate ``data``, which scales the log likelihood of a mini-batch of M
-    by N/M. The sites of the network keep their own names, and all are drawn in every pass, those of layers that it
-    skips too. The parameters of two models live side by side in Pyro's parameter store, whatever their names: the
+    by N/M. The sites of the network keep their own names, and all are sampled in every pass, those of layers that
+    it skips too. The parameters of two models live side by side in Pyro's parameter store, whatever their names: the
     second to come is numbered. A store that was saved does not bring the network's own parameters, such as biases, back
     into another model: save ``state_dict()`` of model and guide.
 
     Args:
         network: A Bayesian network, as :func:`~.bayesianize.bayesianize` returns it.
-        likelihood: A function from the network's output to the distribution of the targets, one per datum: its
-            batch shape ends in the batch size.
+        likelihood: A function from the network's output to the distribution of the targets, one per example:
+            its batch shape ends in the batch size.
         num_data: N, the size of the data set.
 
     Raises:
@@ -59,9 +63,9 @@ class Supervised(PyroModule):
         self._modules["network"] = network
         self.likelihood: Callable[[Any], Distribution] = likelihood
         self.num_data: int = num_data
-        self._draw_every_site: EverySite = EverySite(network)
+        self._site_names: dict[tuple[str, ...], str | None] = dict.fromkeys(site_paths(network))
         for name in ("data", "y"):
-            if name in self._draw_every_site.names:
+            if (name,) in self._site_names:
                 raise ValueError(
                     f"Supervised: a parameter of the network is called {name!r}, as a site of the model is"
                 )
@@ -89,9 +93,9 @@ class Supervised(PyroModule):
         """
         index, size = self._batch(x, y)
         with IsolateParamsMessenger(self):
-            with self.network._pyro_context:
+            with call_context(self.network):
                 output = self._run(x)
-                self._draw_every_site(self.network)
+                sample_unused_sites(self.network, self._site_names)
             likelihood = self.likelihood(output)
         if not isinstance(likelihood, Distribution):
             raise TypeError(
@@ -148,6 +152,49 @@ class Supervised(PyroModule):
         return index, size
 
 
+class GaussianLikelihood(nn.Module):
+    r"""The likelihood of a regression, with one standard deviation s that is learnt with the network.
+
+    .. math:: p(y \mid f) = \mathcal N(y \mid f, s^2)
+
+    Args:
+        init_scale: Where s starts, in units of the targets.
+
+    Raises:
+        ValueError: If ``init_scale`` is not a positive number.
+
+    Example:
+        >>> likelihood = GaussianLikelihood()
+        >>> likelihood(torch.zeros(5))
+        Normal(loc: torch.Size([5]), scale: torch.Size([5]))
+        >>> network = svd.bayesianize(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
+        >>> model = svd.Supervised(network, likelihood, num_data=100)
+    """
+
+    def __init__(self, init_scale: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale: expected a positive number, but got {init_scale}")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation s, a scalar."""
+        return self.log_scale.exp()
+
+    def forward(self, mean: Tensor) -> TorchDistribution:
+        """Returns the distribution of the targets.
+
+        Args:
+            mean: The outputs of the network, of the shape of the targets: ``(N,)``, or ``(N, ...)`` where an example
+                has several.
+
+        Returns:
+            A normal distribution of N examples.
+        """
+        return Normal(mean, self.scale).to_event(mean.dim() - 1)
+
+
 def _leaves(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of a batch with their names."""
     if isinstance(x, Tensor):
@@ -181,5 +228,5 @@ def _fitted_targets(y: Tensor, likelihood: Any) -> Tensor:
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
         raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
     base = unwrap_independent(likelihood)
-    is_bernoulli = isinstance(base, Bernoulli)  # whose density takes real numbers only
+    is_bernoulli = isinstance(base, Bernoulli)  # its log_prob needs floating-point targets
     return y.to(base.mean.dtype) if is_bernoulli and not y.is_floating_point() else y

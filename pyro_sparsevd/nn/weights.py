@@ -1,37 +1,19 @@
-"""Which parameters of a network are weights, and which parameters can have no prior."""
+"""The weights of a network, by the types of its layers."""
 
-__all__ = ["check_parameter", "check_references", "is_reparametrised", "padding_rows", "weights_of"]
-
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
-from functools import cache, partial
-from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+__all__ = ["is_reparametrised", "padding_rows", "weights_of"]
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim import Optimizer
 
 
 def weights_of(net: nn.Module) -> set[str]:
-    """Returns the names of the weights: what layers multiply with their inputs.
+    """Returns the names of the weights: what layers multiply with their inputs; of a tied weight the first name.
 
     Layers of torch, and those derived from them, are known by their types. What another module holds is a weight unless
     it has three or more dimensions and is broadcast: along the data, with a first size of 1, as class tokens and
     position embeddings are, or along all dimensions but one, as layer scales are.
-
-    Args:
-        net: The network.
-
-    Returns:
-        The names; of a tied weight the first.
-
-    Example:
-        >>> sorted(weights_of(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm((2, 3)))))
-        ['0.weight']
     """
     first = {id(p): name for name, p in net.named_parameters()}
     return {
@@ -51,20 +33,10 @@ def _is_weight(module: nn.Module, attribute: str, parameter: Tensor) -> bool:
 
 
 def padding_rows(net: nn.Module) -> dict[str, int]:
-    """Returns the rows of embeddings' weights that stay zero, by the names of the weights.
+    """Returns the rows of embeddings' weights that stay zero, those of padding tokens, by the names of the weights.
 
     A row that was given other numbers is a row like any other, and so is one whose weight another layer shares, which
     trains it.
-
-    Args:
-        net: The network.
-
-    Returns:
-        The rows of the padding tokens.
-
-    Example:
-        >>> padding_rows(nn.Embedding(5, 2, padding_idx=-1))
-        {'weight': 4}
     """
     rows: dict[int, set[int | None]] = {}
     for module in net.modules():
@@ -76,156 +48,12 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
 
 
 def is_reparametrised(net: nn.Module, name: str) -> bool:
-    """Tells whether a layer computes its weight from a parameter.
-
-    Args:
-        net: The network.
-        name: The name of the parameter.
-
-    Returns:
-        Whether it does.
-
-    Example:
-        >>> net = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        >>> is_reparametrised(net, "parametrizations.weight.original0"), is_reparametrised(net, "bias")
-        (True, False)
-    """
+    """Tells whether a layer computes its weight from a parameter, as ``weight_norm`` has it."""
     path, _, attribute = name.rpartition(".")
     hooks = [h for h in net.get_submodule(path)._forward_pre_hooks.values() if isinstance(h, _REPARAMETRISATIONS)]
     # "weight" of the layer is weight_g, weight_v or weight_orig here
     targets = [getattr(hook, "_tensor_name", None) or getattr(hook, "name", "") for hook in hooks]
     return "parametrizations" in path.split(".") or any(attribute.startswith(f"{target}_") for target in targets)
-
-
-def check_parameter(net: nn.Module, name: str) -> None:
-    """Refuses a parameter whose samples would make no weight.
-
-    Args:
-        net: The network.
-        name: The name of the parameter.
-
-    Raises:
-        ValueError: If it is of another class, not floating point or behind a parametrisation.
-
-    Example:
-        >>> check_parameter(nn.Linear(2, 2), "weight")
-    """
-    parameter = net.get_parameter(name)
-    if type(parameter) is not nn.Parameter and not isinstance(parameter, nn.UninitializedParameter):
-        raise ValueError(
-            f"{name}: expected an nn.Parameter, but got a {type(parameter).__name__}, of whose methods a sample would "
-            "have none; exclude it"
-        )
-    if not parameter.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point parameter, but got {parameter.dtype}")
-    if is_reparametrised(net, name):
-        raise ValueError(
-            f"{name}: expected a plain parameter, but it is behind a parametrisation (weight_norm, spectral_norm, "
-            "pruning, ...), and samples of its parts make no weight; remove that or exclude the parameter"
-        )
-
-
-def check_references(net: nn.Module, names: Collection[str]) -> None:
-    """Refuses parameters that a network may read where no sample takes their place.
-
-    Args:
-        net: The network.
-        names: The names of the parameters that are to have a prior.
-
-    Raises:
-        ValueError: If one is held by an object or a function, too, or shares memory with another parameter.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> net.cached = [net.weight]
-        >>> check_references(net, ["weight"])
-        Traceback (most recent call last):
-            ...
-        ValueError: weight: expected a parameter that is read from its module, but 'cached' holds it, too, ...
-    """
-    chosen = {id(net.get_parameter(name)): name for name in names}
-    aliases = [name for name, p in net.named_parameters(remove_duplicate=False) if id(p) in chosen]
-    modules = {id(m): name for name in reversed(aliases) for m in _modules_above(net, name)}
-    for holder, value, is_copied in _held_elsewhere(net):
-        if id(value) in chosen:
-            raise ValueError(
-                f"{chosen[id(value)]}: expected a parameter that is read from its module, but {holder!r} holds it, "
-                "too, where no sample takes its place; read it where it is used, or exclude it"
-            )
-        if id(value) in modules and not is_copied:
-            raise ValueError(
-                f"{modules[id(value)]}: expected a parameter that is read from its module, but a function in "
-                f"{holder!r} holds the module, and a copy of the network would use the one of this network; make the "
-                "function a method, remove it if it is a hook, or exclude the parameter"
-            )
-    for name, other in _overlaps([*net.named_parameters(), *net.named_buffers()]):
-        if not {name, other}.isdisjoint(names):
-            raise ValueError(
-                f"{other}: expected memory of its own, but it is a view of {name}, and their samples would differ; "
-                "share the parameter itself and transpose it where it is used, or exclude both"
-            )
-
-
-def _modules_above(net: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Yields the modules that hold a parameter, from the network down."""
-    parts = name.split(".")
-    yield from (net.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-
-
-def _held_elsewhere(net: nn.Module) -> Iterator[tuple[str, Any, bool]]:
-    """Yields the tensors and modules that attributes refer to, each with whether a copy of the network copies it."""
-    seen: set[tuple[int, bool]] = set()
-    for path, module in net.named_modules():
-        own = ("_parameters", "_modules", "_buffers", "_flat_weights" if isinstance(module, nn.RNNBase) else "")
-        for attribute, value in vars(module).items():
-            todo = [] if attribute in own or isinstance(value, (nn.Module, *_WITHOUT_TENSORS)) else [(value, True)]
-            while todo:
-                value, is_copied = todo.pop()
-                if isinstance(value, Tensor | nn.Module):
-                    yield f"{path}.{attribute}" if path else attribute, value, is_copied
-                elif (id(value), is_copied) not in seen:
-                    seen.add((id(value), is_copied))
-                    is_copied = is_copied and not isinstance(value, _NOT_COPIED)
-                    todo += [(part, is_copied) for part in _parts(value) if not isinstance(part, _WITHOUT_TENSORS)]
-
-
-def _parts(value: Any) -> list[Any]:
-    """Returns what a value refers to, as far as a network may read a weight there."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return list(value)
-    attributes = getattr(value, "__dict__", None)
-    parts = list(attributes.values()) if isinstance(attributes, dict) else []
-    if isinstance(value, FunctionType):
-        keywords = value.__kwdefaults__ or {}
-        parts += [*_contents(value.__closure__ or ()), *(value.__defaults__ or ()), *keywords.values()]
-    elif isinstance(value, partial):
-        parts += [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, MethodType):
-        parts.append(value.__self__)
-    return parts
-
-
-def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
-    for cell in cells:
-        with suppress(ValueError):  # a variable that is not assigned yet
-            yield cell.cell_contents
-
-
-def _overlaps(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
-    """Yields the names of tensors whose memory begins within that of another, with the other's first."""
-    spans = sorted((str(t.device), t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in tensors if t.numel())
-    widest = ("", 0, 0, "")
-    for device, start, end, name in spans:
-        if device == widest[0] != "meta" and start < widest[2]:
-            yield widest[3], name
-        widest = (device, start, end, name) if device != widest[0] or end > widest[2] else widest
-
-
-def _extent(tensor: Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 _LAYERS = (
@@ -238,8 +66,5 @@ _LAYERS = (
     nn.EmbeddingBag,
     nn.Bilinear,
 )
-# What an optimiser holds, it changes and no forward pass reads.
-_WITHOUT_TENSORS = (str, bytes, int, float, complex, type, ModuleType, type(None), Optimizer)
-_NOT_COPIED = (FunctionType, type(cache(int)))  # by copy.deepcopy
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
 _REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

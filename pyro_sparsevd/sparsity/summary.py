@@ -5,7 +5,6 @@ __all__ = ["SiteSparsity", "SparsitySummary", "sparse_normal_parts", "sparsify"]
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, SupportsFloat
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _tables as tables
 from ..infer.autoguide import AutoSparseNormal
+from ..nn.selection import first_match
 
 
 @dataclass(frozen=True)
@@ -235,15 +235,11 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
 
 def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
     for glob in thresholds:
-        if not any(_matches(name, glob) for name in names):
+        if first_match([glob], *names) is None:
             known = ", ".join(names) or "none"
             raise ValueError(f"threshold: expected sites of real numbers, of {known}, but got {glob!r}")
-    first = {name: next((glob for glob in thresholds if _matches(name, glob)), None) for name in names}
+    first = {name: first_match(thresholds, name) for name in names}
     return {name: thresholds[glob] for name, glob in first.items() if glob is not None}
-
-
-def _matches(name: str, glob: str) -> bool:
-    return name == glob or fnmatchcase(name, glob)
 
 
 _NOTHING_KEPT = (
