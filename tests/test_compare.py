@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.compare import compare_priors
-from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
+from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
 from pyro_sparsevd.training.checkpoints import CheckpointError
 from pyro_sparsevd.training.split import Split
 

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from common import (
     Data,
@@ -17,14 +18,15 @@ from common import (
     tolerance,
     write,
 )
+from lab.recipes import fine_tune, train_dense, train_sparse
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.evaluation.metrics import sampled_log_probs, uncertainty
+from pyro_sparsevd.sparsity import choose_threshold
 from pyro_sparsevd.training.fit import error
-from pyro_sparsevd.training.recipes import choose_threshold, fine_tune, train_dense, train_sparse
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
@@ -82,11 +84,10 @@ def prune_and_tune(
     threshold = choose_threshold(
         model,
         guide,
-        data.train,
-        validation=data.validation,
-        thresholds=THRESHOLDS if args.threshold is None else [args.threshold],
+        data.validation.chunks(),
+        THRESHOLDS if args.threshold is None else [args.threshold],
+        fine_tune=partial(fine_tune, split=data.train, **options),
         tolerance=args.threshold_tolerance,
-        **options,
     )
     summary = svd.sparsify(guide, threshold)
     pruned = svd.prune(model.network, guide, summary)

@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 from classification import add_options, prune_and_tune, train
 from common import Data, load, parser, positive, start, tolerance, write
+from lab.recipes import fine_tune
 from lenet import NETS
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
@@ -30,7 +31,6 @@ import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
 from pyro_sparsevd.sparsity.quantization import quantization_steps
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
-from pyro_sparsevd.training.recipes import fine_tune
 from pyro_sparsevd.training.split import Split
 
 ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}

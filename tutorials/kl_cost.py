@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from common import checkpoint, classifier, finite, load, parser, positive, start, write
 from lab.nets import lenet_300_100
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 from pyro_sparsevd.infer.kl import KL
 from pyro_sparsevd.training.fit import batches, error
-from pyro_sparsevd.training.recipes import train_sparse
 from pyro_sparsevd.training.split import Split
 
 FORMS: tuple[KL, ...] = ("approximate", "exact", "monte_carlo")

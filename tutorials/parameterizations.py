@@ -11,11 +11,11 @@ import pyro.distributions as dist
 import torch
 from common import checkpoint, load, parser, start, two_or_more, write
 from lab.nets import lenet_300_100
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.training.recipes import train_sparse
 
 Parameterization = Literal["additive", "multiplicative"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("additive", "multiplicative")

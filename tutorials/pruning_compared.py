@@ -18,13 +18,13 @@ import torch
 from common import Data, checkpoint, load, parser, positive, start, write
 from lab import figures
 from lab.nets import lenet_300_100
+from lab.recipes import fine_tune, train_dense, train_sparse
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
-from pyro_sparsevd.training.recipes import fine_tune, train_dense, train_sparse
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4

@@ -25,13 +25,13 @@ from common import (
     write,
 )
 from lab.nets import vgg_like
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, logits
-from pyro_sparsevd.training.recipes import train_sparse
 from pyro_sparsevd.training.split import Split
 
 KINDS = ("true", "random")

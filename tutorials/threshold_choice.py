@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from classification import THRESHOLDS
 from common import Data, checkpoint, classifier, load, natural, parser, positive, start, write
 from lab.nets import lenet_300_100
+from lab.recipes import fine_tune
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training.fit import logits
-from pyro_sparsevd.training.recipes import fine_tune, fit_posterior
+from pyro_sparsevd.training.fit import fit_posterior, logits
 
 VALIDATION_SETS = 150
 TOLERANCE = 0.05

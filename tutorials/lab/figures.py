@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import SparseNormal
-from pyro_sparsevd.evaluation.comparison import PriorComparison
+from pyro_sparsevd.evaluation.report import PriorComparison
 from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.plots.style import (
     BLUE,
@@ -126,7 +126,7 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
         needs no weights has none.
 
     Example:
-        >>> from pyro_sparsevd.evaluation.comparison import PriorResult
+        >>> from pyro_sparsevd.evaluation.report import PriorResult
         >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
         >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
         3
