@@ -75,7 +75,7 @@ def add_options(
 
 def prune_and_tune(
     model: svd.Supervised, guide: svd.AutoSparseNormal, data: Data, args: argparse.Namespace
-) -> tuple[svd.SparsitySummary, float, nn.Module, nn.Module]:
+) -> tuple[svd.sparsity.SparsitySummary, float, nn.Module, nn.Module]:
     """Returns the summary at the threshold chosen, the threshold, and the pruned and the fine-tuned network.
 
     Once the threshold is chosen, the validation digits are there to fine-tune with, too.

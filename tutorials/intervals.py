@@ -97,7 +97,7 @@ def main() -> None:
     args = options.parse_args()
     methods = {
         "log-uniform": lambda x, y: factorised(svd.LogUniform(), x, y, args.epochs),
-        "horseshoe": lambda x, y: factorised(svd.horseshoe(), x, y, args.epochs),
+        "horseshoe": lambda x, y: factorised(svd.nn.horseshoe(), x, y, args.epochs),
         "normal": lambda x, y: factorised(dist.Normal(0.0, 1.0), x, y, args.epochs),
         "normal, exact": exact,
     }

@@ -62,7 +62,7 @@ def posterior(
     guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
     train_sparse(model, guide, data.train, validation=data.validation, checkpoint=kept, **options)
-    means = svd.prune(bnn, guide, svd.SparsitySummary((), {}, 0))
+    means = svd.prune(bnn, guide, svd.sparsity.SparsitySummary((), {}, 0))
     return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 

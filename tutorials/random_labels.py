@@ -81,7 +81,7 @@ def train_dropout(net: nn.Module, data: Data, args: argparse.Namespace, kept: Ch
 
 def train_sparse_vd(
     data: Data, args: argparse.Namespace, kept: Checkpoint
-) -> tuple[nn.Module, svd.SparsitySummary, list[dict[str, float]]]:
+) -> tuple[nn.Module, svd.sparsity.SparsitySummary, list[dict[str, float]]]:
     """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
     model, guide = classifier(network(args), len(data.train))
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "checkpoint": kept}

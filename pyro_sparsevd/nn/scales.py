@@ -141,7 +141,7 @@ class HierarchicalSite(SitePrior):
         group_dims: As for :class:`HierarchicalPrior`.
 
     Example:
-        >>> site = svd.bayesianize(nn.Linear(4, 3), svd.horseshoe())._pyro_samples["weight"]
+        >>> site = svd.bayesianize(nn.Linear(4, 3), svd.nn.horseshoe())._pyro_samples["weight"]
         >>> site.scales
         ['weight_local_scale', 'weight_global_scale']
     """

@@ -52,7 +52,11 @@ def figure_or_new(figure: Any, size: tuple[float, float] = (6, 4)) -> Figure | S
 
 
 def as_numpy(values: Tensor) -> np.ndarray:
-    """Returns a tensor of any device and floating-point type as an array of float32."""
+    """Returns a tensor of any device and floating-point type as an array of float32.
+
+    >>> as_numpy(torch.ones(2, dtype=torch.bfloat16))
+    array([1., 1.], dtype=float32)
+    """
     return values.detach().cpu().float().numpy()
 
 
@@ -66,7 +70,11 @@ def line_styles(skip: str = "") -> Iterator[Style]:
 
 
 def are_wide(values: Iterable[float], ratio: float = 20.0) -> bool:
-    """Tells whether the finite values are positive and span more than a ratio, so that they need a logarithmic axis."""
+    """Tells whether the finite values are positive and span more than a ratio, so that they need a logarithmic axis.
+
+    >>> are_wide([1.0, 30.0, float("inf")]), are_wide([0.0, 30.0]), are_wide([1.0, 2.0, float("inf")])
+    (True, False, False)
+    """
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) > ratio * min(finite)
 

@@ -128,4 +128,4 @@ def vgg_like(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
 
 # Files that name one of these are then loaded without a network.
 for _name, _network in {"lenet-300-100": lenet_300_100, "lenet-5-caffe": lenet_5_caffe, "vgg-like": vgg_like}.items():
-    svd.register_architecture(_name, _network)
+    svd.storage.register_architecture(_name, _network)
