@@ -1,4 +1,4 @@
-"""The networks of the Sparse Variational Dropout paper, as plain ``nn.Sequential``.
+"""The networks of the Sparse Variational Dropout paper, as ``nn.Sequential``.
 
 Each returns class logits and has torch's default initialisation. Counts of weights are without biases and without
 the parameters of normalisation layers, as in the literature on compression.
