@@ -69,8 +69,8 @@ def train_sparse(
     predicted held-out data better while the KL weight was 0.
 
     Example:
-        >>> net = svd.bayesianize(nn.Linear(4, 3))
-        >>> model = svd.Supervised(net, lambda logits: dist.Categorical(logits=logits), num_data=20)
+        >>> net = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = sparsevd.Supervised(net, lambda logits: dist.Categorical(logits=logits), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
         >>> history = train_sparse(model, AutoSparseNormal(model), split, validation=split, epochs=2, batch_size=10)
         >>> sorted(history[1])
