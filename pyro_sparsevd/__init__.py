@@ -17,7 +17,7 @@ The rooms, in order of dependence; each imports only from those above it::
 
 __all__ = [
     "AutoSparseNormal",
-    "EmpiricalNormal",
+    "EmpiricalBayesNormal",
     "GaussianLikelihood",
     "ImproperPriorWarning",
     "LinearWarmup",
@@ -26,15 +26,16 @@ __all__ = [
     "SparseVD_ELBO",
     "Supervised",
     "bayesianize",
-    "checkpoint_contexts",
     "compare_priors",
     "divergence",
     "export_onnx",
+    "fit",
     "init_to_weights",
     "load_sparse",
     "local_reparam",
     "masks_held",
     "prune",
+    "recompute_contexts",
     "save_sparse",
     "shrink",
     "shrink_with_report",
@@ -45,12 +46,13 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-from .distributions import EmpiricalNormal, ImproperPriorWarning, LogUniform, SparseNormal
+from .distributions import EmpiricalBayesNormal, ImproperPriorWarning, LogUniform, SparseNormal
 from .evaluation import compare_priors
 from .infer import AutoSparseNormal, LinearWarmup, SparseVD_ELBO, init_to_weights
 from .nn import GaussianLikelihood, Supervised, bayesianize
 from .ops import divergence
-from .poutine import checkpoint_contexts, local_reparam
+from .poutine import local_reparam, recompute_contexts
 from .shrink import shrink, shrink_with_report, to_sparse
 from .sparsity import masks_held, prune, sparsify, threshold_sweep
 from .storage import export_onnx, load_sparse, save_sparse
+from .training.posterior import fit

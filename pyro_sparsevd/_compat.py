@@ -1,44 +1,75 @@
-"""What is used of torch and Pyro that they call private, all in one place.
+"""The private names of torch and Pyro that this package uses.
 
-Each says why no public name serves. All were seen in torch 2.13.0 and Pyro 1.9.2; without one, the import or the call
-fails.
+Each says the version it was seen in, why no public name serves, and what happens where it is missing.
 """
 
 __all__ = [
+    "HANDLER_STACK",
     "PyroContext",
+    "WeakTensorKeyDictionary",
     "forget_on_state_dict",
+    "forget_params",
     "in_backward_pass",
     "in_function_transform",
+    "is_untraced",
+    "is_zero_tensor",
+    "keystr",
+    "mask_of",
     "not_compiled",
     "on_state_dict",
+    "operations_are_watched",
+    "store_param",
+    "stored_params",
     "tensor_without_memory",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map_only",
     "validation_kept",
     "without_torch_function",
 ]
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import pyro
+import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.nn.module import _Context
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Distribution
+
+# torch 2.13. Nested containers; torch has no public twin (optree is another package). Missing: the import fails.
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+
+# torch 2.13. Keys by identity where Tensor.__eq__ is elementwise; undocumented. Missing: the import fails.
+from torch.utils.weak import WeakTensorKeyDictionary
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=Tensor)
 T = TypeVar("T")
 
+# Pyro 1.9.2. Which handlers are active; the public am_i_wrapped() tells only whether any is. Missing: the import fails.
+HANDLER_STACK: list[Any] = _PYRO_STACK
+
+# Pyro 1.9.2. What modules share in a call of a PyroModule, whose beginning nothing public tells. Missing: the import
+# fails.
+PyroContext = _Context
+
+# torch 2.13. torch's notes on extending it use this name; there is no public one. Missing: the import fails.
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+
 
 def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
     """Hides a function from ``torch.compile``, without loading the compiler.
 
-    ``torch.compiler.disable`` loads it when it is applied, ``torch._disable_dynamo`` (torch 2.9 to 2.15) with the first
-    call: 0.9 s, an environment variable and a filter of warnings. Nothing is compiled before somebody loads it. Without
-    that name, the import of this package fails.
+    torch 2.9 to 2.15. The public ``torch.compiler.disable`` loads the compiler when it is applied, this one with the
+    first call: 0.9 s, an environment variable and a filter of warnings. Missing: the import fails.
     """
     hidden = torch._disable_dynamo(function)
 
@@ -49,14 +80,10 @@ def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-# torch's notes on extending it use this name; there is no public one.
-without_torch_function = torch._C.DisableTorchFunctionSubclass
-
-
 def tensor_without_memory(cls: type[S], like: Tensor) -> S:
-    """Returns a tensor of a subclass that has a shape and no memory, whose address nobody gets.
+    """Returns a tensor of a subclass that has a shape and no memory, and refuses to give an address.
 
-    torch's notes on extending it use the first name, its FakeTensor the second; there are no public ones.
+    torch 2.13. torch's notes on extending it use the first name, its FakeTensor the second. Missing: the call fails.
     """
     tensor = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
     torch._C._set_throw_on_mutable_data_ptr(tensor)
@@ -64,26 +91,42 @@ def tensor_without_memory(cls: type[S], like: Tensor) -> S:
 
 
 def in_backward_pass() -> bool:
-    """Tells whether autograd is computing gradients, and what runs is a checkpoint's forward pass once more.
+    """Tells whether autograd is computing gradients, so that what runs is a checkpoint's forward pass once more.
 
-    torch.utils.checkpoint asks in the same way; there is no public function.
+    torch 2.13. torch.utils.checkpoint asks in the same way; there is no public function. Missing: the call fails.
     """
     return torch._C._current_graph_task_id() != -1
 
 
 def in_function_transform() -> bool:
-    """Tells whether a transform of torch.func, such as vmap, is at work.
+    """Tells whether a transform of torch.func, such as vmap, is active.
 
-    ``torch.autograd.Function.apply`` asks in the same way; there is no public function.
+    torch 2.13. ``autograd.Function.apply`` asks in the same way; there is no public function. Missing: the call fails.
     """
     return torch._C._are_functorch_transforms_active()
 
 
+def operations_are_watched() -> bool:
+    """Tells whether a ``TorchDispatchMode`` is active.
+
+    torch 2.13. There is no public function that tells. Missing: the call fails.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Tells whether a tensor is the zero without memory that forward-mode autograd makes.
+
+    torch 2.13. There is no public function that tells. Missing: the call fails.
+    """
+    return tensor._is_zerotensor()
+
+
 @contextmanager
 def validation_kept() -> Iterator[None]:
-    """Undoes that torch's compiler (2.9 to 2.15) switches the validation of distributions off where it is first used.
+    """Undoes that torch's compiler switches the validation of distributions off where it is first used.
 
-    torch has a public name to set that default, none to read it. Where it is missing, an export to ONNX fails.
+    torch 2.9 to 2.15. torch has a public name to set that default, none to read it. Missing: an export to ONNX fails.
     """
     validates = Distribution._validate_args
     try:
@@ -92,18 +135,64 @@ def validation_kept() -> Iterator[None]:
         Distribution.set_default_validate_args(validates)
 
 
-# What the modules of a PyroModule share during a call; nothing public is told of its beginning and end.
-PyroContext = _Context
-
-
 def on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Has a function of module, state and prefix change each state of a module.
 
-    The public ``register_state_dict_post_hook`` is this one; not every torch that is supported has it.
+    torch 2.13. The public ``register_state_dict_post_hook`` is not in every torch that is supported. Missing: the call
+    fails.
     """
     module._register_state_dict_hook(hook)
 
 
 def forget_on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Undoes :func:`on_state_dict`, in a copy of the module, too, of which nobody has torch's handle."""
+    """Undoes :func:`on_state_dict`.
+
+    torch 2.13. The public handle removes a hook of the module, not of its copies. Missing: the call fails.
+    """
     module._state_dict_hooks = OrderedDict((k, h) for k, h in module._state_dict_hooks.items() if h is not hook)
+
+
+def mask_of(distribution: dist.MaskedDistribution) -> Tensor | bool:
+    """Returns the mask of a masked distribution.
+
+    Pyro 1.9.2. It has no public attribute. Missing: the call fails.
+    """
+    return distribution._mask
+
+
+def is_untraced(site: dict[str, Any]) -> bool:
+    """Tells whether Pyro's own trace would not record a site, such as a deterministic one.
+
+    Pyro 1.9.2. Pyro marks such sites by these keys, which nothing public reads. Missing: the sites are recorded.
+    """
+    return bool(site["infer"].get("_do_not_trace") or site["infer"].get("_deterministic"))
+
+
+def stored_params() -> dict[str, Tensor]:
+    """Returns Pyro's parameter store by name, without constraints.
+
+    Pyro 1.9.2. The public ``named_parameters()`` is a view without look-up. Missing: the call fails.
+    """
+    return pyro.get_param_store()._params
+
+
+def store_param(name: str, parameter: Tensor) -> None:
+    """Puts a parameter into Pyro's store as it is.
+
+    Pyro 1.9.2. The public ``setdefault`` copies a tensor that is not contiguous. Missing: the call fails.
+    """
+    store = pyro.get_param_store()
+    store._params[name] = parameter
+    store._param_to_name[parameter] = name
+    store._constraints[name] = constraints.real
+
+
+def forget_params(names: Collection[str]) -> None:
+    """Removes parameters from Pyro's store, also during a garbage collection amid a loop over the store.
+
+    Pyro 1.9.2. The public ``del`` changes the dictionaries that such a loop goes through. Missing: the call fails.
+    """
+    store = pyro.get_param_store()
+    store._params = {key: value for key, value in store._params.items() if key not in names}
+    store._param_to_name = {value: key for value, key in store._param_to_name.items() if key not in names}
+    store._constraints = {key: value for key, value in store._constraints.items() if key not in names}

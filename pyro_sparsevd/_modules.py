@@ -1,6 +1,14 @@
-"""What is common to all networks: checks, copies, and what is undone after a while."""
+"""Helpers for nn.Module: validation, copying, temporary modes."""
 
-__all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "random_state", "same_random_numbers", "takes"]
+__all__ = [
+    "check_finite",
+    "copied",
+    "evaluation_mode",
+    "random_state",
+    "require_deterministic",
+    "same_random_numbers",
+    "takes",
+]
 
 import copy
 import inspect
@@ -16,19 +24,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Puts every module of a model into evaluation mode, and back into the mode that it was in.
-
-    Args:
-        model: A module, or any function, which has no mode.
-
-    Example:
-        >>> net = nn.Sequential(nn.Dropout())
-        >>> with evaluation_mode(net):
-        ...     net.training, net[0].training
-        (False, False)
-        >>> net[0].training
-        True
-    """
+    """Puts every module of a model, if it is a module, into evaluation mode for a while."""
     training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False
@@ -41,14 +37,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 @contextmanager
 def same_random_numbers(model: Any = None) -> Iterator[None]:
-    """Puts the random number generators back to where they were, see :func:`random_state`.
-
-    Example:
-        >>> with same_random_numbers():
-        ...     first = torch.rand(())
-        >>> bool(torch.rand(()) == first)
-        True
-    """
+    """Restores the random number generators of :func:`random_state` at the end."""
     restore = random_state(model)
     try:
         yield
@@ -57,17 +46,9 @@ def same_random_numbers(model: Any = None) -> Iterator[None]:
 
 
 def random_state(model: Any = None) -> Callable[[], None]:
-    """Returns what puts torch's generators of the CPU and of each accelerator in use, and a model's own, back.
+    """Returns a function that restores the random number generators.
 
-    Args:
-        model: A module, whose attributes may be generators, or any function.
-
-    Example:
-        >>> restore = random_state()
-        >>> first = torch.rand(())
-        >>> restore()
-        >>> bool(torch.rand(()) == first)
-        True
+    They are torch's of the CPU and of each accelerator in use, and those that are attributes of the model's modules.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     own = {v: v.get_state() for m in modules for v in m.__dict__.values() if isinstance(v, torch.Generator)}
@@ -88,57 +69,26 @@ def random_state(model: Any = None) -> Callable[[], None]:
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """Copies a network in depth, with what its forward pass or hooks computed and left in its modules.
-
-    Args:
-        net: The network.
-
-    Returns:
-        The copy.
-
-    Example:
-        >>> net = nn.Linear(2, 3)
-        >>> net.last = net(torch.ones(1, 2))  # of which copy.deepcopy makes an error
-        >>> torch.equal(copied(net).last, net.last)
-        True
-    """
+    """Copies a network in depth, also where a module has a tensor with a graph, which ``copy.deepcopy`` refuses."""
     tensors = (v for module in net.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
     return copy.deepcopy(net, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
 
 
-def check_plain(net: Any) -> None:
-    """Refuses what is not a network, or has Bayesian parts.
-
-    Args:
-        net: Any object.
-
-    Raises:
-        TypeError: If it is not a plain network.
-
-    Example:
-        >>> check_plain(svd.bayesianize(nn.Linear(2, 3)))
-        Traceback (most recent call last):
-            ...
-        TypeError: net: expected a plain network, but it is Bayesian; prune it first
-    """
+def require_deterministic(net: Any) -> None:
+    """Raises TypeError for what is not a network, or has Bayesian parts."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected an nn.Module, but got {type(net).__name__}")
     bayesian = [(name, module) for name, module in net.named_modules() if isinstance(module, PyroModule)]
     if any(module._pyro_samples for _, module in bayesian):
-        raise TypeError(f"net: expected a plain network, but {bayesian[0][0] or 'it'} is Bayesian; prune it first")
+        raise TypeError(
+            f"net: expected a deterministic network, but {bayesian[0][0] or 'it'} is Bayesian; prune it first"
+        )
 
 
 def check_finite(net: nn.Module) -> None:
-    """Refuses parameters and statistics that are not finite, and other buffers with NaN.
+    """Raises ValueError for parameters and statistics that are not finite, and for other buffers with NaN.
 
-    Args:
-        net: The network. A buffer that is no statistic of a normalisation may be infinite, as masks of attention are.
-
-    Raises:
-        ValueError: If one is refused, which the message names.
-
-    Example:
-        >>> check_finite(nn.Linear(2, 3))
+    A buffer that is no statistic of a normalisation may be infinite, as masks of attention are.
     """
     for name, values in chain(net.named_parameters(), net.named_buffers()):
         finite = isinstance(values, nn.Parameter) or name.endswith(("running_mean", "running_var"))
@@ -151,19 +101,7 @@ def check_finite(net: nn.Module) -> None:
 
 
 def takes(function: Callable[..., Any], *args: Any) -> bool:
-    """Tells whether a function can be called with these arguments, as far as its signature says.
-
-    Args:
-        function: The function.
-        *args: The arguments.
-
-    Returns:
-        Whether it can; True where there is no signature.
-
-    Example:
-        >>> takes(torch.nn.functional.mse_loss, None), takes(lambda output: None, None)
-        (False, True)
-    """
+    """Tells whether a function can be called with these arguments, as far as its signature, if it has one, says."""
     try:
         inspect.signature(function).bind(*args)
     except TypeError:

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_sparsevd.ops import blocks
+from pyro_sparsevd.ops import memory
 from pyro_sparsevd.ops.divergence import (
     add_gradients_,
     kl_ard,
     kl_log_uniform,
     kl_log_uniform_total,
     log_alpha,
-    total_and_slopes,
+    total_and_derivatives,
 )
 from pyro_sparsevd.ops.kernels import KERNELS
 
@@ -75,7 +75,7 @@ def true_kl(inverse_alpha):
 
 
 @cache
-def true_slope(inverse_alpha):
+def true_derivative(inverse_alpha):
     """Returns dKL/dlog α = -√u D(√u)."""
     with mpmath.workdps(30):
         x = mpmath.sqrt(mpmath.mpf(inverse_alpha) / 2)
@@ -114,8 +114,8 @@ def rates_grid(dtype, device):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 7 weights, in memory of the test's own."""
-    caches = blocks._kept_scratch, blocks._kept_memory
-    monkeypatch.setattr(blocks, "_BLOCK", 7)
+    caches = memory._kept_scratch, memory._kept_memory
+    monkeypatch.setattr(memory, "_BLOCK", 7)
     for kept in caches:
         kept.cache_clear()
     yield 7
@@ -143,7 +143,7 @@ def test_exact_form_is_the_hypergeometric_function(dtype, bound, device):
     loc, log_variance = rates_grid(dtype, device)
     value, grad_loc, grad_log_variance = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance)
     inverse = inverse_alphas(loc, log_variance)
-    slope = torch.tensor([true_slope(a) for a in inverse], dtype=torch.float64)
+    slope = torch.tensor([true_derivative(a) for a in inverse], dtype=torch.float64)
     assert value.dtype == grad_loc.dtype == grad_log_variance.dtype == dtype
     assert_relative(value, [true_kl(a) for a in inverse], bound)
     assert_relative(grad_log_variance, slope.tolist(), bound)
@@ -433,14 +433,14 @@ def test_terms_in_blocks_are_the_terms_in_one_piece(kl, size, device, monkeypatc
     log_variance = torch.randn(size, dtype=torch.float64, device=device)
     grad = torch.randn_like(loc)
     whole = grads_of(kl, loc, log_variance, grad=grad)
-    monkeypatch.setattr(blocks, "_BLOCK", 7)
-    blocks._kept_scratch.cache_clear()
-    blocks._kept_memory.cache_clear()
+    monkeypatch.setattr(memory, "_BLOCK", 7)
+    memory._kept_scratch.cache_clear()
+    memory._kept_memory.cache_clear()
     try:
         in_blocks = grads_of(kl, loc, log_variance, grad=grad)
     finally:
-        blocks._kept_scratch.cache_clear()
-        blocks._kept_memory.cache_clear()
+        memory._kept_scratch.cache_clear()
+        memory._kept_memory.cache_clear()
     for actual, expected in zip(in_blocks, whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-15)
 
@@ -482,13 +482,13 @@ def test_gradient_of_the_terms_may_be_transposed(kl, device, small_blocks):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_total_and_slopes_with_add_gradients_is_autograd_of_the_sum(form, device, small_blocks):
+def test_total_and_derivatives_with_add_gradients_is_autograd_of_the_sum(form, device, small_blocks):
     shapes = [(3, 4), (5,), (), (2, 1, 3)]
     locs = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
     log_variances = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
     variances = [t.exp() for t in log_variances]
     memory = torch.full((sum(t.numel() for t in locs),), math.nan, dtype=torch.float64, device=device)
-    total, slopes = total_and_slopes(locs, variances, KERNELS[form], memory)
+    total, slopes = total_and_derivatives(locs, variances, KERNELS[form], memory)
     expected = [grads_of(partial(kl_log_uniform, form=form), *pair) for pair in zip(locs, log_variances, strict=True)]
     torch.testing.assert_close(total, sum(value.sum() for value, _, _ in expected), rtol=1e-12, atol=0)
 
@@ -509,7 +509,7 @@ def test_add_gradients_adds_the_gradients_that_are_wanted(wanted, scalar, device
     loc, log_variance = (torch.randn(4, 6, dtype=torch.float64, device=device) for _ in range(2))
     grad = torch.randn((), dtype=torch.float64, device=device) if scalar else torch.randn_like(loc)
     memory = torch.empty(24, dtype=torch.float64, device=device)
-    _, (slope,) = total_and_slopes([loc], [log_variance.exp()], KERNELS["exact"], memory)
+    _, (slope,) = total_and_derivatives([loc], [log_variance.exp()], KERNELS["exact"], memory)
     _, *expected = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance, grad=grad.expand(4, 6))
     added = [torch.ones_like(loc) if want else None for want in wanted]
     add_gradients_(*added, loc, log_variance.exp(), slope, grad)
@@ -518,10 +518,10 @@ def test_add_gradients_adds_the_gradients_that_are_wanted(wanted, scalar, device
             torch.testing.assert_close(have, 1 + want, rtol=1e-12, atol=1e-12)
 
 
-def test_total_and_slopes_refuses_lists_of_different_lengths(device):
+def test_total_and_derivatives_refuses_lists_of_different_lengths(device):
     loc = torch.ones(2, device=device)
     with pytest.raises(ValueError, match="zip"):
-        total_and_slopes([loc, loc], [loc], KERNELS["exact"], torch.empty(4, device=device))
+        total_and_derivatives([loc, loc], [loc], KERNELS["exact"], torch.empty(4, device=device))
 
 
 # Errors and log α

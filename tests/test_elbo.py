@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sparsevd import (
     AutoSparseNormal,
-    EmpiricalNormal,
+    EmpiricalBayesNormal,
     ImproperPriorWarning,
     LogUniform,
     SparseNormal,
@@ -50,9 +50,9 @@ from pyro_sparsevd import (
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.util import map_tensors
 from pyro_sparsevd.infer.dependence import is_factorised
-from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError
 from pyro_sparsevd.poutine.local_reparam import local_reparam
 from pyro_sparsevd.poutine.trace import log_prob
+from pyro_sparsevd.poutine.unsampled_weight import RepeatedUseError, UnsampledWeight
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -481,7 +481,7 @@ def test_weights_are_lazy_only_with_local_reparam(local_reparam, device):
     guide(*_data(device))
     kinds.clear()
     SparseVD_ELBO(local_reparam=local_reparam).loss(model, guide, *_data(device))
-    assert kinds == [LazyWeight if local_reparam else Tensor]
+    assert kinds == [UnsampledWeight if local_reparam else Tensor]
 
 
 class _Twice(nn.Module):
@@ -1838,7 +1838,9 @@ def test_a_sampled_divergence_takes_both_densities_at_one_sample(prior, device):
 
 
 def test_the_variance_of_a_pooled_prior_is_that_of_the_weights_that_are_kept(device):
-    model = Supervised(bayesianize(nn.Linear(50, 1, bias=False).to(device).double(), EmpiricalNormal(())), _normal, 9)
+    model = Supervised(
+        bayesianize(nn.Linear(50, 1, bias=False).to(device).double(), EmpiricalBayesNormal(())), _normal, 9
+    )
     guide = AutoSparseNormal(model, init_log_variance=-4.0)
     loc = torch.where(torch.arange(50, device=device) < 5, 2.0, 1e-3).double()
     with torch.no_grad():

@@ -216,7 +216,7 @@ BAD = {
         lambda: nn.Sequential(svd.bayesianize(nn.Linear(4, 4))),
         X,
         TypeError,
-        "net: expected a plain network, but 0 is Bayesian; prune it first",
+        "net: expected a deterministic network, but 0 is Bayesian; prune it first",
     ),
     "weight": (_bad_weight, X, ValueError, r"1\.weight: expected finite numbers, but 1 of 16"),
     "buffer": (_bad_buffer, X, ValueError, "running_mean: expected finite numbers"),

@@ -15,7 +15,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.ops import fused
-from pyro_sparsevd.ops.divergence import add_gradients_, kl_ard, kl_log_uniform, kl_log_uniform_total, total_and_slopes
+from pyro_sparsevd.ops.divergence import (
+    add_gradients_,
+    kl_ard,
+    kl_log_uniform,
+    kl_log_uniform_total,
+    total_and_derivatives,
+)
 from pyro_sparsevd.ops.kernels import KERNELS, ard
 
 needs_loops = pytest.mark.skipif(
@@ -59,9 +65,9 @@ def test_divergences_and_slopes_are_those_of_torch_in_float64(name, bound):
     variance.clamp_(1e-37, 1e37)
     slope, value = torch.empty_like(loc), torch.empty_like(loc)
     total = fused.divergence(DIVERGENCES[name], loc, variance, slope, value)
-    true_value, true_slope = in_float64(DIVERGENCES[name], loc, variance)
+    true_value, true_derivative = in_float64(DIVERGENCES[name], loc, variance)
     torch.testing.assert_close(value.double(), true_value, rtol=bound, atol=0)
-    torch.testing.assert_close(slope.double(), true_slope, rtol=bound, atol=0)
+    torch.testing.assert_close(slope.double(), true_derivative, rtol=bound, atol=0)
     torch.testing.assert_close(total.double(), true_value.sum(), rtol=bound, atol=0)
 
 
@@ -84,13 +90,13 @@ def test_divergence_at_the_edges_is_that_of_torch(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence_of_any_number_of_weights_writes_these_alone(name, size):
     loc, variance = torch.randn(size), torch.rand(size) + 0.1
-    (slope, beside_slope), (value, beside_value) = guarded(size), guarded(size)
+    (slope, beside_derivative), (value, beside_value) = guarded(size), guarded(size)
     total = fused.divergence(DIVERGENCES[name], loc, variance, slope, value)
-    true_value, true_slope = in_float64(DIVERGENCES[name], loc, variance)
+    true_value, true_derivative = in_float64(DIVERGENCES[name], loc, variance)
     torch.testing.assert_close(value.double(), true_value, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(slope.double(), true_slope, rtol=1e-5, atol=0)
+    torch.testing.assert_close(slope.double(), true_derivative, rtol=1e-5, atol=0)
     torch.testing.assert_close(total.double(), true_value.sum(), rtol=1e-5, atol=1e-7)
-    assert is_untouched(beside_slope)
+    assert is_untouched(beside_derivative)
     assert is_untouched(beside_value)
 
 
@@ -129,15 +135,15 @@ def test_kl_is_the_same_without_the_loops(form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", KERNELS)
-def test_total_and_slopes_are_the_same_without_the_loops(form, monkeypatch):
+def test_total_and_derivatives_are_the_same_without_the_loops(form, monkeypatch):
     locs = [torch.randn(shape) for shape in [(30, 40), (5,), (), (0, 3)]]
     variances = [torch.rand(loc.shape) + 0.1 for loc in locs]
-    total, slopes = total_and_slopes(locs, variances, KERNELS[form], torch.empty(1206))
+    total, slopes = total_and_derivatives(locs, variances, KERNELS[form], torch.empty(1206))
     without_loops(monkeypatch)
-    expected, true_slopes = total_and_slopes(locs, variances, KERNELS[form], torch.empty(1206))
+    expected, true_derivatives = total_and_derivatives(locs, variances, KERNELS[form], torch.empty(1206))
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
-    for slope, true_slope in zip(slopes, true_slopes, strict=True):
-        torch.testing.assert_close(slope, true_slope, rtol=1e-5, atol=0)
+    for slope, true_derivative in zip(slopes, true_derivatives, strict=True):
+        torch.testing.assert_close(slope, true_derivative, rtol=1e-5, atol=0)
 
 
 # Exponentials, noise, gradients

@@ -182,7 +182,7 @@ def test_initial_variances_are_those_given_for_sparse_and_for_other_sites(make, 
 
 
 @pytest.mark.parametrize(
-    "prior", [dist.Normal(0.0, 1.0), svd.nn.fan_in_normal(), svd.EmpiricalNormal(()), svd.nn.scale_mixture()]
+    "prior", [dist.Normal(0.0, 1.0), svd.nn.fan_in_normal(), svd.EmpiricalBayesNormal(()), svd.nn.scale_mixture()]
 )
 def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
     bnn = bayesianize(nn.Linear(4, 3), prior)

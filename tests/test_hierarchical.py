@@ -100,7 +100,7 @@ def test_a_name_that_is_taken_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "prior", [svd.nn.group_normal_jeffreys((1,)), svd.EmpiricalNormal((1,))], ids=["scales", "empirical"]
+    "prior", [svd.nn.group_normal_jeffreys((1,)), svd.EmpiricalBayesNormal((1,))], ids=["scales", "empirical"]
 )
 def test_inputs_without_influence_are_dropped_as_a_whole(prior, device):
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +123,9 @@ def test_inputs_without_influence_are_dropped_as_a_whole(prior, device):
 
 
 def test_log_alpha_of_a_group_is_that_of_its_pooled_moments():
-    guide = svd.AutoSparseNormal(svd.bayesianize(nn.Conv2d(3, 5, 2), svd.EmpiricalNormal((0,))), init_log_variance=-1.0)
+    guide = svd.AutoSparseNormal(
+        svd.bayesianize(nn.Conv2d(3, 5, 2), svd.EmpiricalBayesNormal((0,))), init_log_variance=-1.0
+    )
     q = guide.posteriors["weight"]
     expected = (q.variance.sum((1, 2, 3)) / q.loc.square().sum((1, 2, 3))).log()
     torch.testing.assert_close(guide.site_log_alphas["weight"], expected[:, None, None, None].expand(5, 3, 2, 2))

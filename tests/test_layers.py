@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.poutine.lazy_weight import LazyWeight
+from pyro_sparsevd.poutine.unsampled_weight import UnsampledWeight
 
 PAGE = Path(__file__).parents[1] / "docs" / "layers.md"
 SIGMAS, SAMPLES = 6, 10_000  # which tells variances apart that differ by an eighth
@@ -177,11 +177,11 @@ def test_weights_are_drawn_or_their_output_sampled_as_the_table_says(make, shape
     with Recorder() as record:
         loss(x, y).backward()
     expected = drawn if isinstance(drawn, set) else {"all": set(guide.posteriors), "none": set()}[drawn]
-    sampled = {name for name, w in record.weights.items() if type(w) is LazyWeight and w._integral is not None}
+    sampled = {name for name, w in record.weights.items() if type(w) is UnsampledWeight and w._kl_handle is not None}
     assert set(record.weights) - sampled == expected
     assert all(p.grad.isfinite().all() and p.grad.any() for p in guide.parameters())
     if not sampled:
-        values = {name: w.clone() if type(w) is LazyWeight else w for name, w in record.weights.items()}
+        values = {name: w.clone() if type(w) is UnsampledWeight else w for name, w in record.weights.items()}
         torch.testing.assert_close(record.output, functional_call(net, values, (x,)))
 
 

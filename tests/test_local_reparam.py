@@ -21,10 +21,11 @@ from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.infer.checks import finite_value
 from pyro_sparsevd.ops import divergence
-from pyro_sparsevd.ops.local_convolution import LocalGreyConvolution
-from pyro_sparsevd.ops.workspace import Workspace
-from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError, _Noise, kl_log_uniform_total
+from pyro_sparsevd.ops.local_convolution import SingleChannelConvolution
+from pyro_sparsevd.ops.memory import Workspace
+from pyro_sparsevd.poutine.kl import kl_log_uniform_total
 from pyro_sparsevd.poutine.local_reparam import LocalReparamMessenger, local_reparam
+from pyro_sparsevd.poutine.unsampled_weight import RepeatedUseError, UnsampledWeight, _Noise
 
 # Each statistical test compares thousands of numbers: 6 sigma keep the chance of a false alarm in the file below 1 %.
 SIGMAS = 6
@@ -171,7 +172,7 @@ def _lazy(loc: Tensor, log_variance: Tensor, site: str = "w", workspace: Workspa
     return local_reparam(lambda: pyro.sample(site, q), workspace=workspace)()
 
 
-def _local(operation: Operation, inputs: Inputs, seed: int | None = None) -> tuple[Tensor, LazyWeight]:
+def _local(operation: Operation, inputs: Inputs, seed: int | None = None) -> tuple[Tensor, UnsampledWeight]:
     weight = _lazy(inputs.loc, inputs.log_variance)
     if seed is not None:
         torch.manual_seed(seed)
@@ -373,7 +374,7 @@ def test_operands_of_two_dtypes_are_refused_or_taken_as_by_torch(operation, othe
     inputs = _inputs(operation, device)
     dtype = torch.float32 if inputs.x.dtype == torch.float64 else torch.float64
     x, loc, log_variance, bias = inputs._replace(**{other: getattr(inputs, other).detach().to(dtype)})
-    weight = LazyWeight(dist.Normal(loc, (0.5 * log_variance).exp()), "w", Workspace())
+    weight = UnsampledWeight(dist.Normal(loc, (0.5 * log_variance).exp()), "w", Workspace())
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
         of_torch, found = (_error_or_dtype(operation, x, w, bias) for w in (loc, weight))
     assert found == of_torch
@@ -637,7 +638,7 @@ def test_what_can_be_known_without_numbers_is_right_and_draws_nothing(ask, devic
 
 @pytest.mark.parametrize("show", [repr, str, "{}".format], ids=["repr", "str", "format"])
 def test_it_is_shown_by_site_and_shape_without_a_draw(show, device, draws):
-    assert show(_lazy(*_posterior(device))) == "LazyWeight('w', shape=(3, 4))"
+    assert show(_lazy(*_posterior(device))) == "UnsampledWeight('w', shape=(3, 4))"
     assert draws == []
 
 
@@ -729,7 +730,7 @@ def _three_layer_guide(device: torch.device) -> Callable[[], dict[str, Tensor]]:
 
 def test_it_wraps_a_function(device):
     values = local_reparam(_three_layer_guide(device))()
-    assert all(type(value) is LazyWeight for value in values.values())
+    assert all(type(value) is UnsampledWeight for value in values.values())
 
 
 def test_it_decorates_a_function(device):
@@ -743,8 +744,8 @@ def test_it_decorates_a_function(device):
     def with_options():
         return guide()
 
-    assert [type(value) for value in bare().values()] == [LazyWeight, LazyWeight, LazyWeight]
-    assert [type(value) for value in with_options().values()] == [LazyWeight, Tensor, LazyWeight]
+    assert [type(value) for value in bare().values()] == [UnsampledWeight, UnsampledWeight, UnsampledWeight]
+    assert [type(value) for value in with_options().values()] == [UnsampledWeight, Tensor, UnsampledWeight]
 
 
 def test_it_is_a_context(device):
@@ -753,7 +754,7 @@ def test_it_is_a_context(device):
         inside = guide()
     outside = guide()
     assert isinstance(messenger, LocalReparamMessenger)
-    assert [type(value) for value in inside.values()] == [Tensor, LazyWeight, LazyWeight]
+    assert [type(value) for value in inside.values()] == [Tensor, UnsampledWeight, UnsampledWeight]
     assert all(type(value) is Tensor for value in outside.values())
 
 
@@ -813,7 +814,7 @@ ZEROS = torch.zeros(3, 4)
 )
 def test_only_factorised_normal_latents_without_batch_dimensions_are_lazy(fn, options, is_lazy):
     value = local_reparam(lambda: pyro.sample("w", fn, **options))()
-    assert (type(value) is LazyWeight) == is_lazy
+    assert (type(value) is UnsampledWeight) == is_lazy
     assert value.shape == fn.shape()
 
 
@@ -911,7 +912,7 @@ def test_the_graph_is_freed_without_the_garbage_collector(operation, device):
         output, weight = _local(operation, inputs, seed=3)
         loss = output.sum() + kl_log_uniform_total([weight], "exact")
         loss.backward()
-        references = [weakref.ref(t) for t in (weight, weight._carrier, output, output.grad_fn, loss)]
+        references = [weakref.ref(t) for t in (weight, weight._kl_zero, output, output.grad_fn, loss)]
         del output, weight, loss
         assert [reference() for reference in references] == [None] * len(references)
     finally:
@@ -1104,8 +1105,8 @@ def test_divergence_has_its_gradients_where_the_output_was_sampled_without(opera
 def test_patches_are_not_made_where_they_take_much_more_memory_than_the_output(device):
     geometry = ([1, 1], [3, 3], [1, 1], False, [0, 0], 1)
     x = torch.zeros(2, 1, 16, 16, device=device)
-    assert not LocalGreyConvolution.applies(x, torch.Size([8, 1, 7, 7]), geometry)
-    assert LocalGreyConvolution.applies(x, torch.Size([25, 1, 7, 7]), geometry) == x.is_cpu
+    assert not SingleChannelConvolution.applies(x, torch.Size([8, 1, 7, 7]), geometry)
+    assert SingleChannelConvolution.applies(x, torch.Size([25, 1, 7, 7]), geometry) == x.is_cpu
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 5, 4), (2, 0, 4)], ids=str)

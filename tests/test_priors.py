@@ -1326,7 +1326,7 @@ PRIORS = {
     "normal": dist.Normal(0.5, 1.0),
     "rows": dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
     "horseshoe": svd.nn.horseshoe(),
-    "empirical": svd.EmpiricalNormal((0,)),
+    "empirical": svd.EmpiricalBayesNormal((0,)),
 }
 
 

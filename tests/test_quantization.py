@@ -154,7 +154,7 @@ def test_bad_steps_are_refused(steps, message):
 
 def test_a_bayesian_network_is_refused(device):
     bnn = svd.bayesianize(nn.Linear(3, 2).to(device))
-    with pytest.raises(TypeError, match="net: expected a plain network, but it is Bayesian; prune it first"):
+    with pytest.raises(TypeError, match="net: expected a deterministic network, but it is Bayesian; prune it first"):
         quantized(bnn, {})
 
 

@@ -17,7 +17,7 @@ import pyro_sparsevd as svd
 
 F64 = torch.float64
 again = partial(checkpoint, use_reentrant=False)
-with_contexts = partial(checkpoint, use_reentrant=False, context_fn=svd.checkpoint_contexts)
+with_contexts = partial(checkpoint, use_reentrant=False, context_fn=svd.recompute_contexts)
 
 
 def plainly(function: Callable, *args: Any) -> Any:

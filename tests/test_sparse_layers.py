@@ -244,7 +244,12 @@ def test_a_network_that_keeps_what_it_computed_is_copied(device):
 
 BAD = {
     "no module": (torch.relu, "csr", TypeError, "net: expected an nn.Module, but got builtin_function"),
-    "Bayesian": (svd.bayesianize(nn.Linear(2, 2)), "csr", TypeError, "net: expected a plain network, but it is Bayes"),
+    "Bayesian": (
+        svd.bayesianize(nn.Linear(2, 2)),
+        "csr",
+        TypeError,
+        "net: expected a deterministic network, but it is Bayes",
+    ),
     "layout": (nn.Linear(2, 2), "coo", ValueError, "layout: expected \"csr\", but got 'coo'"),
 }
 

@@ -319,7 +319,12 @@ BAD_NETS = {
     "meta": (lambda: nn.Linear(2, 2, device="meta"), {}, TypeError, "weight: expected a dense tensor"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, TypeError, "weight: expected a dense tensor"),
     "no network": (lambda: {"weight": torch.ones(2)}, {}, TypeError, "net: expected an nn.Module, but got dict"),
-    "Bayesian": (lambda: svd.bayesianize(_mlp()), {}, TypeError, "net: expected a plain network, but it is Bayesian"),
+    "Bayesian": (
+        lambda: svd.bayesianize(_mlp()),
+        {},
+        TypeError,
+        "net: expected a deterministic network, but it is Bayesian",
+    ),
     "name": (lambda: nn.ModuleDict({"a\nb": nn.Linear(1, 1)}), {}, ValueError, "expected a printable name"),
 }
 

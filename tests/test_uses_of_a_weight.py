@@ -14,8 +14,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.ops.workspace import Workspace
-from pyro_sparsevd.poutine.lazy_weight import LazyWeight
+from pyro_sparsevd.ops.memory import Workspace
+from pyro_sparsevd.poutine.unsampled_weight import UnsampledWeight
 
 F64 = torch.float64
 
@@ -285,7 +285,7 @@ def _result(use: Callable, make: Callable, inputs: tuple[Tensor, ...]) -> list[T
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_weight_is_one_sample_with_its_gradient_whatever_it_is_given_to(use, device):
     def unsampled(loc: Tensor, log_variance: Tensor) -> Tensor:
-        return LazyWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
+        return UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
 
     def sampled(loc: Tensor, log_variance: Tensor) -> Tensor:
         return svd.SparseNormal(loc, log_variance).rsample()
@@ -324,7 +324,7 @@ def test_the_bound_has_the_same_gradient_with_and_without_sampled_outputs(use, d
 
 def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(device):
     loc, log_variance, _ = _inputs(device)
-    weight = LazyWeight(svd.SparseNormal(loc, log_variance), "fc.weight", Workspace())
+    weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "fc.weight", Workspace())
     for convert in (lambda w: w.numpy(), np.asarray):
         with pytest.raises(RuntimeError, match=r"^fc\.weight: .* use \.detach\(\)\.numpy\(\)"):
             convert(weight)
@@ -332,7 +332,7 @@ def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(device):
 
 
 def test_other_data_of_a_weight_must_fit(device):
-    weight = LazyWeight(svd.SparseNormal(*_inputs(device)[:2]), "fc.weight", Workspace())
+    weight = UnsampledWeight(svd.SparseNormal(*_inputs(device)[:2]), "fc.weight", Workspace())
     for data, error in ((3.0, TypeError), (torch.ones(3, 2), RuntimeError), (weight.data.float(), RuntimeError)):
         with pytest.raises(error, match=r"^fc\.weight: expected"):
             weight.data = data
@@ -345,7 +345,7 @@ def test_other_data_of_a_weight_must_fit(device):
 
 
 def test_nobody_gets_the_memory_of_a_weight_but_its_sample(device):
-    weight = LazyWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
+    weight = UnsampledWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
     capsule = weight.__dlpack__()
     torch.testing.assert_close(torch.utils.dlpack.from_dlpack(capsule), weight.detach(), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="data pointer"):
@@ -360,7 +360,7 @@ def test_what_a_weight_holds_is_freed_with_it(device):
     loc, log_variance, x = _inputs(device)
     gc.disable()
     try:
-        weight = LazyWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
+        weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
         (x @ weight.T).sum().backward()
         alive: Any = weakref.ref(weight)
         del weight
@@ -380,5 +380,5 @@ def test_a_second_derivative_of_a_loss_with_sampled_outputs_is_refused_by_name(d
 
 def test_a_weight_of_a_transposed_mean_is_contiguous_as_it_says(device):
     loc = torch.randn(4, 3, device=device).T
-    weight = LazyWeight(svd.SparseNormal(loc, torch.zeros(3, 4, device=device)), "w", Workspace())
+    weight = UnsampledWeight(svd.SparseNormal(loc, torch.zeros(3, 4, device=device)), "w", Workspace())
     assert weight.contiguous().view(-1).shape == (12,)

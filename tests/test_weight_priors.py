@@ -13,15 +13,15 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import EmpiricalNormal, SparseNormal
+from pyro_sparsevd import EmpiricalBayesNormal, SparseNormal
 
 PRIORS = {
     "log-uniform": lambda: svd.LogUniform(1e-6, 1e3),
     "normal": lambda: dist.Normal(0.0, 0.7),
     "fan-in": lambda: svd.nn.fan_in_normal(1.5),
-    "layer": lambda: EmpiricalNormal(()),
-    "relevance": lambda: EmpiricalNormal(),
-    "units": lambda: EmpiricalNormal((0,)),
+    "layer": lambda: EmpiricalBayesNormal(()),
+    "relevance": lambda: EmpiricalBayesNormal(),
+    "units": lambda: EmpiricalBayesNormal((0,)),
     "laplace": lambda: dist.Laplace(0.1, 0.6),
     "student": lambda: dist.StudentT(3.0, 0.0, 0.5),
     "mixture": lambda: svd.nn.scale_mixture(0.3, 1.0, 0.1),
@@ -71,7 +71,7 @@ def test_the_divergence_from_a_laplace_prior_is_the_integral(scale, centre):
 @pytest.mark.parametrize("group_dims", [None, (), (0,), (1,), (0, 1), (2, 0)])
 def test_the_scale_of_an_empirical_prior_is_the_best_of_each_group(group_dims):
     q = _posterior((3, 4, 2))
-    prior = EmpiricalNormal(group_dims).expand((3, 4, 2))
+    prior = EmpiricalBayesNormal(group_dims).expand((3, 4, 2))
     pooled = [] if group_dims is None else [dim for dim in range(3) if dim not in group_dims]
     moment = q.loc**2 + q.variance
     best = (moment.mean(pooled, keepdim=True) if pooled else moment).sqrt()
@@ -83,7 +83,7 @@ def test_the_scale_of_an_empirical_prior_is_the_best_of_each_group(group_dims):
 
 @pytest.mark.parametrize("group_dims", [None, (), (0,)])
 def test_gradients_of_an_empirical_divergence_are_right_and_finite_at_zero(group_dims):
-    prior = EmpiricalNormal(group_dims).expand((3, 4))
+    prior = EmpiricalBayesNormal(group_dims).expand((3, 4))
     q = _posterior((3, 4))
     inputs = q.loc.requires_grad_(), q.log_variance.requires_grad_()
     kl = lambda loc, log_variance: kl_divergence(SparseNormal(loc, log_variance), prior).sum()  # noqa: E731
@@ -97,7 +97,7 @@ def test_gradients_of_an_empirical_divergence_are_right_and_finite_at_zero(group
 def test_automatic_relevance_is_the_divergence_of_that_name():
     q = _posterior((3, 4), torch.float32)
     expected = svd.divergence.kl_ard(q.loc, q.log_variance)
-    torch.testing.assert_close(kl_divergence(q, EmpiricalNormal().expand((3, 4))), expected)
+    torch.testing.assert_close(kl_divergence(q, EmpiricalBayesNormal().expand((3, 4))), expected)
 
 
 # What the distributions are.
@@ -105,13 +105,13 @@ def test_automatic_relevance_is_the_divergence_of_that_name():
 
 @pytest.mark.parametrize("group_dims", [None, (), (0,), (1, 0)])
 def test_an_empirical_prior_has_shapes_samples_and_copies_but_no_density(group_dims):
-    prior = EmpiricalNormal(group_dims).expand([3, 4]).to_event(2)
+    prior = EmpiricalBayesNormal(group_dims).expand([3, 4]).to_event(2)
     assert prior.sample((2,)).shape == (2, 3, 4)
     for twin in (copy.deepcopy(prior), pickle.loads(pickle.dumps(prior))):
         assert twin.base_dist.group_dims == group_dims
         assert twin.event_shape == (3, 4)
     assert f"group_dims={group_dims}, batch_shape: (3, 4)" in repr(prior.base_dist)
-    with pytest.raises(NotImplementedError, match="EmpiricalNormal has no density"):
+    with pytest.raises(NotImplementedError, match="EmpiricalBayesNormal has no density"):
         prior.log_prob(torch.zeros(3, 4))
 
 
@@ -129,13 +129,19 @@ def test_the_fan_in_is_the_number_of_inputs_of_a_unit(weight, inputs):
 
 
 BAD = {
-    "negative dimension": (lambda: EmpiricalNormal((-1,)), r"group_dims: expected .* counted from 0.* got \(-1,\)"),
-    "same dimension": (lambda: EmpiricalNormal((0, 0)), r"group_dims: expected distinct dimensions"),
-    "missing dimension": (lambda: EmpiricalNormal((2,)).expand([3, 4]), r"shape \(3, 4\), but got \(2,\)"),
+    "negative dimension": (
+        lambda: EmpiricalBayesNormal((-1,)),
+        r"group_dims: expected .* counted from 0.* got \(-1,\)",
+    ),
+    "same dimension": (lambda: EmpiricalBayesNormal((0, 0)), r"group_dims: expected distinct dimensions"),
+    "missing dimension": (lambda: EmpiricalBayesNormal((2,)).expand([3, 4]), r"shape \(3, 4\), but got \(2,\)"),
     "fan-in": (lambda: svd.nn.fan_in_normal(0.0), "scale: expected a positive and finite number, but got 0.0"),
     "mixture": (lambda: svd.nn.scale_mixture(1.0), "scale_mixture: expected 0 < weight < 1"),
     "widths": (lambda: svd.nn.scale_mixture(0.5, 1.0, 2.0), "narrow < wide < inf, but got 0.5, 1.0, 2.0"),
-    "of a network": (lambda: svd.bayesianize(_net(), EmpiricalNormal((5,))), r"0\.weight: expected a prior .*\(5,\)"),
+    "of a network": (
+        lambda: svd.bayesianize(_net(), EmpiricalBayesNormal((5,))),
+        r"0\.weight: expected a prior .*\(5,\)",
+    ),
 }
 
 
@@ -192,7 +198,7 @@ def test_the_mean_loss_is_that_of_trace_elbo(name, device):
 def test_a_sampled_divergence_from_an_empirical_prior_is_an_error_that_names_the_site(name, device):
     model, data = _model(PRIORS[name](), device), _data(device)
     guide = svd.AutoSparseNormal(model)
-    with pytest.raises(ValueError, match=r"weight: EmpiricalNormal has no density.*kl=\"approximate\""):
+    with pytest.raises(ValueError, match=r"weight: EmpiricalBayesNormal has no density.*kl=\"approximate\""):
         svd.SparseVD_ELBO(kl="monte_carlo").loss(model, guide, *data)
 
 
@@ -222,7 +228,7 @@ def test_a_copy_of_model_and_guide_works_alike(name, device):
 
 @pytest.mark.parametrize("name", [name for name in PRIORS if name not in OF_NETWORKS])
 def test_a_plain_model_takes_the_same_priors(name, device):
-    prior = PRIORS[name]().expand([4]) if name != "units" else EmpiricalNormal((0,)).expand([4])
+    prior = PRIORS[name]().expand([4]) if name != "units" else EmpiricalBayesNormal((0,)).expand([4])
 
     def model():
         w = pyro.sample("w", prior.to_event(1))
@@ -248,7 +254,7 @@ def test_globs_choose_sites_with_any_prior_and_the_first_that_matches_counts():
 def test_each_part_of_a_plate_has_groups_of_its_own(device):
     q = SparseNormal(torch.randn(3, 4, 5, device=device), torch.randn(3, 4, 5, device=device))
     for group_dims in [(0,), (1,), ()]:
-        prior = EmpiricalNormal(group_dims).expand([4, 5])
+        prior = EmpiricalBayesNormal(group_dims).expand([4, 5])
         parts = [SparseNormal(*pair) for pair in zip(q.loc, q.log_variance, strict=True)]
         alone = torch.stack([kl_divergence(part, prior) for part in parts])
         torch.testing.assert_close(kl_divergence(q, prior.expand([3, 4, 5])), alone)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_sparsevd.ops.workspace import Workspace
+from pyro_sparsevd.ops.memory import Workspace
 
 LARGE = (128, 128)
 DTYPES = [torch.float32, torch.float64]

@@ -1,8 +1,8 @@
-"""The prior and the posterior as Pyro distributions, and their divergences."""
+"""The prior and the posterior as Pyro distributions, and their KL."""
 
-__all__ = ["EmpiricalNormal", "ImproperPriorWarning", "LogUniform", "SparseNormal", "kl_normal_log_uniform"]
+__all__ = ["EmpiricalBayesNormal", "ImproperPriorWarning", "LogUniform", "SparseNormal", "kl_normal_log_uniform"]
 
-from .empirical_normal import EmpiricalNormal
+from .empirical_normal import EmpiricalBayesNormal
 from .improper import ImproperPriorWarning
 from .kl import kl_normal_log_uniform
 from .log_uniform import LogUniform

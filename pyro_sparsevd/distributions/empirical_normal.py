@@ -1,6 +1,6 @@
 """A normal prior whose variance is at the optimum of the bound."""
 
-__all__ = ["EmpiricalNormal"]
+__all__ = ["EmpiricalBayesNormal"]
 
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 
-class EmpiricalNormal(dist.TorchDistribution):
+class EmpiricalBayesNormal(dist.TorchDistribution):
     r"""The prior N(0, s²) with its variance at the optimum of the bound, one for each group of weights.
 
     Empirical Bayes has the optimum in closed form: s² is the mean of θ² + σ² over the group of K weights, which leaves
@@ -37,7 +37,7 @@ class EmpiricalNormal(dist.TorchDistribution):
         ValueError: If ``group_dims`` is not of distinct dimensions counted from 0.
 
     Example:
-        >>> prior = EmpiricalNormal((0,)).expand([3, 4])
+        >>> prior = EmpiricalBayesNormal((0,)).expand([3, 4])
         >>> q = svd.SparseNormal(torch.zeros(3, 4), torch.zeros(3, 4))
         >>> torch.distributions.kl_divergence(q, prior).sum()
         tensor(0.)
@@ -58,15 +58,15 @@ class EmpiricalNormal(dist.TorchDistribution):
         super().__init__(validate_args=validate_args)
 
     def __repr__(self) -> str:
-        return f"EmpiricalNormal(group_dims={self.group_dims}, batch_shape: {tuple(self.batch_shape)})"
+        return f"EmpiricalBayesNormal(group_dims={self.group_dims}, batch_shape: {tuple(self.batch_shape)})"
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "EmpiricalNormal":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "EmpiricalBayesNormal":
         """Returns this distribution with its batch shape expanded.
 
         Raises:
             ValueError: If that has not the dimensions of the groups.
         """
-        new = self._get_checked_instance(EmpiricalNormal, _instance)
+        new = self._get_checked_instance(EmpiricalBayesNormal, _instance)
         batch_shape = torch.Size(batch_shape)
         if self.group_dims and max(self.group_dims) >= len(batch_shape):
             raise ValueError(
@@ -77,7 +77,7 @@ class EmpiricalNormal(dist.TorchDistribution):
         added = len(batch_shape) - len(self.batch_shape)
         if added and self.batch_shape and self.group_dims is not None:  # in a plate, each part of which has its groups
             new.group_dims = (*range(added), *(dim + added for dim in self.group_dims))
-        super(EmpiricalNormal, new).__init__(batch_shape, validate_args=False)
+        super(EmpiricalBayesNormal, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -89,11 +89,11 @@ class EmpiricalNormal(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Raises, since the scale depends on the posterior."""
         raise NotImplementedError(
-            "EmpiricalNormal has no density, as its scale depends on the posterior; use a bound with the closed form, "
-            'such as SparseVD_ELBO(kl="approximate")'
+            "EmpiricalBayesNormal has no density, as its scale depends on the posterior; use a bound with the closed "
+            'form, such as SparseVD_ELBO(kl="approximate")'
         )
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Draws from the standard normal distribution."""
+        """Samples the standard normal distribution."""
         shape = self._extended_shape(torch.Size(sample_shape))
         return torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)

@@ -1,4 +1,4 @@
-"""The warning about samples of an improper prior, where they are used."""
+"""The warning about samples of an improper prior."""
 
 __all__ = ["ImproperPriorWarning", "warn_of_sample"]
 
@@ -10,28 +10,22 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.inspect import TrackProvenance
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+
+from .._compat import HANDLER_STACK
 
 
 class ImproperPriorWarning(UserWarning):
-    """Says that numbers were sampled where a prior is improper."""
+    """An improper prior was sampled, from a proper truncation of it."""
 
 
 def warn_of_sample() -> bool:
-    """Warns that a sample is of the truncation of the log-uniform prior, if somebody uses it.
+    """Warns that a sample is of a truncation of the log-uniform prior, and tells whether it did.
 
-    Returns:
-        Whether somebody does, which is not so where the model is run to learn shapes, relations or initial values.
-
-    Example:
-        >>> from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
-        >>> with InitMessenger(init_to_sample):
-        ...     warn_of_sample()
-        False
+    It does not where a model is run only to learn shapes, dependencies or initial values.
     """
-    learning = [place for place, handler in enumerate(_PYRO_STACK) if _only_learns(handler)]
+    learning = [place for place, handler in enumerate(HANDLER_STACK) if _only_learns(handler)]
     # A Markov chain learns its shapes of a model that enumerates, and then uses the density.
-    if learning and not any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK[learning[0] :]):
+    if learning and not any(isinstance(handler, EnumMessenger) for handler in HANDLER_STACK[learning[0] :]):
         return False
     warnings.warn(
         "The log-uniform prior is improper and has no samples: sampling its truncation to 1e-8 <= |w| <= 1. Give "

@@ -1,4 +1,4 @@
-"""Divergences of a Gaussian from priors that torch has none for, in closed form, registered with torch."""
+"""Closed forms of the KL from a Gaussian posterior to the priors, registered with torch."""
 
 __all__ = ["kl_normal_log_uniform"]
 
@@ -10,8 +10,7 @@ from torch.distributions import register_kl
 
 from ..ops import divergence
 from ..ops.divergence import kl_ard
-from .empirical_normal import EmpiricalNormal
-from .improper import ImproperPriorWarning as ImproperPriorWarning
+from .empirical_normal import EmpiricalBayesNormal
 from .log_uniform import LogUniform
 from .sparse_normal import log_variance_of
 
@@ -39,8 +38,8 @@ def kl_normal_log_uniform(q: torch.distributions.Normal, p: LogUniform, form: di
     return kl + p.log_normalizer if p.is_proper else kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
 
 
-@register_kl(torch.distributions.Normal, EmpiricalNormal)
-def _kl_normal_empirical_normal(q: torch.distributions.Normal, p: EmpiricalNormal) -> Tensor:
+@register_kl(torch.distributions.Normal, EmpiricalBayesNormal)
+def _kl_normal_empirical_normal(q: torch.distributions.Normal, p: EmpiricalBayesNormal) -> Tensor:
     log_variance = log_variance_of(q)
     if p.group_dims is None:
         return kl_ard(q.loc, log_variance)
@@ -51,7 +50,7 @@ def _kl_normal_empirical_normal(q: torch.distributions.Normal, p: EmpiricalNorma
 
 
 def _mean_of_kept(values: Tensor, kept: Tensor | None, dims: list[int]) -> Tensor:
-    """Returns means along dimensions, over what is not held at zero."""
+    """Returns means along dimensions, over the weights that are kept."""
     if not dims:
         return values
     if kept is None:

@@ -12,11 +12,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-from .improper import ImproperPriorWarning as ImproperPriorWarning
 from .improper import warn_of_sample
 
-# KL(N(θ, σ²) ‖ 1 / (2 |w| log(high / low))) is the divergence that vanishes as α → ∞ plus log log(high / low) minus
-# this.
+# KL(N(θ, σ²) ‖ 1 / (2 |w| log(high / low))) = the divergence that vanishes as α → ∞ + log log(high / low) - this.
 _CONSTANT = 0.5 * (1 + 0.57721566490153286 + math.log(math.pi))
 
 IMPROPER_LOG_NORMALIZER = -_CONSTANT - math.log(2)
@@ -133,7 +131,7 @@ class LogUniform(dist.TorchDistribution):
         return torch.where((self.low <= magnitude) & (magnitude <= self.high), log_density, -math.inf)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Draws samples; without bounds, from the truncation to ``1e-8 ≤ |w| ≤ 1``, with a warning."""
+        """Samples; without bounds, from the truncation to ``1e-8 ≤ |w| ≤ 1``, with a warning."""
         if not (self.is_proper or self._warned.done):
             self._warned.done = warn_of_sample()
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -156,17 +154,7 @@ def _show(bound: Tensor) -> str:
 
 
 class Jeffreys(dist.TorchDistribution):
-    r"""The improper prior of a scale, :math:`p(z) \propto 1 / z`.
-
-    To tools that run a model only to learn its shapes it is the magnitude of a :class:`~.log_uniform.LogUniform`.
-
-    Args:
-        validate_args: As for any distribution.
-
-    Example:
-        >>> Jeffreys().log_prob(torch.tensor(0.5)).exp()
-        tensor(2.)
-    """
+    """The improper prior of a scale, p(z) ∝ 1 / z; its samples are the magnitudes of those of :class:`LogUniform`."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.positive
@@ -191,5 +179,5 @@ class Jeffreys(dist.TorchDistribution):
         return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Draws from the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
+        """Samples the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
         return self._signed.rsample(sample_shape).abs()

@@ -1,6 +1,6 @@
 """The Gaussian posterior in the parameters that are optimised, θ and log σ²."""
 
-__all__ = ["KeptNormal", "SparseNormal", "log_variance_of"]
+__all__ = ["MaskedNormal", "SparseNormal", "log_variance_of"]
 
 import math
 from typing import Any, ClassVar
@@ -13,11 +13,10 @@ from torch.distributions import Distribution
 from torch.distributions.utils import broadcast_all
 
 from ..ops import divergence
-from .improper import ImproperPriorWarning as ImproperPriorWarning
 
 
 class SparseNormal(dist.Normal):
-    r"""The Gaussian posterior N(θ, σ²) of a weight, in the parameters θ and log σ².
+    r"""A normal distribution in the parameters θ and log σ², the posterior of a weight; not itself sparse.
 
     This additive parameterisation is the one whose gradient in θ has no multiplicative noise. The log dropout rate
     :attr:`log_alpha` = log σ² - log θ² says how little the weight matters.
@@ -87,35 +86,15 @@ class SparseNormal(dist.Normal):
 
 
 def log_variance_of(q: torch.distributions.Normal) -> Tensor:
-    """Returns log σ² of a normal distribution.
-
-    Args:
-        q: The distribution.
-
-    Returns:
-        Its log variance, of its batch shape.
-
-    Example:
-        >>> log_variance_of(dist.Normal(0.0, 1.0))
-        tensor(0.)
-    """
+    """Returns log σ² of a normal distribution, of its batch shape."""
     return q.log_variance if isinstance(q, SparseNormal) else 2 * q.scale.log()
 
 
-class KeptNormal(SparseNormal):
-    """The posterior of weights of which some are held at zero.
+class MaskedNormal(SparseNormal):
+    """The posterior of weights of which those that are not ``kept`` are held at zero.
 
-    To a divergence and to a sampled output, these are weights of mean 0 and of the smallest variance of which single
-    precision knows the inverse; what is drawn of them is zero.
-
-    Args:
-        loc: The means.
-        log_variance: The log variances.
-        kept: Which weights are not held at zero.
-
-    Example:
-        >>> KeptNormal(torch.ones(2), torch.zeros(2), torch.tensor([True, False])).sample() == 0
-        tensor([False,  True])
+    To a divergence and to a sampled output, these are weights of mean 0 and of the smallest variance whose inverse is
+    finite in single precision; their samples are zero.
     """
 
     def __init__(self, loc: Tensor, log_variance: Tensor, kept: Tensor) -> None:
@@ -132,7 +111,7 @@ class KeptNormal(SparseNormal):
         return super().rsample(torch.Size(sample_shape)) * self.kept
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Samples likewise, without a gradient."""
+        """Samples as :meth:`rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -140,8 +119,8 @@ class KeptNormal(SparseNormal):
         """Returns the log density of each weight, 0 where it is held at zero."""
         return torch.where(self.kept, super().log_prob(value), 0.0)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "KeptNormal":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "MaskedNormal":
         """Returns this distribution with its batch shape expanded."""
-        new = super().expand(batch_shape, self._get_checked_instance(KeptNormal, _instance))
+        new = super().expand(batch_shape, self._get_checked_instance(MaskedNormal, _instance))
         new.kept = self.kept.expand(batch_shape)
         return new

@@ -1,4 +1,4 @@
-"""Distributions without their wrappers."""
+"""Distributions without their wrappers, and copies of them."""
 
 __all__ = ["map_tensors", "unmasked", "unwrap_independent"]
 
@@ -11,41 +11,20 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .improper import ImproperPriorWarning as ImproperPriorWarning
+from .._compat import mask_of
 
 
 def unwrap_independent(distribution: Distribution) -> Distribution:
-    """Returns the distribution inside any number of ``to_event`` wrappers.
-
-    Args:
-        distribution: Any distribution.
-
-    Returns:
-        The innermost base distribution.
-
-    Example:
-        >>> unwrap_independent(svd.LogUniform().expand([2]).to_event(1))
-        LogUniform(batch_shape: (2,))
-    """
+    """Returns the distribution inside any number of ``to_event`` wrappers."""
     while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     return distribution
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """Applies a function to every tensor of a distribution, its bases and its transforms.
+    """Returns a copy of a distribution with a function applied to every tensor of it, its bases and its transforms.
 
-    Args:
-        value: A distribution; it is not changed.
-        function: The function.
-        memo: What was mapped already, by identity; a transform and its inverse refer to each other.
-
-    Returns:
-        A copy of the distribution.
-
-    Example:
-        >>> map_tensors(dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1), Tensor.double).mean.dtype
-        torch.float64
+    ``memo`` holds what was mapped already, by identity, since a transform and its inverse refer to each other.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -59,18 +38,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor], memo: dict[int
 
 
 def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
-    """Returns a distribution without its masks, and what they leave of it.
-
-    Args:
-        distribution: Any distribution.
-
-    Returns:
-        The distribution, and the mask of the elements of what :func:`~.util.unwrap_independent` makes of it.
-
-    Example:
-        >>> unmasked(dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(torch.tensor(False)))
-        (Independent(Normal(loc: torch.Size([2]), scale: torch.Size([2])), 1), tensor([False]))
-    """
+    """Returns a distribution without its masks, and the mask of the elements of its innermost base distribution."""
     if isinstance(distribution, torch.distributions.Independent):
         base, mask = unmasked(distribution.base_dist)
         if base is distribution.base_dist:
@@ -78,7 +46,7 @@ def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
         return base.to_event(distribution.reinterpreted_batch_ndims), mask
     if isinstance(distribution, dist.MaskedDistribution):
         base, mask = unmasked(distribution.base_dist)
-        own = distribution._mask
+        own = mask_of(distribution)
         if isinstance(own, Tensor):
             own = own.reshape(own.shape + (1,) * (len(unwrap_independent(base).batch_shape) - len(base.batch_shape)))
         return base, own & mask

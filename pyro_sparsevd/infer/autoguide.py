@@ -19,8 +19,8 @@ from torch.distributions import Distribution, biject_to
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
 from ..nn.sites import WeightPrior
-from ..poutine.param_store import claim_name, mark_as_taken, parameters_are_seen
-from ..poutine.trace import sole_recorder
+from ..poutine.param_store import ensure_unique_name, params_are_traced, register_guide_params
+from ..poutine.trace import active_trace
 from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, simplified, sparsity_of, unchanged_buffers
 from .masked import SparsifiedGuide
@@ -135,11 +135,11 @@ class AutoSparseNormal(GaussianParameters):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        recorder = sole_recorder()
+        recorder = active_trace()
         if recorder is not None and not (self._has_plates() or self.create_plates):
             return {n: recorder.sample(n, s.posterior(*self._plain_parameters_of(n))) for n, s in self._sites.items()}
         plates = self._create_plates(*args, **kwargs)
-        unobserved = not parameters_are_seen()
+        unobserved = not params_are_traced()
         result = {}
         for name, site in self._sites.items():
             with ExitStack() as stack:
@@ -207,7 +207,7 @@ class AutoSparseNormal(GaussianParameters):
         """Samples all latents, see :meth:`forward`."""
         if not self._uses_store():
             return super().__call__(*args, **kwargs)
-        claim_name(self, {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites})
+        ensure_unique_name(self, {f"locs.{name}": self._plain_parameters_of(name)[0] for name in self._sites})
         if self.prototype_trace is None:
             with self._pyro_context:
                 for name in self._sites:  # which makes what the store was loaded with the guide's
@@ -215,7 +215,7 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # after an error, too: what the store holds by then is this guide's
-            mark_as_taken(self, self._stored())
+            register_guide_params(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)
@@ -303,7 +303,7 @@ class AutoSparseNormal(GaussianParameters):
             self._setup_prototype(*args, **kwargs)
 
     def _uses_store(self) -> bool:
-        return self.prototype_trace is None or parameters_are_seen() or self._has_plates()
+        return self.prototype_trace is None or params_are_traced() or self._has_plates()
 
     def _has_plates(self) -> bool:
         return any(site.plates for site in self._sites.values())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+from .._compat import keystr, tree_flatten_with_path, tree_leaves
 
 
 def finite_value(*values: Any) -> float | None:

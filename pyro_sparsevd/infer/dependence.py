@@ -8,7 +8,7 @@ from typing import Any
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from pyro.poutine.messenger import unwrap
 
-from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.empirical_normal import EmpiricalBayesNormal
 from ..distributions.log_uniform import LogUniform
 from ..distributions.util import unwrap_independent
 from ..nn.scales import ShrunkWeightPrior
@@ -52,7 +52,7 @@ def against_the_order(model_sites: Sites, guide_sites: Sites) -> list[str]:
         The names; not those of priors that depend on no latent.
 
     Example:
-        >>> with svd.poutine.trace.SampleSites() as model:
+        >>> with svd.poutine.trace.SiteTrace() as model:
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
         ...     y = pyro.sample("y", dist.Normal(x, 1.0))
         >>> against_the_order(model.found, dict(reversed(model.found.items())))
@@ -72,4 +72,4 @@ def _is_fixed(prior: Any) -> bool:
     if isinstance(prior, WeightPrior):
         return not isinstance(prior, ShrunkWeightPrior)
     base = unwrap_independent(prior)
-    return isinstance(base, EmpiricalNormal) or (isinstance(base, LogUniform) and not base.is_proper)
+    return isinstance(base, EmpiricalBayesNormal) or (isinstance(base, LogUniform) and not base.is_proper)

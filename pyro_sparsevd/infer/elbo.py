@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._compat import not_compiled
 from .._modules import random_state
-from ..ops.workspace import Workspace
-from ..poutine.lazy_weight import LazyWeight, PassNotes, PassSpoiled, RepeatedUseError
+from ..ops.memory import Workspace
 from ..poutine.local_reparam import LocalReparamMessenger
-from ..poutine.trace import SampleSites, Sites, log_prob, scored
+from ..poutine.trace import Sites, SiteTrace, log_prob, without_subsampling
+from ..poutine.unsampled_weight import PassNotes, PassSpoiled, RepeatedUseError, UnsampledWeight
 from .checks import blame_device, blame_number, check_auxiliary, check_latent, check_plates, finite_value
 from .dependence import against_the_order, is_factorised
 from .gaussians import with_auxiliary_sites_exchanged
@@ -244,21 +244,21 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         reparam = None
         if self.local_reparam:
             reparam = LocalReparamMessenger(self._sampled_sites, self._workspace, self._newly_sampled)
-        with SampleSites(local_reparam=reparam) as guide_sites:
+        with SiteTrace(local_reparam=reparam) as guide_sites:
             guide(*args, **kwargs)
         if not self.terms:
             self._sampled_sites.check(guide_sites.found)
-        with SampleSites(guide_sites.found) as model_sites:
+        with SiteTrace(guide_sites.found) as model_sites:
             model(*args, **kwargs)
         if self._newly_sampled:
             raise PassSpoiled
-        return scored(model_sites.found), scored(guide_sites.found)
+        return without_subsampling(model_sites.found), without_subsampling(guide_sites.found)
 
     def _terms(self, model_sites: Sites, guide_sites: Sites, factorised: bool) -> tuple[Terms, Terms]:
         """Returns the negative log likelihoods and the divergences of one particle, by site."""
         guide_sites = with_auxiliary_sites_exchanged(guide_sites)
         joint = [] if factorised else against_the_order(model_sites, guide_sites)
-        unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], LazyWeight)}
+        unsampled = {name for name in joint if isinstance(guide_sites[name]["value"], UnsampledWeight)}
         if unsampled:  # what was made of them has samples of its own
             if not self.local_reparam or unsampled & self._sampled_sites:  # a handler of the user's made them
                 raise RepeatedUseError(min(unsampled))

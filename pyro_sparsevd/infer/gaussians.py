@@ -60,7 +60,7 @@ def with_auxiliary_sites_exchanged(sites: dict[str, Any]) -> dict[str, Any]:
         The sites, in the order in which they were sampled.
 
     Example:
-        >>> with svd.poutine.trace.SampleSites() as sites:
+        >>> with svd.poutine.trace.SiteTrace() as sites:
         ...     u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         ...     w = pyro.sample("w", dist.Delta(u))
         >>> list(with_auxiliary_sites_exchanged(sites.found))

@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.empirical_normal import EmpiricalBayesNormal
 from ..distributions.log_uniform import LogUniform
 from ..distributions.util import map_tensors, unmasked, unwrap_independent
 from ..nn.sites import WeightPrior
@@ -45,7 +45,7 @@ def init_to_weights(site: Any = None, *, fallback: Callable = init_to_feasible) 
     if isinstance(fn, WeightPrior):
         return fn.value
     prior = unwrap_independent(fn)
-    if not isinstance(prior, LogUniform | EmpiricalNormal):
+    if not isinstance(prior, LogUniform | EmpiricalBayesNormal):
         return fallback(site)
     shape = fn.shape()
     bound = 1 / math.sqrt(max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1))

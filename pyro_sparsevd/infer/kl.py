@@ -18,8 +18,9 @@ from ..distributions.kl import kl_normal_log_uniform
 from ..distributions.log_uniform import LogUniform
 from ..distributions.util import unmasked, unwrap_independent
 from ..ops.divergence import Form
-from ..poutine.lazy_weight import LazyWeight, kl_log_uniform_total
+from ..poutine.kl import kl_log_uniform_total
 from ..poutine.trace import log_prob
+from ..poutine.unsampled_weight import UnsampledWeight
 from .gaussians import as_gaussian
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def divergences(
     """
     warned = set() if warned is None else warned
     terms: Terms = []
-    lazy: dict[float, list[LazyWeight]] = {}
+    lazy: dict[float, list[UnsampledWeight]] = {}
     for name, q, p in latents:
         prior = unwrap_independent(p["fn"])
         if kl == "monte_carlo" or name in joint:
@@ -81,7 +82,7 @@ def divergences(
 
 def _sampled(name: str, q: Any, p: Any) -> Tensor:
     """Returns log q - log p, both at the one sample."""
-    if isinstance(q["value"], LazyWeight):
+    if isinstance(q["value"], UnsampledWeight):
         sample = q["value"].value_for_density()
         q, p = {**q, "value": sample}, {**p, "value": sample}
     q, p = kept_parts(q, p)
@@ -107,7 +108,7 @@ def _report(name: str, q: Distribution, p: Distribution, warned: set[str]) -> No
 
 def _is_lazy_of_shape(prior: LogUniform, q: Any, p: Any) -> bool:
     return (
-        type(q["value"]) is LazyWeight
+        type(q["value"]) is UnsampledWeight
         and prior.batch_shape == q["value"].base_dist.batch_shape
         and isinstance(q["scale"], float)
         and q["mask"] is None

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
 
-from ..distributions.empirical_normal import EmpiricalNormal
+from ..distributions.empirical_normal import EmpiricalBayesNormal
 from ..distributions.log_uniform import LogUniform
-from ..distributions.sparse_normal import KeptNormal, SparseNormal
+from ..distributions.sparse_normal import MaskedNormal, SparseNormal
 from ..distributions.util import map_tensors, unmasked, unwrap_independent
 from ..nn.scales import ShrunkWeightPrior
 from ..nn.sites import SitePrior
@@ -69,7 +69,7 @@ class Latent(NamedTuple):
         if self.zero_row is None:
             return SparseNormal(loc, log_variance, validate_args=False)
         kept = torch.arange(loc.shape[-2], device=loc.device) != self.zero_row
-        return KeptNormal(loc, log_variance, kept.unsqueeze(-1).expand_as(loc))
+        return MaskedNormal(loc, log_variance, kept.unsqueeze(-1).expand_as(loc))
 
     def posterior(self, loc: Tensor, log_variance: Tensor) -> Distribution:
         """Returns the distribution at the site, given the parameters in unconstrained space."""
@@ -115,7 +115,7 @@ def sparsity_of(prior: Distribution) -> tuple[bool, tuple[int, ...]]:
     base: Any = unwrap_independent(unmasked(prior)[0])
     if isinstance(prior, ShrunkWeightPrior):
         return True, prior.group_dims or ()
-    if isinstance(base, EmpiricalNormal):
+    if isinstance(base, EmpiricalBayesNormal):
         return base.is_sparse, (base.group_dims or ()) if base.is_sparse else ()
     return isinstance(base, LogUniform), ()
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pyro
 from pyro.infer.elbo import ELBOModule
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from .._compat import not_compiled
+from .._compat import HANDLER_STACK, not_compiled
 
 
 class LossModule(ELBOModule):
@@ -60,7 +59,7 @@ def seen_by_svi() -> list[Tensor] | None:
         ...     len(seen_by_svi())
         1
     """
-    handlers = [h for h in _PYRO_STACK if isinstance(h, TraceMessenger) and h.param_only]
+    handlers = [h for h in HANDLER_STACK if isinstance(h, TraceMessenger) and h.param_only]
     sites = [site for handler in handlers for site in handler.trace.nodes.values() if site["type"] == "param"]
     return [site["value"].unconstrained() for site in sites] if handlers else None
 

@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ..distributions.sparse_normal import KeptNormal
+from ..distributions.sparse_normal import MaskedNormal
 from ..distributions.util import unwrap_independent
 
 
@@ -101,5 +101,5 @@ class _MaskMessenger(Messenger):
         fn = msg["fn"]
         mask = pyro.subsample(mask, event_dim=len(fn.event_shape))
         q: Any = unwrap_independent(fn)
-        mask = mask & q.kept if isinstance(q, KeptNormal) else mask
-        msg["fn"] = KeptNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))
+        mask = mask & q.kept if isinstance(q, MaskedNormal) else mask
+        msg["fn"] = MaskedNormal(q.loc, q.log_variance, mask).to_event(len(fn.event_shape))

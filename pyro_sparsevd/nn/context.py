@@ -5,10 +5,9 @@ __all__ = ["FixedName", "NetworkContext"]
 from typing import Any
 
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK
 
-from .._compat import PyroContext
-from ..poutine.param_store import OwnParameters
+from .._compat import HANDLER_STACK, PyroContext
+from ..poutine.param_store import IsolateParamsMessenger
 
 
 class NetworkContext(PyroContext):
@@ -22,19 +21,19 @@ class NetworkContext(PyroContext):
         (False, [])
     """
 
-    _own_parameters: OwnParameters | None = None
+    _isolate_params: IsolateParamsMessenger | None = None
 
     def __enter__(self) -> None:
-        if not self.active and not any(isinstance(handler, OwnParameters) for handler in _PYRO_STACK):
-            self._own_parameters = OwnParameters(self)
-            self._own_parameters.__enter__()
+        if not self.active and not any(isinstance(handler, IsolateParamsMessenger) for handler in HANDLER_STACK):
+            self._isolate_params = IsolateParamsMessenger(self)
+            self._isolate_params.__enter__()
         super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if not self.active and self._own_parameters is not None:
-            self._own_parameters.__exit__(*error)
-            self._own_parameters = None
+        if not self.active and self._isolate_params is not None:
+            self._isolate_params.__exit__(*error)
+            self._isolate_params = None
 
 
 class FixedName:

@@ -271,5 +271,5 @@ def _full(module: str, attribute: str) -> str:
 _RECOMPUTED = (
     "{}: read in a backward pass, where its draw is not known, as by torch.utils.checkpoint of its layer; read the "
     "weight outside of the checkpoint and give it, checkpoint(F.linear, x, layer.weight, layer.bias, "
-    "use_reentrant=False), or add context_fn=pyro_sparsevd.checkpoint_contexts"
+    "use_reentrant=False), or add context_fn=pyro_sparsevd.recompute_contexts"
 )

@@ -14,8 +14,8 @@ from torch.distributions import Bernoulli, Distribution
 
 from .._modules import takes
 from ..distributions.util import unwrap_independent
-from ..poutine.param_store import OwnParameters
-from ..poutine.trace import sole_recorder
+from ..poutine.param_store import IsolateParamsMessenger
+from ..poutine.trace import active_trace
 from .sites import EverySite
 
 
@@ -88,7 +88,7 @@ class Supervised(PyroModule):
                 likelihood differ, or another PyroModule has renamed the network's sites.
         """
         index, size = self._batch(x, y)
-        with OwnParameters(self):
+        with IsolateParamsMessenger(self):
             with self.network._pyro_context:
                 output = self._run(x)
                 self._draw_every_site(self.network)
@@ -104,7 +104,7 @@ class Supervised(PyroModule):
             )
         if y is not None:
             y = _fitted_targets(y, likelihood)
-        recorder = sole_recorder()
+        recorder = active_trace()
         if recorder is not None and y is not None:
             plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
             recorder.sample("y", likelihood, y, self.num_data / size, (plate,))

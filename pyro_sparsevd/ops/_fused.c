@@ -85,7 +85,7 @@ INLINE void quotient(const struct rational *of, const float *t, float *out) {
     for (int i = 0; i < CHUNK; i++) out[i] /= denominator[i];
 }
 
-/* The kernels overwrite a = 1/α with twice the slope, and value with twice the divergence. */
+/* The kernels overwrite a = 1/α with twice the derivative, and value with twice the divergence. */
 typedef void kernel(float *restrict a, float *restrict value, const struct constants *);
 
 FOR_EACH_PROCESSOR static void approximate(float *restrict a, float *restrict value, const struct constants *of) {
@@ -146,9 +146,9 @@ FOR_EACH_PROCESSOR static void add_noise_chunk(float *restrict output, float *re
 }
 
 FOR_EACH_PROCESSOR static void finish_chunk(float *restrict grad_loc, float *restrict grad_variance, const float *loc,
-                                            const float *variance, const float *slope, int64_t count, float grad) {
+                                            const float *variance, const float *derivative, int64_t count, float grad) {
     for (int64_t i = 0; i < count; i++) {
-        float of_divergence = loc[i] / variance[i] * slope[i] * grad;
+        float of_divergence = loc[i] / variance[i] * derivative[i] * grad;
         grad_loc[i] += of_divergence;
         grad_variance[i] = grad_variance[i] * variance[i] * 0.5f - of_divergence * loc[i] * 0.5f;
     }
@@ -156,8 +156,8 @@ FOR_EACH_PROCESSOR static void finish_chunk(float *restrict grad_loc, float *res
 
 INLINE int64_t length_of(int64_t start, int64_t count) { return count - start < CHUNK ? count - start : CHUNK; }
 
-/* Writes twice the slopes, twice the divergences unless value is NULL, and the sum of these of each chunk. */
-void divergence(const float *loc, const float *variance, float *slope, int64_t count, int threads, int form,
+/* Writes twice the derivatives, twice the divergences unless value is NULL, and the sum of these of each chunk. */
+void divergence(const float *loc, const float *variance, float *derivative, int64_t count, int threads, int form,
                 const struct constants *constants, float *value, double *sums) {
     kernel *const kernels[] = {approximate, exact, ard};
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -166,7 +166,7 @@ void divergence(const float *loc, const float *variance, float *slope, int64_t c
         int64_t length = length_of(start, count);
         inverse_alpha(loc + start, variance + start, a, length);
         kernels[form](a, of_chunk, constants);
-        memcpy(slope + start, a, (size_t)length * sizeof *a);
+        memcpy(derivative + start, a, (size_t)length * sizeof *a);
         if (value) memcpy(value + start, of_chunk, (size_t)length * sizeof *a);
         sums[start / CHUNK] = sum_of(of_chunk, length);
     }
@@ -187,9 +187,9 @@ void add_noise(float *output, float *variance, const float *noise, int64_t count
 
 /* Turns twice the gradient in σ² into that in log σ², and adds the gradients of the divergence. */
 void finish_gradients(float *grad_loc, float *grad_variance, const float *loc, const float *variance,
-                      const float *slope, int64_t count, int threads, float grad) {
+                      const float *derivative, int64_t count, int threads, float grad) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < count; start += CHUNK)
-        finish_chunk(grad_loc + start, grad_variance + start, loc + start, variance + start, slope + start,
+        finish_chunk(grad_loc + start, grad_variance + start, loc + start, variance + start, derivative + start,
                      length_of(start, count), grad);
 }

@@ -11,7 +11,7 @@ __all__ = [
     "kl_log_uniform",
     "kl_log_uniform_total",
     "log_alpha",
-    "total_and_slopes",
+    "total_and_derivatives",
 ]
 
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import fused
-from .blocks import blocks
 from .kernels import KERNELS, Kernel, ard
+from .memory import blocks
 
 Form = Literal["approximate", "exact"]
 
@@ -68,25 +68,7 @@ def kl_log_uniform(loc: Tensor, log_variance: Tensor, form: Form = "approximate"
 
 
 def kl_log_uniform_total(loc: Tensor, log_variance: Tensor, form: Form = "approximate") -> Tensor:
-    r"""Returns the sum of :func:`kl_log_uniform` over all weights, without storing its terms.
-
-    Args:
-        loc: The mean θ of each weight, of any shape.
-        log_variance: log σ² of each weight, of a shape that broadcasts with ``loc``.
-        form: ``"approximate"`` or ``"exact"``.
-
-    Returns:
-        A scalar, in nats.
-
-    Raises:
-        ValueError: If ``form`` is neither of the two.
-
-    Example:
-        >>> loc, log_variance = torch.randn(3, 4), torch.randn(3, 4)
-        >>> total = kl_log_uniform_total(loc, log_variance)
-        >>> torch.allclose(total, kl_log_uniform(loc, log_variance).sum())
-        True
-    """
+    """Returns the sum of :func:`kl_log_uniform` over all weights, a scalar, without storing its terms."""
     return _Total.apply(*_operands(loc, log_variance), _kernel(form))
 
 
@@ -138,35 +120,23 @@ def log_alpha(loc: Tensor, log_variance: Tensor) -> Tensor:
     return log_variance - 2 * loc.abs().log()
 
 
-def total_and_slopes(
-    locs: list[Tensor], variances: list[Tensor], kernel: Kernel, slopes: Tensor
+def total_and_derivatives(
+    locs: list[Tensor], variances: list[Tensor], kernel: Kernel, derivatives: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Returns the sum of a divergence over the weights of several tensors, and its slopes, outside autograd.
+    """Returns the sum of a divergence over several tensors, and 2 dKL/da of each weight with a = 1/α, outside autograd.
 
-    Args:
-        locs: The means θ.
-        variances: σ² of each weight, in tensors of the same shapes.
-        kernel: The divergence, one of ``kernels.KERNELS``.
-        slopes: Memory for what is returned, as many elements as there are weights.
-
-    Returns:
-        The sum, a scalar, in nats; and twice the slope in 1/α of each weight, for :func:`add_gradients_`.
-
-    Example:
-        >>> loc, variance = torch.zeros(2, 3), torch.ones(2, 3)
-        >>> total, slopes = total_and_slopes([loc, loc], [variance, variance], KERNELS["exact"], torch.empty(12))
-        >>> total, slopes[1].shape
-        (tensor(0.), torch.Size([2, 3]))
+    The derivatives are views of the flat tensor ``derivatives``, which has an element for each weight.
     """
-    of_each = [s.view(loc.shape) for s, loc in zip(slopes.split([loc.numel() for loc in locs]), locs, strict=True)]
+    sizes = [loc.numel() for loc in locs]
+    of_each = [d.view(loc.shape) for d, loc in zip(derivatives.split(sizes), locs, strict=True)]
     totals = []
-    if fused.serve(slopes, *locs, *variances):
+    if fused.serve(derivatives, *locs, *variances):
         for of_loc in zip(locs, variances, of_each, strict=True):
             totals.append(fused.divergence(kernel, *of_loc))
     else:
         for a, loc, variance in zip(of_each, locs, variances, strict=True):
             torch.mul(loc, loc, out=a).div_(variance)
-        for (a,), scratch in blocks(slopes):
+        for (a,), scratch in blocks(derivatives):
             kernel(a, *scratch)
             totals.append(scratch[0].sum())
     return sum(totals[1:], start=totals[0]).mul_(0.5), of_each
@@ -177,33 +147,23 @@ def add_gradients_(
     grad_log_variance: Tensor | None,
     loc: Tensor,
     variance: Tensor,
-    slope: Tensor,
+    derivative: Tensor,
     grad: Tensor,
 ) -> None:
     """Adds the gradients of a divergence in θ, 2 θ/σ² dKL/da, and in log σ², -θ²/σ² dKL/da, with a = θ²/σ².
 
-    Args:
-        grad_loc: The contiguous gradient in θ, or None where none is needed.
-        grad_log_variance: The contiguous gradient in log σ², or None where none is needed.
-        loc: The mean θ of each weight.
-        variance: σ² of each weight.
-        slope: 2 dKL/da of each weight.
-        grad: The gradient of the divergence of each weight, or a scalar for all.
-
-    Example:
-        >>> grad_loc = torch.ones(3)
-        >>> add_gradients_(grad_loc, None, torch.ones(3), torch.ones(3), torch.ones(3), torch.tensor(0.5))
-        >>> grad_loc
-        tensor([1.5000, 1.5000, 1.5000])
+    ``derivative`` is 2 dKL/da, ``grad`` the gradient of each weight's divergence or one for all. The gradients to add
+    to are contiguous, or None where none is needed.
     """
-    optional = [t for t in (grad_loc, grad_log_variance, grad if grad.dim() else None) if t is not None]
-    for (theta, var, c, *pieces), (ratio, *_) in blocks(loc, variance, slope, *optional):
-        g = pieces.pop() if grad.dim() else grad
-        torch.div(theta, var, out=ratio).mul_(c).mul_(g)
-        if grad_log_variance is not None:
-            pieces.pop().addcmul_(ratio, theta, value=-0.5)
-        if grad_loc is not None:
-            pieces.pop().add_(ratio)
+    given = {"loc": grad_loc, "log_variance": grad_log_variance, "kl": grad if grad.dim() else None}
+    optional = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for (theta, var, d, *pieces), (ratio, *_) in blocks(loc, variance, derivative, *optional.values()):
+        piece_of = dict(zip(optional, pieces, strict=True))
+        torch.div(theta, var, out=ratio).mul_(d).mul_(piece_of.get("kl", grad))
+        if "log_variance" in piece_of:
+            piece_of["log_variance"].addcmul_(ratio, theta, value=-0.5)
+        if "loc" in piece_of:
+            piece_of["loc"].add_(ratio)
 
 
 def _kernel(form: str) -> Kernel:
@@ -226,14 +186,14 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
         variance = fused.exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
-        value, slope = torch.empty_like(variance), torch.empty_like(variance)
+        value, derivative = torch.empty_like(variance), torch.empty_like(variance)
         if fused.serve(loc, variance):
-            fused.divergence(kernel, loc, variance, slope, value)
+            fused.divergence(kernel, loc, variance, derivative, value)
         else:
-            torch.mul(loc, loc, out=slope).div_(variance)
-            for (a, out), (*scratch, _) in blocks(slope, value):
+            torch.mul(loc, loc, out=derivative).div_(variance)
+            for (a, out), (*scratch, _) in blocks(derivative, value):
                 kernel(a, out, *scratch)
-        ctx.save_for_backward(loc, log_variance, variance, slope)
+        ctx.save_for_backward(loc, log_variance, variance, derivative)
         return value.mul_(0.5)
 
     @staticmethod
@@ -247,19 +207,19 @@ class _Total(_Elementwise):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, log_variance: Tensor, kernel: Kernel) -> Tensor:
         variance = fused.exp(log_variance, out=torch.empty_like(log_variance, memory_format=torch.contiguous_format))
-        total, (slope,) = total_and_slopes([loc], [variance], kernel, variance.new_empty(variance.numel()))
-        ctx.save_for_backward(loc, log_variance, variance, slope)
+        total, (derivative,) = total_and_derivatives([loc], [variance], kernel, variance.new_empty(variance.numel()))
+        ctx.save_for_backward(loc, log_variance, variance, derivative)
         return total
 
 
 # What is saved is an argument so that the decorator sees that a second derivative would need it, and refuses that.
 @once_differentiable
 def _gradients(
-    ctx: Any, grad: Tensor, loc: Tensor, log_variance: Tensor, variance: Tensor, slope: Tensor
+    ctx: Any, grad: Tensor, loc: Tensor, log_variance: Tensor, variance: Tensor, derivative: Tensor
 ) -> tuple[Tensor, Tensor, None]:
     grad_loc, grad_log_variance = torch.zeros_like(variance), torch.zeros_like(variance)
-    if grad.dim() == 0 and fused.serve(loc, variance, slope):
-        fused.finish_gradients(grad.item(), grad_loc, grad_log_variance, loc, variance, slope)
+    if grad.dim() == 0 and fused.serve(loc, variance, derivative):
+        fused.finish_gradients(grad.item(), grad_loc, grad_log_variance, loc, variance, derivative)
     else:
-        add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
+        add_gradients_(grad_loc, grad_log_variance, loc, variance, derivative, grad)
     return grad_loc, grad_log_variance, None

@@ -1,8 +1,8 @@
-"""The loops over all weights that take most of a step's time, in one pass instead of one for each operation of torch.
+"""Loops over all weights in C, one pass each where torch makes one for every operation.
 
-They are written in C, and are there where a compiler was when the package was installed. They serve contiguous tensors
-of float32 on a CPU; for all others, and without them, what torch computes differs by rounding, relatively by less than
-5e-6. The library is loaded through ctypes and knows nothing of Python, whose headers not every machine has.
+They exist where a compiler was found at installation, and serve contiguous float32 tensors on a CPU. What torch
+computes instead differs by rounding, relatively by less than 5e-6. The library is loaded by ctypes and knows nothing of
+Python, whose headers not every machine has.
 """
 
 __all__ = ["add_noise", "divergence", "exp", "finish_gradients", "serve"]
@@ -20,60 +20,36 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .._compat import is_zero_tensor, operations_are_watched
 from .kernels import DAWSON, GROWTH, K1, K2, K3, KERNELS, Kernel, ard
 
 logger = logging.getLogger(__name__)
 
 
 def serve(*tensors: Tensor | None) -> bool:
-    """Tells whether the loops may be used.
+    """Tells whether the loops may be used on these tensors; None, for a gradient that is not needed, is refused.
 
-    Args:
-        *tensors: What for.
-
-    Returns:
-        False without a library, for None, and where something compiles, traces or watches torch's operations, which
-        would not see what C writes.
-
-    Example:
-        >>> serve(torch.ones(2, dtype=torch.float64))
-        False
+    Nor may they be where torch's operations are compiled, traced or watched, since none of that sees what C writes.
     """
-    return _LIBRARY is not None and all(map(_is_plain, tensors)) and not _are_watched()
+    if _LIBRARY is None or not all(map(_is_plain, tensors)):
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_watched())
 
 
-def divergence(kernel: Kernel, loc: Tensor, variance: Tensor, slope: Tensor, value: Tensor | None = None) -> Tensor:
-    """Evaluates a divergence and its slope for each weight.
-
-    Args:
-        kernel: The divergence, one of :mod:`~.kernels`.
-        loc: The mean θ of each weight.
-        variance: σ² of each weight.
-        slope: Overwritten with twice the slope in 1/α of each weight.
-        value: Overwritten with twice the divergence of each weight, unless only their sum is wanted.
-
-    Returns:
-        The sum of twice the divergences, a scalar.
-
-    Raises:
-        ValueError: If the sizes differ.
-    """
+def divergence(
+    kernel: Kernel, loc: Tensor, variance: Tensor, derivative: Tensor, value: Tensor | None = None
+) -> Tensor:
+    """Returns twice the sum of a divergence, and writes 2 dKL/da with a = 1/α, and 2 KL if wanted, of each weight."""
     sums = torch.empty(-(-loc.numel() // _CHUNK), dtype=torch.float64, device=loc.device)
     values = None if value is None else value.data_ptr()
-    _call("divergence", (loc, variance, slope), _NUMBERS[kernel], _CONSTANTS, values, sums.data_ptr())
+    _call("divergence", (loc, variance, derivative), _NUMBERS[kernel], _CONSTANTS, values, sums.data_ptr())
     return sums.sum().to(loc.dtype)
 
 
 def exp(x: Tensor, out: Tensor) -> Tensor:
     """Returns e to the power of x; where there is no loop, as a power of 2, which torch computes in half the time.
 
-    Args:
-        x: The exponents.
-        out: Overwritten with the result, and returned; of the same shape, and other memory.
-
-    Example:
-        >>> exp(torch.zeros(2), out=torch.empty(2))
-        tensor([1., 1.])
+    ``out`` must not overlap ``x``.
     """
     if not serve(x, out):
         return torch.mul(x, 1 / math.log(2), out=out).exp2_()
@@ -82,49 +58,29 @@ def exp(x: Tensor, out: Tensor) -> Tensor:
 
 
 def add_noise(output: Tensor, variance: Tensor, noise: Tensor) -> None:
-    """Adds noise of a variance to an output.
+    """Adds noise of a variance to an output, in place, and overwrites the variance with ε / √variance.
 
-    Args:
-        output: The output, in place.
-        variance: The variance, which counts as the smallest normal number where it is below, overwritten with the
-            noise over the standard deviation.
-        noise: Standard normal noise.
-
-    Raises:
-        ValueError: If the sizes differ.
+    A variance below the smallest normal number counts as that.
     """
     _call("add_noise", (output, variance, noise))
 
 
 def finish_gradients(
-    grad: float, grad_loc: Tensor, grad_variance: Tensor, loc: Tensor, variance: Tensor, slope: Tensor
+    grad: float, grad_loc: Tensor, grad_variance: Tensor, loc: Tensor, variance: Tensor, derivative: Tensor
 ) -> None:
-    """Turns twice the gradient in σ² into that in log σ², and adds the gradients of a divergence.
+    """Turns twice the gradient in σ² into that in log σ², and adds the gradients of a divergence, in place.
 
-    Args:
-        grad: The gradient of the divergence, the same for all weights.
-        grad_loc: The gradient in θ, in place.
-        grad_variance: Twice the gradient in σ², overwritten with that in log σ².
-        loc: The mean θ of each weight.
-        variance: σ² of each weight.
-        slope: Twice the slope in 1/α of each weight.
-
-    Raises:
-        ValueError: If the sizes differ.
+    ``grad`` is the gradient of the divergence, the same for all weights; ``derivative`` is 2 dKL/da, with a = 1/α.
     """
-    _call("finish_gradients", (grad_loc, grad_variance, loc, variance, slope), grad)
+    _call("finish_gradients", (grad_loc, grad_variance, loc, variance, derivative), grad)
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
-    """Tells whether a tensor's numbers lie in memory one behind the other, as what they are."""
+    """Tells whether a tensor's numbers are contiguous in memory, as C reads them."""
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
         return False
-    is_own = not (tensor.is_neg() or tensor._is_zerotensor())
+    is_own = not (tensor.is_neg() or is_zero_tensor(tensor))
     return is_own and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-
-
-def _are_watched() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _call(loop: str, tensors: Sequence[Tensor], *options: Any) -> None:

@@ -1,6 +1,6 @@
-"""Convolutions that sample their output."""
+"""Convolutions that sample their output instead of their weight."""
 
-__all__ = ["LocalConvolution", "LocalGreyConvolution"]
+__all__ = ["LocalConvolution", "SingleChannelConvolution"]
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .geometry import output_size, patches_of, wastes_channels
-from .local_linear import Integral, _add_noise_, _finish_gradients_, _once_differentiable
-from .workspace import Workspace, is_channels_last
+from .geometry import output_size, patches_of, prefers_channels_last
+from .local_linear import KLHandle, add_noise_, finish_gradients_, once_differentiable
+from .memory import Workspace, is_channels_last
 
 
 class LocalConvolution(torch.autograd.Function):
@@ -18,34 +18,28 @@ class LocalConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
-        ctx: Any,
-        x: Tensor,
-        loc: Tensor,
-        log_variance: Tensor,
-        bias: Tensor | None,
-        integral: Integral,
-        *geometry: Any,
+        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, handle: KLHandle, *geometry: Any
     ) -> tuple[Tensor, Tensor]:
-        workspace = integral.workspace
-        integral.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
-        inputs = _channels_last(x, workspace) if wastes_channels(x, loc, geometry) else x
+        workspace = handle.workspace
+        handle.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
+        inputs = _channels_last(x, workspace) if prefers_channels_last(x, loc, geometry) else x
         squares = torch.mul(inputs, inputs, out=workspace.empty_like(inputs))
         output = torch.convolution(inputs, loc, bias, *geometry)
-        r = _add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
-        if inputs is not x:  # whoever asks for a view of the output expects the strides that it always had
+        r = add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
+        if inputs is not x:  # views of the output need the strides of torch's own convolution
             output = workspace.empty(output.shape, output).copy_(output)
         ctx.save_for_backward(inputs, squares, loc, variance, r)
-        ctx.integral, ctx.geometry = integral, geometry
+        ctx.handle, ctx.geometry = handle, geometry
         ctx.set_materialize_grads(False)
         return output, loc.new_zeros(())
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, squares, loc, variance, r = ctx.saved_tensors
-        workspace, geometry = ctx.integral.workspace, ctx.geometry
+        workspace, geometry = ctx.handle.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         if grad is None:
             grad = torch.zeros_like(r)
@@ -59,46 +53,32 @@ class LocalConvolution(torch.autograd.Function):
             grad_x.addcmul_(grad_x_squares, x)
         grad_loc = grad_loc.contiguous() if loc_needed else None
         grad_log_variance = grad_variance.contiguous() if log_variance_needed else None
-        _finish_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        finish_gradients_(grad_loc, grad_log_variance, loc, ctx.handle, grad_kl)
         grad_bias = _sum_of_channels(grad) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
 
-class LocalGreyConvolution(torch.autograd.Function):
+class SingleChannelConvolution(torch.autograd.Function):
     """As any convolution, for images of one channel that need no gradient, such as data.
 
-    For these, oneDNN pads 1 channel to 16 and takes several times as long as the matrix products with the patches of
-    the images that a convolution is.
+    For these, oneDNN pads 1 channel to 16 and takes several times as long as matrix products with the images' patches.
     """
 
     @staticmethod
     def applies(x: Tensor, shape: torch.Size, geometry: tuple) -> bool:
-        """Tells whether a convolution is of this kind, and its patches take not much more memory than its output.
-
-        Args:
-            x: Its input.
-            shape: The shape of its weight.
-            geometry: Its stride, padding, dilation and so on.
-
-        Returns:
-            Whether it is.
-        """
+        """Tells whether a convolution is of this kind, and its patches take not much more memory than its output."""
         *_, transposed, _, groups = geometry
-        is_grey = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1 and not (transposed or x.requires_grad)
-        return is_grey and shape[2:].numel() <= 2 * shape[0] and min(output_size(x, shape[2:], geometry)) > 0
+        has_one_channel = x.is_cpu and x.dim() == 4 and x.shape[1] == groups == 1
+        if not has_one_channel or transposed or x.requires_grad:
+            return False
+        return shape[2:].numel() <= 2 * shape[0] and min(output_size(x, shape[2:], geometry)) > 0
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
-        ctx: Any,
-        x: Tensor,
-        loc: Tensor,
-        log_variance: Tensor,
-        bias: Tensor | None,
-        integral: Integral,
-        *geometry: Any,
+        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, handle: KLHandle, *geometry: Any
     ) -> tuple[Tensor, Tensor]:
-        workspace = integral.workspace
-        integral.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
+        workspace = handle.workspace
+        handle.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
         patches = patches_of(x, loc.shape[2:], geometry, workspace)
         squares = torch.mul(patches, patches, out=workspace.empty_like(patches))  # made again in the backward pass
         shape = len(x), len(loc), patches.shape[2]
@@ -108,19 +88,19 @@ class LocalGreyConvolution(torch.autograd.Function):
         )
         if bias is not None:
             output.add_(bias[:, None])
-        r = _add_noise_(output, output_variance, workspace)
+        r = add_noise_(output, output_variance, workspace)
         ctx.save_for_backward(patches, loc, r)
-        ctx.integral = integral
+        ctx.handle = handle
         ctx.set_materialize_grads(False)
         return output.view(*shape[:2], *output_size(x, loc.shape[2:], geometry)).data, loc.new_zeros(())
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         patches, loc, r = ctx.saved_tensors
-        workspace = ctx.integral.workspace
+        workspace = ctx.handle.workspace
         grad = torch.zeros_like(r) if grad is None else grad.flatten(2)
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice that of the variance
         squares = torch.mul(patches, patches, out=workspace.empty_like(patches))
@@ -128,7 +108,7 @@ class LocalGreyConvolution(torch.autograd.Function):
             torch.bmm(of_output, of.mT).sum(0).view(loc.shape)
             for of_output, of in ((grad, patches), (grad_squares, squares))
         )
-        _finish_gradients_(grad_loc, grad_log_variance, loc, ctx.integral, grad_kl)
+        finish_gradients_(grad_loc, grad_log_variance, loc, ctx.handle, grad_kl)
         grad_bias = _sum_of_channels(grad) if ctx.needs_input_grad[3] else None
         return None, grad_loc, grad_log_variance, grad_bias, *(None for _ in ctx.needs_input_grad[4:])
 

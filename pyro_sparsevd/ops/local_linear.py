@@ -1,6 +1,6 @@
-"""Linear operations that sample their output."""
+"""A linear layer that samples its output instead of its weight."""
 
-__all__ = ["Integral", "LocalLinear"]
+__all__ = ["KLHandle", "LocalLinear", "add_noise_", "finish_gradients_", "once_differentiable"]
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,36 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from . import divergence, fused
-from .workspace import Workspace, is_channels_last
+from .memory import Workspace, is_channels_last
 
 
-class Integral:
-    """What the divergence of a weight shares with the operation that integrated it out.
+class KLHandle:
+    """What the KL of a weight shares with the operation that sampled its output.
 
-    The operation returns, beside its output, a zero: the carrier. The gradient that the carrier receives is that of
-    the divergence, whose gradients the operation's backward pass adds to its own where they are made. The graph holds
-    this object, so it must not hold the carrier.
+    The operation returns a scalar zero beside its output, to be added to the KL. The gradient that this zero receives
+    is that of the KL, and the operation's backward pass adds the KL's gradients to its own in place. The graph holds
+    this object, so it must not hold that zero.
     """
 
-    __slots__ = ("on_backward", "slope", "variance", "workspace")
+    __slots__ = ("derivative", "on_backward", "variance", "workspace")
 
     def __init__(self, workspace: Workspace, on_backward: Callable[[], None]) -> None:
         self.workspace = workspace
         self.on_backward = on_backward
         self.variance: Tensor
-        self.slope: Tensor | None = None  # of the one divergence whose gradients are added here
+        self.derivative: Tensor | None = None  # of the first KL, whose gradients are added here
 
 
-def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Says that a derivative is taken; torch's own decorator says nothing where the gradient given needs none."""
-    once = once_differentiable(backward)
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a second derivative, and calls ``on_backward`` also where the gradient given needs none."""
+    once = function.once_differentiable(backward)
 
     @wraps(backward)
     def noted(ctx: Any, *grads: Any) -> Any:
-        ctx.integral.on_backward()
+        ctx.handle.on_backward()
         return once(ctx, *grads)
 
     return noted
@@ -49,37 +49,37 @@ class LocalLinear(torch.autograd.Function):
     The gradient reaches the variance through r = ε / √variance, the only tensor of the output's size that is saved;
     that of √variance is r/2. Where the variance is 0, as for an input of zeros, r is finite and multiplies zeros.
 
-    What concerns the mean and what concerns the variance lie behind each other in one tensor, and each pair of matrix
-    products is one batched product: on a CPU the two then run side by side, one thread each.
+    The tensors of the mean and of the variance are stacked, so that each pair of matrix products is one batched
+    product, which a CPU computes with one thread each.
     """
 
     @staticmethod
     def forward(  # noqa: D102 # as of every autograd function
-        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, integral: Integral
+        ctx: Any, x: Tensor, loc: Tensor, log_variance: Tensor, bias: Tensor | None, handle: KLHandle
     ) -> tuple[Tensor, Tensor]:
-        inputs, weights = (integral.workspace.empty((2, *t.shape), t) for t in (x, loc))
+        inputs, weights = (handle.workspace.empty((2, *t.shape), t) for t in (x, loc))
         x_copy, squares = inputs.unbind()
         torch.mul(x_copy.copy_(x), x, out=squares)
         loc_copy, variance = weights.unbind()
         loc_copy.copy_(loc)
-        integral.variance = fused.exp(log_variance, out=variance)
-        outputs = integral.workspace.empty((2, x.shape[0], loc.shape[0]), x)
+        handle.variance = fused.exp(log_variance, out=variance)
+        outputs = handle.workspace.empty((2, x.shape[0], loc.shape[0]), x)
         output, output_variance = torch.bmm(inputs, weights.mT, out=outputs).unbind()
         if bias is not None:
             output.add_(bias)
-        r = _add_noise_(output, output_variance, integral.workspace)
+        r = add_noise_(output, output_variance, handle.workspace)
         ctx.save_for_backward(inputs, weights, r)
-        ctx.integral = integral
+        ctx.handle = handle
         ctx.set_materialize_grads(False)
         return output.data, loc.new_zeros(())  # a view would refuse a change in place, as by nn.ReLU(inplace=True)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(  # noqa: D102
         ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         inputs, weights, r = ctx.saved_tensors
-        workspace = ctx.integral.workspace
+        workspace = ctx.handle.workspace
         x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad
         grads = workspace.empty((2, *r.shape), r)
         grad_mean, grad_squares = grads.unbind()
@@ -91,13 +91,13 @@ class LocalLinear(torch.autograd.Function):
             grad_x = of_mean.addcmul_(of_squares, inputs[0])
         if loc_needed or log_variance_needed:
             grad_loc, grad_log_variance = torch.bmm(grads.mT, inputs, out=workspace.empty_like(weights)).unbind()
-            _finish_gradients_(grad_loc, grad_log_variance, weights[0], ctx.integral, grad_kl)
+            finish_gradients_(grad_loc, grad_log_variance, weights[0], ctx.handle, grad_kl)
         grad_bias = grad_mean.sum(0) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None
 
 
-def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
-    """Adds the noise to the mean, and returns r in the place of the variance."""
+def add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tensor:
+    """Adds the noise to the mean, and overwrites the variance with r, which it returns."""
     noise = workspace.empty(variance.shape, variance).normal_()
     if fused.serve(output, variance, noise):
         fused.add_noise(output, variance, noise)
@@ -109,16 +109,16 @@ def _add_noise_(output: Tensor, variance: Tensor, workspace: Workspace) -> Tenso
     return torch.div(noise, std, out=std)
 
 
-def _finish_gradients_(
-    grad_loc: Tensor | None, grad_variance: Tensor | None, loc: Tensor, integral: Integral, grad_kl: Tensor | None
+def finish_gradients_(
+    grad_loc: Tensor | None, grad_variance: Tensor | None, loc: Tensor, handle: KLHandle, grad_kl: Tensor | None
 ) -> None:
-    """Turns twice the gradient in σ² into that in log σ², and adds the gradients of the divergence that is shared."""
-    variance, slope = integral.variance, integral.slope
-    tensors: Any = grad_loc, grad_variance, loc, variance, slope
+    """Turns twice the gradient in σ² into that in log σ², and adds the gradients of the KL of the handle."""
+    variance, derivative = handle.variance, handle.derivative
+    tensors: Any = grad_loc, grad_variance, loc, variance, derivative
     if grad_kl is not None and fused.serve(*tensors):
         fused.finish_gradients(grad_kl.item(), *tensors)
         return
     if grad_variance is not None:
         grad_variance.mul_(variance).mul_(0.5)
-    if grad_kl is not None and slope is not None:
-        divergence.add_gradients_(grad_loc, grad_variance, loc, variance, slope, grad_kl)
+    if grad_kl is not None and derivative is not None:
+        divergence.add_gradients_(grad_loc, grad_variance, loc, variance, derivative, grad_kl)

@@ -1,6 +1,6 @@
-"""The names under which parameters stand in Pyro's store: a model's or guide's own, for as long as there is one."""
+"""Names in Pyro's parameter store: kept apart between models and guides, and freed with their owners."""
 
-__all__ = ["OwnParameters", "claim_name", "mark_as_taken", "parameters_are_seen"]
+__all__ = ["IsolateParamsMessenger", "ensure_unique_name", "params_are_traced", "register_guide_params"]
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -10,27 +10,17 @@ import pyro
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._compat import HANDLER_STACK, WeakTensorKeyDictionary, forget_params, store_param, stored_params
 
 
-class OwnParameters(Messenger):
+class IsolateParamsMessenger(Messenger):
     """Keeps a model's parameters its own where Pyro's global store already holds another tensor of the name.
 
     ``pyro.param`` would otherwise record, and an optimiser then train, the tensor of the other model. It would also
     make a frozen parameter trainable, which is therefore no parameter to Pyro, and copy one that is not contiguous,
-    which is therefore put into the store here. What it put there leaves the store with the model.
-
-    Args:
-        model: The model, or what lives as long as it.
-
-    Example:
-        >>> frozen = PyroModule[nn.Linear](2, 1).requires_grad_(False)
-        >>> with OwnParameters(frozen):
-        ...     output = frozen(torch.zeros(1, 2))
-        >>> frozen.weight.requires_grad, list(pyro.get_param_store())
-        (False, [])
+    which is therefore put into the store here. What it put there leaves the store with ``model``.
     """
 
     def __init__(self, model: object) -> None:
@@ -47,54 +37,32 @@ class OwnParameters(Messenger):
             msg["value"], msg["done"], msg["stop"] = parameter, True, True
             return
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
-        store = pyro.get_param_store()
+        stored = stored_params()
         number = 1
-        while store._params.get(msg["name"], parameter) is not parameter:
+        while stored.get(msg["name"], parameter) is not parameter:
             number += 1
             msg["name"] = f"{name}_{number}"
         msg["args"] = (msg["name"], parameter)
-        if msg["name"] in store._params:
+        if msg["name"] in stored:
             return
         if not parameter.is_contiguous():
-            store._params[msg["name"]] = parameter
-            store._param_to_name[parameter] = msg["name"]
-            store._constraints[msg["name"]] = constraints.real
-        _own(self.model, {msg["name"]: parameter})
+            store_param(msg["name"], parameter)
+        _register(self.model, {msg["name"]: parameter})
 
 
-def parameters_are_seen() -> bool:
-    """Tells whether a handler looks at parameters at the moment.
+def params_are_traced() -> bool:
+    """Tells whether an active handler sees parameters."""
+    return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in HANDLER_STACK)
 
-    Returns:
-        Whether one does.
 
-    Example:
-        >>> parameters_are_seen()
-        False
+def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
+    """Adds a number to the names of a guide and its parts where Pyro's store holds parameters of another of its name.
+
+    What no guide has put there, as after ``pyro.get_param_store().load``, is not another's: Pyro makes it the guide's,
+    but an error is raised if its shape differs. ``own`` are the parameters of the guide that the store may hold, by
+    their names below the guide's; if it is empty, the store must hold no other guide's below the guide's name.
     """
-    return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in _PYRO_STACK)
-
-
-def claim_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
-    """Numbers a guide where Pyro's parameter store holds parameters of another of its name.
-
-    What no guide has put there, as after ``pyro.get_param_store().load``, is not another's: Pyro makes it the guide's.
-
-    Args:
-        guide: The guide; if need be, it and its parts are renamed.
-        own: Its parameters that the store may hold, by their names below the guide's; without any, the store must
-            hold no other guide's below the guide's name.
-
-    Raises:
-        ValueError: If the store holds, from elsewhere, a parameter of another shape.
-
-    Example:
-        >>> guide = svd.AutoSparseNormal(lambda: None)
-        >>> claim_name(guide, {})
-        >>> guide._pyro_name
-        'AutoSparseNormal'
-    """
-    stored = pyro.get_param_store()._params
+    stored = stored_params()
     mine = {f"{guide._pyro_name}.{name}": value for name, value in own.items()}
     if mine and all(stored.get(key) is value for key, value in mine.items()):
         return
@@ -109,24 +77,16 @@ def claim_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
                     f"loaded with one of {tuple(below[key].shape)}; clear the store, or load that of this model"
                 )
     if others:
-        _take_number(guide)
+        _add_number(guide)
 
 
-def mark_as_taken(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
-    """Notes that parameters are those of a guide, with which they leave the store.
-
-    Args:
-        guide: The guide.
-        parameters: Its parameters, by their names below the guide's.
-
-    Example:
-        >>> mark_as_taken(PyroModule("guide"), {"locs.w": torch.zeros(3)})
-    """
-    for parameter in _own(guide, {f"{guide._pyro_name}.{name}": value for name, value in parameters.items()}):
+def register_guide_params(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
+    """Notes that parameters, by their names below the guide's, are a guide's, with which they leave the store."""
+    for parameter in _register(guide, {f"{guide._pyro_name}.{name}": value for name, value in parameters.items()}):
         _OF_GUIDES[parameter] = True
 
 
-def _own(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+def _register(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     """Notes whose parameters they are, and returns those that are new."""
     own = _OWN.get(owner)
     if own is None:
@@ -138,17 +98,14 @@ def _own(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _leave_store(own: Mapping[str, Callable[[], Tensor | None]]) -> None:
-    """Removes from the store those of its parameters that were an owner's, which is gone."""
-    store = pyro.get_param_store()
-    gone = {key for key, value in own.items() if key in store and store._params[key] is value()}
+    """Removes from the store those of its parameters that belonged to an owner that is gone."""
+    stored = stored_params()
+    gone = {key for key, value in own.items() if key in stored and stored[key] is value()}
     if gone:
-        # New dictionaries: the garbage collector may come here while somebody goes through the old ones.
-        store._params = {key: value for key, value in store._params.items() if key not in gone}
-        store._param_to_name = {value: key for value, key in store._param_to_name.items() if key not in gone}
-        store._constraints = {key: value for key, value in store._constraints.items() if key not in gone}
+        forget_params(gone)
 
 
-def _take_number(guide: PyroModule) -> None:
+def _add_number(guide: PyroModule) -> None:
     old, number = guide._pyro_name, 2
     start = f"{old}_"
     taken = {key[len(start) :].split(".")[0] for key in pyro.get_param_store() if key.startswith(start)}

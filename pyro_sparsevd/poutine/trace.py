@@ -1,36 +1,28 @@
-"""The sample sites of a run of a model or guide: a lean trace and replay, and the densities of its sites."""
+"""A lean trace and replay of sample sites, and the densities of the sites."""
 
-__all__ = ["SampleSites", "Sites", "checkpoint_contexts", "density", "log_prob", "scored", "sole_recorder"]
+__all__ = ["SiteTrace", "Sites", "active_trace", "density", "log_prob", "recompute_contexts", "without_subsampling"]
 
 from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .._compat import HANDLER_STACK, is_untraced
 from ..distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
 from ..distributions.util import unmasked, unwrap_independent
-from .lazy_weight import LazyWeight
 from .local_reparam import LocalReparamMessenger
+from .unsampled_weight import UnsampledWeight
 
 Sites: TypeAlias = dict[str, Any]
 
 
-class SampleSites(Messenger):
-    """Records sample sites, those of latents with the values of other sites of the names.
+class SiteTrace(Messenger):
+    """Records sample sites in ``found``; latents take the values of the sites of their names in ``values_from``.
 
-    Args:
-        values_from: The sites whose values latents take, by name.
-        local_reparam: What makes weights lazy; without it, they are drawn.
-
-    Example:
-        >>> with SampleSites() as sites:
-        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        >>> list(sites.found)
-        ['w']
+    With ``local_reparam``, weights are not sampled unless their numbers are needed.
     """
 
     def __init__(self, values_from: Sites | None = None, local_reparam: LocalReparamMessenger | None = None) -> None:
@@ -49,7 +41,7 @@ class SampleSites(Messenger):
             self.local_reparam._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not (msg["infer"].get("_do_not_trace") or msg["infer"].get("_deterministic")):
+        if not is_untraced(msg):
             self._record(msg.copy())
 
     def sample(
@@ -57,18 +49,7 @@ class SampleSites(Messenger):
     ) -> Tensor:
         """Does what ``pyro.sample`` does under this handler alone, in less time.
 
-        Args:
-            name: The name of the site.
-            fn: Its distribution.
-            obs: Its value, if that is observed.
-            scale: The factor of its log density.
-            plates: The frames of the plates it is in, of whose sizes the distribution already is.
-
-        Returns:
-            The value.
-
-        Raises:
-            ValueError: If a site of the name is there already.
+        The distribution has the sizes of the frames in ``plates`` already.
         """
         site: Any = {"type": "sample", "name": name, "fn": fn, "value": obs, "is_observed": obs is not None}
         site.update(infer={}, scale=scale, mask=None, cond_indep_stack=plates, done=False)
@@ -84,84 +65,49 @@ class SampleSites(Messenger):
         self.found[site["name"]] = site
 
 
-def sole_recorder() -> SampleSites | None:
-    """Returns the :class:`SampleSites` that a run is under, if it is under no other handler.
-
-    Returns:
-        The handler, whose :meth:`~SampleSites.sample` then does for ``pyro.sample``.
-
-    Example:
-        >>> with SampleSites() as sites:
-        ...     sole_recorder() is sites
-        True
-    """
-    return _PYRO_STACK[0] if len(_PYRO_STACK) == 1 and type(_PYRO_STACK[0]) is SampleSites else None
+def active_trace() -> SiteTrace | None:
+    """Returns the active handler if it is a :class:`SiteTrace` alone, so that its ``sample`` can replace Pyro's."""
+    return HANDLER_STACK[0] if len(HANDLER_STACK) == 1 and type(HANDLER_STACK[0]) is SiteTrace else None
 
 
-def checkpoint_contexts() -> tuple[Messenger, Messenger]:
-    """Returns what gives a layer in a checkpoint of activations, computed again, the weights that it had.
+def recompute_contexts() -> tuple[Messenger, Messenger]:
+    """Gives a layer that is computed again in the backward pass the weights that it had in the forward pass.
 
-    It is for ``torch.utils.checkpoint``, where a network has layers computed again in the backward pass::
+    It is for ``torch.utils.checkpoint``, which saves memory by not keeping the activations of a layer::
 
-        checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
+        checkpoint(layer, x, use_reentrant=False, context_fn=recompute_contexts)
 
     Returns:
         The context of the forward pass and that of its repetition.
 
     Example:
-        >>> forward, again = checkpoint_contexts()
+        >>> forward, again = recompute_contexts()
         >>> with forward:
         ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
         >>> with again:
         ...     w is pyro.sample("w", dist.Normal(0.0, 1.0))
         True
     """
-    forward = SampleSites()
+    forward = SiteTrace()
     return forward, _Repeated(forward.found)
 
 
-def scored(sites: Sites) -> Sites:
-    """Returns the sites that have a density, which the choice of a subsample has not.
-
-    Args:
-        sites: The sites by name.
-
-    Returns:
-        Those of them.
-
-    Example:
-        >>> scored({})
-        {}
-    """
+def without_subsampling(sites: Sites) -> Sites:
+    """Returns the sites that have a density, which excludes the choice of a subsample."""
     return {name: site for name, site in sites.items() if not site_is_subsample(site)}
 
 
 def log_prob(site: Any) -> Tensor:
-    """Returns the log density of a site's value in nats, scaled, masked and summed.
+    """Returns the log density of a site's value in nats, scaled, masked and summed to a scalar.
 
     An improper log-uniform prior counts with the constant with which its divergence vanishes as α → ∞.
-
-    Args:
-        site: A recorded site.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: If the value is of more dimensions or other sizes than the distribution.
-
-    Example:
-        >>> with SampleSites() as sites:
-        ...     w = pyro.sample("w", dist.Delta(torch.zeros(3)).to_event(1))
-        >>> log_prob(sites.found["w"])
-        tensor(0.)
     """
     fn, value = site["fn"], site["value"]
-    plain, counted = unmasked(fn)
-    base: Any = unwrap_independent(plain)
+    without_masks, counted = unmasked(fn)
+    base: Any = unwrap_independent(without_masks)
     is_improper = isinstance(base, LogUniform) and not base.is_proper
-    value = value.value_for_density() if isinstance(value, LazyWeight) else value
-    if is_improper:  # a draw that rounding made 0, once in some 1e9, has no density
+    value = value.value_for_density() if isinstance(value, UnsampledWeight) else value
+    if is_improper:  # a sample that rounding made 0, once in some 1e9, has no density
         value = torch.where(value == 0, torch.finfo(value.dtype).eps, value)
     found = density(site["name"], fn, value, site["cond_indep_stack"])
     if is_improper:
@@ -171,25 +117,10 @@ def log_prob(site: Any) -> Tensor:
 
 
 def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> Tensor:
-    """Returns the log density of a value, which must not broadcast with its distribution to something larger.
+    """Returns the log density of a value, of the batch shape, in nats.
 
-    Args:
-        name: The name of the site.
-        fn: Its distribution.
-        value: Its value.
-        plates: The frames of the plates it is in, of which those without a size take a value of any.
-
-    Returns:
-        The log density, of the batch shape, in nats.
-
-    Raises:
-        ValueError: If the value is of more dimensions or other sizes than the distribution.
-
-    Example:
-        >>> density("y", dist.Normal(torch.zeros(3), 1.0), torch.zeros(3, 1))
-        Traceback (most recent call last):
-            ...
-        ValueError: y: expected a value of shape (3,), but got (3, 1)
+    A value that broadcasts with its distribution to something larger is refused, except along those of ``plates`` that
+    have no size.
     """
     found: Tensor = fn.log_prob(value)
     if found.shape != fn.batch_shape:

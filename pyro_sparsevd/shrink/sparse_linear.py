@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import check_plain, copied
+from .._modules import copied, require_deterministic
 
 
 class SparseLinear(nn.Module):
@@ -131,7 +131,7 @@ def to_sparse(net: nn.Module, layout: str = "csr") -> nn.Module:
         >>> to_sparse(linear)
         SparseLinear(4, 3, bias=True, kept=3)
     """
-    check_plain(net)
+    require_deterministic(net)
     if layout != "csr":
         raise ValueError(f'layout: expected "csr", but got {layout!r}')
     net = copied(net)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import validation_kept
-from .._modules import check_finite, check_plain, evaluation_mode
+from .._modules import check_finite, evaluation_mode, require_deterministic
 from ..shrink.sparse_linear import SparseLinear
 
 
@@ -50,7 +50,7 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
         ...     print(os.listdir(folder))
         ['net.onnx']
     """
-    check_plain(net)
+    require_deterministic(net)
     _check_dense(net)
     check_finite(net)
     path = Path(path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .._modules import check_plain, copied
+from .._modules import copied, require_deterministic
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
         >>> quantized(net, {"weight": 0.25}).weight.data
         tensor([[ 0.2500, -1.0000]])
     """
-    check_plain(net)
+    require_deterministic(net)
     check_steps(net, steps)
     net = copied(net)
     for name, step in steps.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._modules import check_plain
+from .._modules import require_deterministic
 from ..shrink.sparse_linear import check_indices
 from .container import DTYPES, Entry, read_payload, read_table, write_file
 from .range_coder import StorageError
@@ -156,7 +156,7 @@ def _build(architecture: str) -> nn.Module:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    check_plain(net)
+    require_deterministic(net)
     state = net.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):

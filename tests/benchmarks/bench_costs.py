@@ -14,8 +14,9 @@ from lab.nets import vgg_like
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd.ops.workspace import Workspace
-from pyro_sparsevd.poutine.lazy_weight import LazyWeight, kl_log_uniform_total
+from pyro_sparsevd.ops.memory import Workspace
+from pyro_sparsevd.poutine.kl import kl_log_uniform_total
+from pyro_sparsevd.poutine.unsampled_weight import UnsampledWeight
 
 
 def _small() -> nn.Module:
@@ -52,7 +53,7 @@ def test_many_sites_cost_little_more_than_their_arithmetic(device):
     workspace = Workspace()
 
     def arithmetic() -> None:
-        lazy = [LazyWeight(svd.SparseNormal(*weight, validate_args=False), "", workspace) for weight in weights]
+        lazy = [UnsampledWeight(svd.SparseNormal(*weight, validate_args=False), "", workspace) for weight in weights]
         output = x
         for weight, bias in zip(lazy, biases, strict=True):
             output = F.linear(output, weight, bias)

@@ -4,7 +4,7 @@ __all__ = ["common_priors"]
 
 import pyro.distributions as dist
 
-from pyro_sparsevd.distributions.empirical_normal import EmpiricalNormal
+from pyro_sparsevd.distributions.empirical_normal import EmpiricalBayesNormal
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.nn.bayesianize import Prior
 from pyro_sparsevd.nn.priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
@@ -23,8 +23,8 @@ def common_priors() -> dict[str, Prior]:
     """
     return {
         "log-uniform": LogUniform(),
-        "relevance (ARD)": EmpiricalNormal(),
-        "normal, scale learnt": EmpiricalNormal(()),
+        "relevance (ARD)": EmpiricalBayesNormal(),
+        "normal, scale learnt": EmpiricalBayesNormal(()),
         "normal": dist.Normal(0.0, 1.0),
         "normal by fan-in": fan_in_normal(),
         "Laplace": dist.Laplace(0.0, 1.0),

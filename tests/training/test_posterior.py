@@ -1,0 +1,196 @@
+"""svd.fit: any model, any likelihood, any iterable of batches."""
+
+import math
+import re
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_sparsevd
+import pyro_sparsevd as svd
+from pyro_sparsevd import plots
+from pyro_sparsevd.training import posterior
+
+
+def _regression(n=200):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 10, generator=generator)
+    return x, x[:, :1] - 2 * x[:, 1:2] + 0.1 * torch.randn(n, 1, generator=generator)
+
+
+def _model(num_data=200, net=None, likelihood=None):
+    torch.manual_seed(0)
+    net = net or nn.Linear(10, 1)
+    likelihood = likelihood or (lambda mean: dist.Normal(mean, 0.1).to_event(1))
+    model = svd.Supervised(svd.bayesianize(net), likelihood, num_data)
+    return model, svd.AutoSparseNormal(model)
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x["left"]).tanh() + x["right"])
+
+
+def test_a_sparse_regression_keeps_the_relevant_weights():
+    model, guide = _model()
+    loader = DataLoader(TensorDataset(*_regression()), batch_size=50, shuffle=True)
+    history = svd.fit(model, guide, loader, epochs=200, lr=3e-2, validation=[_regression()])
+    assert len(history) == 200
+    assert history[-1]["nll"] < history[0]["nll"] / 10
+    assert history[-1]["validation_nll"] == pytest.approx(history[-1]["nll"], rel=0.2)
+    kept = svd.sparsify(guide, -2.0).masks["weight"][0]
+    assert kept[:2].all()
+    assert kept[2:].sum() <= 1  # by chance, as none of these matters
+    assert history[-1]["compression"] == svd.sparsify(guide, 3.0).compression
+    assert plots.training_curves(history, left={"nll": "NLL", "kl": "KL"}).axes
+
+
+LOADERS = {
+    "list of tuples": lambda x, y: [(x[:100], y[:100]), (x[100:], y[100:])],
+    "list of lists": lambda x, y: [[x, y]],
+    "dictionaries": lambda x, y: [{"x": x, "y": y}],
+    "function that makes a generator": lambda x, y: (
+        lambda: ((a, b) for a, b in zip(x.split(50), y.split(50), strict=True))
+    ),
+    "data loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=64),
+    "last batch dropped": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=64, drop_last=True),
+}
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_batches_of_any_kind(make):
+    model, guide = _model()
+    history = svd.fit(model, guide, make(*_regression()), epochs=3)
+    assert len(history) == 3
+    assert all(math.isfinite(value) for numbers in history for value in numbers.values())
+
+
+def test_inputs_in_dictionaries_and_targets_of_counts():
+    torch.manual_seed(0)
+    model, guide = _model(30, _TwoInputs(), lambda out: dist.Poisson(out.exp()).to_event(1))
+    x = {"left": torch.randn(30, 10), "right": torch.randn(30, 4)}
+    assert len(svd.fit(model, guide, [(x, torch.ones(30, 1))], epochs=2)) == 2
+
+
+def test_a_model_of_ones_own_with_a_guide_of_pyros():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = PyroSample(dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+
+        def forward(self, x, y=None):
+            mean = x @ self.w
+            with pyro.plate("data", 200, subsample=x):
+                return pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+
+    x, y = _regression()
+    model = Model()
+    guide = AutoNormal(model)
+    history = svd.fit(model, guide, [(x[:100], y[:100, 0]), (x[100:], y[100:, 0])], epochs=200, lr=2e-2)
+    assert sorted(history[-1]) == ["kl", "nll"]
+    assert guide.median()["w"][:2].tolist() == pytest.approx([1.0, -2.0], abs=0.05)
+
+
+def test_the_default_schedule_rises_and_falls_within_epochs(monkeypatch):
+    weights = []
+
+    class Recorded(svd.SparseVD_ELBO):
+        def differentiable_loss(self, *args, **kwargs):
+            weights.append(self.kl_weight)
+            return super().differentiable_loss(*args, **kwargs)
+
+    monkeypatch.setattr(posterior, "SparseVD_ELBO", Recorded)
+    model, guide = _model()
+    batches = list(zip(*(t.split(50) for t in _regression()), strict=True))
+    svd.fit(model, guide, batches, epochs=4, warm_up=0.5)
+    assert weights == pytest.approx([svd.LinearWarmup(0.1, 2.0)(step / 4) for step in range(16)])
+    weights.clear()
+    svd.fit(model, guide, batches, epochs=1, warm_up=0)
+    assert set(weights) == {1.0}
+
+
+def test_callbacks_see_and_add_numbers():
+    model, guide = _model()
+    history = svd.fit(
+        model, guide, [_regression()], epochs=2, callbacks=[lambda epoch, numbers: numbers.update(epoch=epoch)]
+    )
+    assert [numbers["epoch"] for numbers in history] == [0, 1]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 1)
+
+        def forward(self, x):
+            return self.layer(x) + 0 * (0 * self.layer.bias).sqrt()
+
+    model, guide = _model(net=Root())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^gradient: expected finite numbers, but those of .*layer\.bias are not"):
+        svd.fit(model, guide, [_regression()], epochs=1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+BAD = {
+    "no batches": (lambda: [], {}, ValueError, "loader: expected at least one batch"),
+    "used up": (
+        lambda: iter([_regression()]),
+        {},
+        ValueError,
+        "loader: expected batches that can be gone",
+    ),
+    "no loader": (lambda: 3, {}, TypeError, "loader: expected batches, or a function"),
+    "no epochs": (lambda: [_regression()], {"epochs": 0}, ValueError, "epochs: expected a positive integer"),
+    "rate": (lambda: [_regression()], {"lr": math.nan}, ValueError, "lr: expected a positive"),
+    "warm-up": (lambda: [_regression()], {"warm_up": 2}, ValueError, "warm_up: expected 0 or a part"),
+    "too many data": (lambda: [_regression(300)], {}, ValueError, "num_data: "),
+    "too many in all": (
+        lambda: [_regression(150)] * 2,
+        {},
+        ValueError,
+        "num_data: expected as many data",
+    ),
+    "validation": (lambda: [_regression()], {"validation": []}, ValueError, "validation: expected at least one batch"),
+}
+
+
+@pytest.mark.parametrize(("loader", "options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_by_name(loader, options, error, message):
+    model, guide = _model()
+    with pytest.raises(error, match=message):
+        svd.fit(model, guide, loader(), **{"epochs": 1, **options})
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of lightning's own
+def test_the_examples_of_the_page_run():
+    page = Path(pyro_sparsevd.__file__).parents[1] / "docs" / "training.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert namespace["trainer"].current_epoch == 3
+
+
+def test_functions_are_no_models():
+    with pytest.raises(TypeError, match=r"^model: expected a torch module"):
+        svd.fit(lambda x: x, nn.Module(), [], epochs=1)
+
+
+def test_fewer_data_than_the_model_was_told_of():
+    model, guide = _model(num_data=1_000)
+    with pytest.warns(UserWarning, match=r"^num_data: the likelihood is scaled to 1000 data, but an epoch has 200"):
+        svd.fit(model, guide, [_regression()], epochs=1)
