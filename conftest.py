@@ -29,7 +29,7 @@ def _isolated():
 
 @pytest.fixture(autouse=True)
 def _names_of_examples(doctest_namespace):
-    doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, svd=svd, torch=torch)
+    doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, sparsevd=svd, svd=svd, torch=torch)
 
 
 @pytest.fixture

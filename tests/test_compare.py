@@ -15,14 +15,14 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.compare import compare_priors
-from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
+from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
 from pyro_sparsevd.training.checkpoints import CheckpointError
 from pyro_sparsevd.training.split import Split
 
 PRIORS = {
     **common_priors(),
     "default": None,
-    "group normal-Jeffreys, weights": svd.group_normal_jeffreys(),
+    "group normal-Jeffreys, weights": svd.nn.group_normal_jeffreys(),
     "by name": {"0.*": svd.LogUniform(), "*": dist.Normal(0.0, 1.0)},
 }
 UNTRAINED = {"epochs": 1, "batch_size": 50, "lr": 0.0, "init_log_variance": -60.0, "num_samples": 2}
@@ -190,7 +190,7 @@ def test_all_priors_start_from_the_same_weights_and_seeds_from_others(device):
 def test_a_result_does_not_depend_on_the_other_priors(device):
     splits = [regression(device) for _ in range(3)]
     options = {"epochs": 2, "batch_size": 20, "seeds": [0], "error_level": 10.0}
-    both = compare_priors(linear, {"a": svd.horseshoe(), "b": None}, unit_noise, *splits, **options).results[1]
+    both = compare_priors(linear, {"a": svd.nn.horseshoe(), "b": None}, unit_noise, *splits, **options).results[1]
     alone = of_one(linear, {"b": None}, unit_noise, *splits, **options)
     for name in ("error", "nll", "validation_error", "compression", "threshold", "sparse_error"):
         assert getattr(both, name) == getattr(alone, name)
@@ -201,7 +201,9 @@ def test_nothing_else_is_changed(device):
     pyro.param("mine", torch.ones(2))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-    compare_priors(lambda: net, {"a": None, "b": svd.horseshoe()}, noise, split, split, split, epochs=2, batch_size=20)
+    compare_priors(
+        lambda: net, {"a": None, "b": svd.nn.horseshoe()}, noise, split, split, split, epochs=2, batch_size=20
+    )
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]  # noqa: NPY002
     assert list(pyro.get_param_store().keys()) == ["mine"]
@@ -299,7 +301,7 @@ NUMBERS = ("error", "nll", "validation_error", "compression", "threshold", "spar
 
 def test_a_comparison_goes_on_where_it_was_killed_and_finds_the_same(device, tmp_path):
     splits = [regression(device) for _ in range(3)]
-    priors = {"a": None, "b": svd.horseshoe()}
+    priors = {"a": None, "b": svd.nn.horseshoe()}
     options = {"epochs": 4, "batch_size": 20, "seeds": [0, 1]}
     whole = compare_priors(linear, priors, svd.GaussianLikelihood(), *splits, **options)
     killed = _Killed(after=9)

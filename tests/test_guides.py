@@ -182,7 +182,7 @@ def test_initial_variances_are_those_given_for_sparse_and_for_other_sites(make, 
 
 
 @pytest.mark.parametrize(
-    "prior", [dist.Normal(0.0, 1.0), svd.fan_in_normal(), svd.EmpiricalBayesNormal(()), svd.scale_mixture()]
+    "prior", [dist.Normal(0.0, 1.0), svd.nn.fan_in_normal(), svd.EmpiricalBayesNormal(()), svd.nn.scale_mixture()]
 )
 def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
     bnn = bayesianize(nn.Linear(4, 3), prior)
@@ -191,7 +191,7 @@ def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
     torch.testing.assert_close(ours.posteriors["weight"].scale, of_pyro.scales.weight)
 
 
-@pytest.mark.parametrize("prior", [svd.horseshoe(), svd.group_normal_jeffreys()], ids=["horseshoe", "groups"])
+@pytest.mark.parametrize("prior", [svd.nn.horseshoe(), svd.nn.group_normal_jeffreys()], ids=["horseshoe", "groups"])
 def test_scales_that_are_latents_start_as_those_of_auto_normal_and_their_weights_sparse(prior):
     guide = AutoSparseNormal(bayesianize(nn.Linear(4, 3), prior))
     starts = {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()}

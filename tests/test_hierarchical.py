@@ -28,7 +28,7 @@ def _trace(bnn, x):
 
 
 def test_a_weight_is_normal_given_its_scales():
-    bnn = svd.bayesianize(nn.Linear(4, 3), svd.horseshoe(0.5))
+    bnn = svd.bayesianize(nn.Linear(4, 3), svd.nn.horseshoe(0.5))
     trace = _trace(bnn, torch.zeros(1, 4))
     local, shared = trace.nodes["weight_local_scale"], trace.nodes["weight_global_scale"]
     assert (local["value"].shape, shared["value"].shape) == ((3, 4), (1, 1))
@@ -37,16 +37,16 @@ def test_a_weight_is_normal_given_its_scales():
 
 
 def test_scales_of_a_convolution_are_by_filter():
-    bnn = svd.bayesianize(nn.Conv2d(3, 5, 2), svd.group_normal_jeffreys())
+    bnn = svd.bayesianize(nn.Conv2d(3, 5, 2), svd.nn.group_normal_jeffreys())
     assert svd.AutoSparseNormal(bnn).posteriors["weight_group_scale"].batch_shape == (5, 1, 1, 1)
 
 
 def test_scales_start_where_the_weights_are():
     net = nn.Linear(50, 3)
-    guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.group_normal_jeffreys()))
+    guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.nn.group_normal_jeffreys()))
     root_mean_square = net.weight.detach().square().mean().sqrt()
     torch.testing.assert_close(guide.median()["weight_group_scale"], root_mean_square.expand(3, 1))
-    guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.horseshoe()))
+    guide = svd.AutoSparseNormal(svd.bayesianize(net, svd.nn.horseshoe()))
     torch.testing.assert_close(guide.median()["weight_local_scale"], torch.ones(3, 50))
     torch.testing.assert_close(guide.median()["weight_global_scale"], root_mean_square.expand(1, 1))
 
@@ -57,7 +57,7 @@ def test_a_group_of_one_weight_that_starts_near_zero_can_grow():
     net = nn.Sequential(nn.Linear(10, 1), nn.Flatten(0))
     with torch.no_grad():
         net[0].weight[0, 0] = 1e-4
-    bnn = svd.bayesianize(net, svd.group_normal_jeffreys((1,)))
+    bnn = svd.bayesianize(net, svd.nn.group_normal_jeffreys((1,)))
     model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 0.1), num_data=200)
     guide = svd.AutoSparseNormal(model)
     loss = svd.SparseVD_ELBO()(model, guide)
@@ -72,13 +72,15 @@ def test_a_group_of_one_weight_that_starts_near_zero_can_grow():
 def test_a_weight_of_zeros_has_positive_scales():
     net = nn.Linear(4, 3)
     nn.init.zeros_(net.weight)
-    model = svd.Supervised(svd.bayesianize(net, svd.group_normal_jeffreys()), lambda o: dist.Categorical(logits=o), 10)
+    model = svd.Supervised(
+        svd.bayesianize(net, svd.nn.group_normal_jeffreys()), lambda o: dist.Categorical(logits=o), 10
+    )
     guide = svd.AutoSparseNormal(model)
     assert svd.SparseVD_ELBO()(model, guide)(torch.ones(2, 4), torch.zeros(2)).isfinite()
 
 
 def test_a_tied_weight_has_one_set_of_scales():
-    bnn = svd.bayesianize(Tied(), svd.horseshoe())
+    bnn = svd.bayesianize(Tied(), svd.nn.horseshoe())
     trace = _trace(bnn, torch.tensor([1, 2]))
     assert sorted(trace.stochastic_nodes) == [
         "embedding.weight",
@@ -90,7 +92,7 @@ def test_a_tied_weight_has_one_set_of_scales():
 def test_a_name_that_is_taken_is_left_alone():
     net = nn.Linear(4, 3)
     net.weight_global_scale = "mine"
-    bnn = svd.bayesianize(net, svd.horseshoe())
+    bnn = svd.bayesianize(net, svd.nn.horseshoe())
     assert bnn.weight_global_scale == "mine"
     assert "weight_global_scale_" in svd.AutoSparseNormal(bnn).posteriors
     pruned = svd.prune(bnn, guide := svd.AutoSparseNormal(bnn), svd.sparsify(guide))
@@ -98,7 +100,7 @@ def test_a_name_that_is_taken_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "prior", [svd.group_normal_jeffreys((1,)), svd.EmpiricalBayesNormal((1,))], ids=["scales", "empirical"]
+    "prior", [svd.nn.group_normal_jeffreys((1,)), svd.EmpiricalBayesNormal((1,))], ids=["scales", "empirical"]
 )
 def test_inputs_without_influence_are_dropped_as_a_whole(prior, device):
     generator = torch.Generator().manual_seed(0)
@@ -152,11 +154,11 @@ BAD = {
         "s: expected a prior of the positive",
     ),
     "shape": (lambda: HierarchicalPrior({"s": Scale(dist.HalfCauchy(torch.ones(3)), ())}), "without a shape"),
-    "dims": (lambda: svd.group_normal_jeffreys(()), "group_dims: expected distinct dimensions"),
-    "negative": (lambda: svd.group_normal_jeffreys((-1,)), "counted from 0"),
-    "scale": (lambda: svd.horseshoe(0.0), "global_scale: expected a positive"),
+    "dims": (lambda: svd.nn.group_normal_jeffreys(()), "group_dims: expected distinct dimensions"),
+    "negative": (lambda: svd.nn.group_normal_jeffreys((-1,)), "counted from 0"),
+    "scale": (lambda: svd.nn.horseshoe(0.0), "global_scale: expected a positive"),
     "network": (
-        lambda: svd.bayesianize(nn.Sequential(nn.Linear(2, 2)), svd.group_normal_jeffreys((3,))),
+        lambda: svd.bayesianize(nn.Sequential(nn.Linear(2, 2)), svd.nn.group_normal_jeffreys((3,))),
         r"0\.weight: expected a weight with the dimensions \(3,\), but its shape is \(2, 2\)",
     ),
 }

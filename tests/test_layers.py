@@ -251,7 +251,7 @@ def skipping(prior=None, device="cpu"):
     return model, svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.randn(5, 4, device=device)
 
 
-PRIORS = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0), "horseshoe": svd.horseshoe()}
+PRIORS = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0), "horseshoe": svd.nn.horseshoe()}
 
 
 @pytest.mark.parametrize("prior", [PRIORS["log-uniform"], PRIORS["normal"]], ids=["log-uniform", "normal"])

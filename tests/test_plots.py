@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyro_sparsevd import plots
-from pyro_sparsevd.evaluation.comparison import PriorComparison, PriorResult
+from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
 from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.plots.style import BLUE, SIGNED, line_styles, plain_numbers
 from pyro_sparsevd.sparsity.threshold import SweepPoint

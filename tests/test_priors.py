@@ -556,7 +556,7 @@ WEIGHTS = {  # a network, and the names of its weights
 @pytest.mark.parametrize(("make", "names"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_are_chosen_and_what_is_broadcast_or_normalises_is_not(make, names):
     net = make()
-    assert svd.choose(net) == names
+    assert svd.nn.choose(net) == names
     assert list(svd.AutoSparseNormal(svd.bayesianize(net)).posteriors) == names
     others = {name for name, _ in net.named_parameters()} - set(names)
     assert {name for name, _ in svd.bayesianize(net).named_parameters()} == others
@@ -564,9 +564,9 @@ def test_weights_are_chosen_and_what_is_broadcast_or_normalises_is_not(make, nam
 
 def test_what_is_no_weight_gets_a_prior_where_it_is_included():
     net = Custom()
-    assert svd.choose(net, include=["*token", "layer_scale"]) == ["class_token", "layer_scale"]
-    assert svd.choose(net, include="*") == [name for name, _ in net.named_parameters()]
-    assert svd.choose(net, include=Custom, exclude=nn.ParameterList) == ["out", "one", "heads"]
+    assert svd.nn.choose(net, include=["*token", "layer_scale"]) == ["class_token", "layer_scale"]
+    assert svd.nn.choose(net, include="*") == [name for name, _ in net.named_parameters()]
+    assert svd.nn.choose(net, include=Custom, exclude=nn.ParameterList) == ["out", "one", "heads"]
 
 
 class Cached(nn.Module):
@@ -617,7 +617,7 @@ def test_a_weight_that_is_also_kept_where_no_sample_takes_its_place_is_refused(h
     message = r"^1\.layer\.weight: expected a parameter that is read from its module, but '1\.cache' holds it, too"
     with pytest.raises(ValueError, match=message):
         svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
-    assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
+    assert svd.nn.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
 
 
 def test_a_function_that_is_not_copied_with_the_network_must_not_hold_its_modules():
@@ -642,16 +642,16 @@ def test_an_optimiser_of_the_network_itself_is_no_second_place():
     net = nn.Sequential(nn.Linear(3, 2))
     net.optimizer = torch.optim.Adam(net.parameters())
     net.any = unittest.mock.MagicMock()  # has every attribute
-    assert svd.choose(net) == ["0.weight"]
+    assert svd.nn.choose(net) == ["0.weight"]
 
 
 def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():
     net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
     net.layers, net.method, net.itself = [net[0]], functools.partial(net[0].forward), lambda: net.itself
     with pytest.raises(ValueError, match=r"^0\.weight: .* a function in 'itself' holds the module"):
-        svd.choose(net)
+        svd.nn.choose(net)
     del net.itself
-    assert svd.choose(net)[0] == "0.weight"
+    assert svd.nn.choose(net)[0] == "0.weight"
     bnn = svd.bayesianize(net, svd.LogUniform(1e-2, 1.0))
     with bnn._pyro_context:
         assert torch.equal(bnn.method(torch.ones(4)), bnn[0](torch.ones(4)))
@@ -700,9 +700,9 @@ def test_modules_that_others_take_in_during_a_call_keep_their_names_and_weights(
     for bnn in (original, copy.deepcopy(original)):
         model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0).to_event(1), 4)
         guide = svd.AutoSparseNormal(model, init_log_variance=-60.0)
-        assert set(guide.posteriors) <= set(svd.choose(net))
+        assert set(guide.posteriors) <= set(svd.nn.choose(net))
         for _ in range(2):
-            assert set(guide(x)) <= set(svd.choose(net))
+            assert set(guide(x)) <= set(svd.nn.choose(net))
             elbo = svd.SparseVD_ELBO(kl_weight=0.0)
             expected = -dist.Normal(net(x), 1.0).log_prob(x).sum()
             torch.testing.assert_close(elbo(model, guide)(x, x), expected, rtol=1e-8, atol=0)
@@ -745,13 +745,13 @@ def test_weights_tied_by_a_view_are_refused_by_name(view, kind):
     )
     with pytest.raises(ValueError, match=r"expected memory of its own, but it is a view of (0\.weight|2\.tied), and"):
         svd.bayesianize(net)
-    assert svd.choose(net, include="3.weight") == ["3.weight"]
+    assert svd.nn.choose(net, include="3.weight") == ["3.weight"]
 
 
 def test_parameters_side_by_side_in_one_piece_of_memory_are_no_views():
     net, flat = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), torch.randn(24)
     net[0].weight, net[1].weight = nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(4, 3))
-    assert svd.choose(net) == ["0.weight", "1.weight"]
+    assert svd.nn.choose(net) == ["0.weight", "1.weight"]
 
 
 # The prior of each parameter
@@ -787,7 +787,7 @@ def test_the_class_of_a_prior_is_refused_by_the_parameters_name(prior):
         svd.bayesianize(nn.Linear(2, 2), prior)
 
 
-@pytest.mark.parametrize("prior", [svd.horseshoe, svd.fan_in_normal, lambda name: None])
+@pytest.mark.parametrize("prior", [svd.nn.horseshoe, svd.nn.fan_in_normal, lambda name: None])
 def test_a_function_that_does_not_take_name_and_parameter_is_refused(prior):
     with pytest.raises(TypeError, match=r"^prior: expected a function of \(name, parameter\), but got <function"):
         svd.bayesianize(nn.Linear(2, 2), prior)
@@ -1325,7 +1325,7 @@ PRIORS = {
     "improper": svd.LogUniform(),
     "normal": dist.Normal(0.5, 1.0),
     "rows": dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
-    "horseshoe": svd.horseshoe(),
+    "horseshoe": svd.nn.horseshoe(),
     "empirical": svd.EmpiricalBayesNormal((0,)),
 }
 
@@ -1611,8 +1611,8 @@ def test_parameters_of_two_likelihoods_are_trained_apart(device):
 
 def test_a_module_type_takes_what_its_modules_hold():
     net = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 3))
-    assert set(svd.choose(net, exclude=nn.MultiheadAttention)) == {"1.weight"}
-    assert set(svd.choose(net, include=nn.MultiheadAttention)) == {"0.in_proj_weight", "0.out_proj.weight"}
+    assert set(svd.nn.choose(net, exclude=nn.MultiheadAttention)) == {"1.weight"}
+    assert set(svd.nn.choose(net, include=nn.MultiheadAttention)) == {"0.in_proj_weight", "0.out_proj.weight"}
 
 
 def test_a_pruned_weight_is_refused():

@@ -7,12 +7,13 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from lab import recipes
 from torch import nn
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
-from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training import recipes
-from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, prune, sparsify
+from pyro_sparsevd.sparsity import threshold as sparsity_threshold
+from pyro_sparsevd.sparsity.threshold import choose_threshold, smoothed_threshold
+from pyro_sparsevd.training.fit import error, fit_posterior, negative_log_likelihood
 from pyro_sparsevd.training.split import Split
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -100,14 +101,39 @@ def _model(device, num_data, hidden=30):
 
 
 def test_a_threshold_is_chosen_by_the_likelihoods_of_the_fine_tuned_networks(monkeypatch, device):
-    nlls = _quadratic(0.04)
-    monkeypatch.setattr(recipes, "sparsify", lambda guide, threshold: threshold)
-    monkeypatch.setattr(recipes, "prune", lambda network, guide, threshold: threshold)
-    monkeypatch.setattr(recipes, "fine_tune", lambda threshold, split, **options: threshold)
-    monkeypatch.setattr(recipes, "negative_log_likelihood", lambda threshold, split: nlls[threshold])
+    tuned = {threshold: nn.Linear(2, 2) for threshold in THRESHOLDS}
+    nlls = {tuned[threshold]: nll for threshold, nll in _quadratic(0.04).items()}
+    monkeypatch.setattr(sparsity_threshold, "sparsify", lambda guide, threshold: threshold)
+    monkeypatch.setattr(sparsity_threshold, "prune", lambda network, guide, threshold: threshold)
+    monkeypatch.setattr(sparsity_threshold, "_negative_log_likelihood", lambda model, network, data: nlls[network])
     model, guide = _model(device, 4)
-    options = {"validation": None, "epochs": 1, "batch_size": 4, "thresholds": iter(nlls)}
-    assert recipes.choose_threshold(model, guide, None, **options) == 1.0
+    assert choose_threshold(model, guide, [], iter(THRESHOLDS), fine_tune=tuned.__getitem__) == 1.0
+
+
+def test_a_threshold_is_chosen_by_what_the_network_predicts_of_all_batches_in_evaluation_mode(monkeypatch, device):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)).to(device)
+    model = Supervised(bayesianize(net), lambda x: dist.Categorical(logits=x), 100)
+    guide, split, found = AutoSparseNormal(model), _split(100, device), {}
+    monkeypatch.setattr(sparsity_threshold, "smoothed_threshold", lambda nlls, tolerance: found.update(nlls))
+    choose_threshold(model, guide, iter(split.chunks(30)), [math.inf, 1.0], fine_tune=nn.Module.train, tolerance=0.1)
+    networks = {threshold: prune(model.network, guide, sparsify(guide, threshold)) for threshold in found}
+    assert found == pytest.approx({t: negative_log_likelihood(network, split) for t, network in networks.items()})
+    with pytest.raises(ValueError, match="data: expected at least one batch, but got none"):
+        choose_threshold(model, guide, [], [1.0], fine_tune=nn.Module.train)
+
+
+def test_a_threshold_is_chosen_for_a_regression_with_several_inputs(device):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, a, b):
+            return self.layer(a + b).squeeze(-1)
+
+    model = Supervised(bayesianize(Sum().to(device)), lambda mean: dist.Normal(mean, 1.0), 8)
+    data = [((torch.randn(4, 2, device=device), torch.randn(4, 2, device=device)), torch.randn(4, device=device))]
+    assert choose_threshold(model, AutoSparseNormal(model), data, [3.0], fine_tune=nn.Module.train) == 3.0
 
 
 def test_targets_of_a_regression_are_refused():
@@ -126,7 +152,7 @@ def test_targets_of_a_regression_are_refused():
 def test_a_data_set_of_another_size_than_the_model_was_given_is_refused(device):
     model, guide = _model(device, 16)
     with pytest.raises(ValueError, match="split: expected the num_data = 16 data of the model, but got 8"):
-        recipes.fit_posterior(SparseVD_ELBO(), model, guide, _split(8, device), epochs=1, batch_size=4)
+        fit_posterior(SparseVD_ELBO(), model, guide, _split(8, device), epochs=1, batch_size=4)
 
 
 def _train(split, validation, device):

@@ -88,7 +88,7 @@ def test_the_text_has_a_line_for_each_site_and_both_totals(fitted):
 
 
 def test_the_html_has_the_same_rows_and_escapes_names():
-    summary = svd.SparsitySummary((SiteSparsity("<w>", (2,), 1, 3.0),), {}, 2)
+    summary = svd.sparsity.SparsitySummary((SiteSparsity("<w>", (2,), 1, 3.0),), {}, 2)
     table = summary._repr_html_()
     assert table.count("<tr>") == 4
     assert "&lt;w&gt;" in table

@@ -18,15 +18,15 @@ from pyro_sparsevd import EmpiricalBayesNormal, SparseNormal
 PRIORS = {
     "log-uniform": lambda: svd.LogUniform(1e-6, 1e3),
     "normal": lambda: dist.Normal(0.0, 0.7),
-    "fan-in": lambda: svd.fan_in_normal(1.5),
+    "fan-in": lambda: svd.nn.fan_in_normal(1.5),
     "layer": lambda: EmpiricalBayesNormal(()),
     "relevance": lambda: EmpiricalBayesNormal(),
     "units": lambda: EmpiricalBayesNormal((0,)),
     "laplace": lambda: dist.Laplace(0.1, 0.6),
     "student": lambda: dist.StudentT(3.0, 0.0, 0.5),
-    "mixture": lambda: svd.scale_mixture(0.3, 1.0, 0.1),
-    "horseshoe": lambda: svd.horseshoe(0.5),
-    "jeffreys": lambda: svd.group_normal_jeffreys((1,)),
+    "mixture": lambda: svd.nn.scale_mixture(0.3, 1.0, 0.1),
+    "horseshoe": lambda: svd.nn.horseshoe(0.5),
+    "jeffreys": lambda: svd.nn.group_normal_jeffreys((1,)),
 }
 OF_NETWORKS = {"fan-in", "horseshoe", "jeffreys"}  # these need a network's parameter
 EMPIRICAL = ["layer", "relevance", "units"]
@@ -118,14 +118,14 @@ def test_an_empirical_prior_has_shapes_samples_and_copies_but_no_density(group_d
 def test_a_scale_mixture_has_the_density_of_its_formula():
     w = torch.linspace(-3, 3, 13)
     wide, narrow = (dist.Normal(0.0, s).log_prob(w).exp() for s in (2.0, 0.1))
-    torch.testing.assert_close(svd.scale_mixture(0.25, 2.0, 0.1).log_prob(w).exp(), 0.25 * wide + 0.75 * narrow)
+    torch.testing.assert_close(svd.nn.scale_mixture(0.25, 2.0, 0.1).log_prob(w).exp(), 0.25 * wide + 0.75 * narrow)
 
 
 @pytest.mark.parametrize(
     ("weight", "inputs"), [(nn.Linear(9, 4).weight, 9), (nn.Conv2d(3, 2, 5).weight, 75), (nn.Linear(1, 4).weight, 1)]
 )
 def test_the_fan_in_is_the_number_of_inputs_of_a_unit(weight, inputs):
-    assert float(svd.fan_in_normal(3.0)("w", weight).scale) == pytest.approx(3 / math.sqrt(inputs))
+    assert float(svd.nn.fan_in_normal(3.0)("w", weight).scale) == pytest.approx(3 / math.sqrt(inputs))
 
 
 BAD = {
@@ -135,9 +135,9 @@ BAD = {
     ),
     "same dimension": (lambda: EmpiricalBayesNormal((0, 0)), r"group_dims: expected distinct dimensions"),
     "missing dimension": (lambda: EmpiricalBayesNormal((2,)).expand([3, 4]), r"shape \(3, 4\), but got \(2,\)"),
-    "fan-in": (lambda: svd.fan_in_normal(0.0), "scale: expected a positive and finite number, but got 0.0"),
-    "mixture": (lambda: svd.scale_mixture(1.0), "scale_mixture: expected 0 < weight < 1"),
-    "widths": (lambda: svd.scale_mixture(0.5, 1.0, 2.0), "narrow < wide < inf, but got 0.5, 1.0, 2.0"),
+    "fan-in": (lambda: svd.nn.fan_in_normal(0.0), "scale: expected a positive and finite number, but got 0.0"),
+    "mixture": (lambda: svd.nn.scale_mixture(1.0), "scale_mixture: expected 0 < weight < 1"),
+    "widths": (lambda: svd.nn.scale_mixture(0.5, 1.0, 2.0), "narrow < wide < inf, but got 0.5, 1.0, 2.0"),
     "of a network": (
         lambda: svd.bayesianize(_net(), EmpiricalBayesNormal((5,))),
         r"0\.weight: expected a prior .*\(5,\)",

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from common import (
     Data,
@@ -17,14 +18,15 @@ from common import (
     tolerance,
     write,
 )
+from lab.recipes import fine_tune, train_dense, train_sparse
 from matplotlib.figure import Figure
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
 from pyro_sparsevd.evaluation.metrics import sampled_log_probs, uncertainty
+from pyro_sparsevd.sparsity import choose_threshold
 from pyro_sparsevd.training.fit import error
-from pyro_sparsevd.training.recipes import choose_threshold, fine_tune, train_dense, train_sparse
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
@@ -72,8 +74,8 @@ def add_options(
 
 
 def prune_and_tune(
-    model: svd.Supervised, guide: svd.AutoSparseNormal, data: Data, args: argparse.Namespace
-) -> tuple[svd.SparsitySummary, float, nn.Module, nn.Module]:
+    model: sparsevd.Supervised, guide: sparsevd.AutoSparseNormal, data: Data, args: argparse.Namespace
+) -> tuple[sparsevd.sparsity.SparsitySummary, float, nn.Module, nn.Module]:
     """Returns the summary at the threshold chosen, the threshold, and the pruned and the fine-tuned network.
 
     Once the threshold is chosen, the validation digits are there to fine-tune with, too.
@@ -82,20 +84,19 @@ def prune_and_tune(
     threshold = choose_threshold(
         model,
         guide,
-        data.train,
-        validation=data.validation,
-        thresholds=THRESHOLDS if args.threshold is None else [args.threshold],
+        data.validation.chunks(),
+        THRESHOLDS if args.threshold is None else [args.threshold],
+        fine_tune=partial(fine_tune, split=data.train, **options),
         tolerance=args.threshold_tolerance,
-        **options,
     )
-    summary = svd.sparsify(guide, threshold)
-    pruned = svd.prune(model.network, guide, summary)
+    summary = sparsevd.sparsify(guide, threshold)
+    pruned = sparsevd.prune(model.network, guide, summary)
     return summary, threshold, pruned, fine_tune(pruned, data.train_and_validation, **options)
 
 
 def draw(
     networks: Mapping[str, nn.Module],
-    guide: svd.AutoSparseNormal,
+    guide: sparsevd.AutoSparseNormal,
     history: list[dict[str, float]],
     threshold: float,
     baseline: float,
@@ -120,7 +121,7 @@ def draw(
 
 def train(
     args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
-) -> tuple[nn.Module, svd.Supervised, svd.AutoSparseNormal, list[dict[str, float]]]:
+) -> tuple[nn.Module, sparsevd.Supervised, sparsevd.AutoSparseNormal, list[dict[str, float]]]:
     """Returns a dense network, and the model, the guide and the history of a sparse one.
 
     The settings are the options that determine the network: a run is resumed with the same ones only.
@@ -154,7 +155,7 @@ def run(
     start = time.perf_counter()
     dense, model, guide, history = train(args, new_network, data, settings)
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
-    mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
+    mean = sparsevd.prune(model.network, guide, sparsevd.sparsify(guide, float("inf")))
     errors = {
         "dense network": error(dense, data.test),
         "posterior mean": error(mean, data.test),

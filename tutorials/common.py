@@ -15,7 +15,7 @@ from lab.datasets import cifar10, digits, mnist
 from matplotlib.figure import Figure
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
 from pyro_sparsevd.training.split import Split, hold_out
 
@@ -207,9 +207,9 @@ def prepare(args: argparse.Namespace, read: Callable[[], tuple[Split, Split]], h
 
 def classifier(network: nn.Module, num_data: int, init_log_variance: float = -8.0) -> tuple[Any, Any]:
     """Returns the Bayesian model of a classifier, and its guide."""
-    bnn = svd.bayesianize(network)
-    model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=num_data)
-    return model, svd.AutoSparseNormal(model, init_log_variance=init_log_variance)
+    bnn = sparsevd.bayesianize(network)
+    model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=num_data)
+    return model, sparsevd.AutoSparseNormal(model, init_log_variance=init_log_variance)
 
 
 def checkpoint(args: argparse.Namespace, name: str, **settings: str | float) -> Checkpoint:

@@ -16,7 +16,7 @@ from lab.nets import lenet_300_100
 from lab.priors import common_priors
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.evaluation.compare import compare_priors
 
 
@@ -40,8 +40,8 @@ def problem(args: argparse.Namespace) -> tuple[Data, Callable[[], nn.Module], An
     args.batch_size = 20 if args.batch_size is None else args.batch_size
     args.lr = 1e-2 if args.lr is None else args.lr
     if args.data == "diabetes":
-        return prepare(args, diabetes, held_out=66), perceptron, svd.GaussianLikelihood()
-    return prepare(args, sparse_regression, held_out=100), linear, svd.GaussianLikelihood()
+        return prepare(args, diabetes, held_out=66), perceptron, sparsevd.GaussianLikelihood()
+    return prepare(args, sparse_regression, held_out=100), linear, sparsevd.GaussianLikelihood()
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,17 +20,17 @@ import onnxruntime
 import torch
 from classification import add_options, prune_and_tune, train
 from common import Data, load, parser, positive, start, tolerance, write
+from lab.recipes import fine_tune
 from lenet import NETS
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.evaluation.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
 from pyro_sparsevd.sparsity.quantization import quantization_steps
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
-from pyro_sparsevd.training.recipes import fine_tune
 from pyro_sparsevd.training.split import Split
 
 ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}
@@ -74,11 +74,11 @@ def files(
     kinds = {"float32": None, "float16": torch.float16, "steps of the posterior's width": steps}
     for kind, values in kinds.items():
         path = folder / f"{len(found)}.svd"
-        svd.save_sparse(tuned, path, values=values, architecture=ARCHITECTURES[args.net])
-        found[f"sparse, {kind}"] = path.stat().st_size, lambda path=path: svd.load_sparse(path)  # type: ignore[misc]
+        sparsevd.save_sparse(tuned, path, values=values, architecture=ARCHITECTURES[args.net])
+        found[f"sparse, {kind}"] = path.stat().st_size, lambda path=path: sparsevd.load_sparse(path)  # type: ignore[misc]
     for name, net in (("dense", dense), ("shrunk", tiny)):
         path = folder / f"{name}.onnx"
-        svd.export_onnx(net, path, torch.zeros(1, 1, 28, 28))
+        sparsevd.export_onnx(net, path, torch.zeros(1, 1, 28, 28))
         found[f"{name}, ONNX"] = path.stat().st_size, None
     return found
 
@@ -114,8 +114,8 @@ def uncertainties(
     """Returns how good and how sure the predictions are, before and after."""
     other = photographs()
     ood = Split(other, torch.zeros(len(other), dtype=torch.long))
-    mean = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
-    masked = svd.prune(model.network, guide, summary)
+    mean = sparsevd.prune(model.network, guide, sparsevd.sparsify(guide, float("inf")))
+    masked = sparsevd.prune(model.network, guide, summary)
     networks = {"dense": dense, "posterior mean": mean, "masked mean": masked, "masked mean, fine-tuned": tuned}
     found = {
         name: uncertainty(network_log_probs(net, data.test), data.test.labels, network_log_probs(net, ood))
@@ -155,7 +155,7 @@ def main() -> None:
     steps = quantization_steps(guide, held, lambda net: negative_log_likelihood(net, data.validation), args.tolerance)
     dense, tuned = dense.cpu().eval(), tuned.cpu().eval()
     x = data.test.images[:1000].cpu()
-    tiny, report = svd.shrink_with_report(tuned, x[:2])
+    tiny, report = sparsevd.shrink_with_report(tuned, x[:2])
     print(f"\n{summary}\n\n{report}")
 
     with TemporaryDirectory() as name:
@@ -164,7 +164,7 @@ def main() -> None:
         runners: dict[str, Runner] = {
             "dense": dense,
             "masked": tuned,
-            "CSR": svd.to_sparse(tuned),
+            "CSR": sparsevd.to_sparse(tuned),
             "shrunk": tiny,
         }
         runners |= {f"{kind}, onnxruntime": onnx_runner(folder / f"{kind}.onnx") for kind in ("dense", "shrunk")}

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.fit import constant_then_linear
 
 OBJECTS, TRUE, NOISE_FEATURES, SAMPLES = 100, (2.0, -1.5, 1.0, -0.7, 0.4), 45, 1_000
@@ -35,14 +35,16 @@ def make_data(correlation: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Te
 def factorised(prior: Any, x: Tensor, y: Tensor, epochs: int) -> Tensor:
     """Returns samples of the coefficients under the factorised posterior."""
     network = nn.Sequential(nn.Linear(x.shape[1], 1, bias=False), nn.Flatten(0))
-    model = svd.Supervised(svd.bayesianize(network, prior), lambda mean: dist.Normal(mean, 1.0), num_data=len(x))
-    guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
-    elbo = svd.SparseVD_ELBO(kl="exact")
+    model = sparsevd.Supervised(
+        sparsevd.bayesianize(network, prior), lambda mean: dist.Normal(mean, 1.0), num_data=len(x)
+    )
+    guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
+    elbo = sparsevd.SparseVD_ELBO(kl="exact")
     loss = elbo(model, guide)
     loss(x, y)
     optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
     scheduler = constant_then_linear(optimizer, epochs)
-    warm_up = svd.LinearWarmup(epochs / 20, epochs / 2)
+    warm_up = sparsevd.LinearWarmup(epochs / 20, epochs / 2)
     for epoch in range(epochs):
         elbo.kl_weight = warm_up(epoch)
         optimizer.zero_grad()
@@ -96,8 +98,8 @@ def main() -> None:
     options.add_argument("--nuts-samples", type=natural, default=500, help="after as many of warm-up (%(default)s)")
     args = options.parse_args()
     methods = {
-        "log-uniform": lambda x, y: factorised(svd.LogUniform(), x, y, args.epochs),
-        "horseshoe": lambda x, y: factorised(svd.horseshoe(), x, y, args.epochs),
+        "log-uniform": lambda x, y: factorised(sparsevd.LogUniform(), x, y, args.epochs),
+        "horseshoe": lambda x, y: factorised(sparsevd.nn.horseshoe(), x, y, args.epochs),
         "normal": lambda x, y: factorised(dist.Normal(0.0, 1.0), x, y, args.epochs),
         "normal, exact": exact,
     }

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from common import checkpoint, classifier, finite, load, parser, positive, start, write
 from lab.nets import lenet_300_100
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
 from pyro_sparsevd.infer.kl import KL
 from pyro_sparsevd.training.fit import batches, error
-from pyro_sparsevd.training.recipes import train_sparse
 from pyro_sparsevd.training.split import Split
 
 FORMS: tuple[KL, ...] = ("approximate", "exact", "monte_carlo")
@@ -29,7 +29,7 @@ def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, r
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for form in FORMS:
         model, guide = classifier(lenet_300_100().to(device), len(split))
-        losses[form] = svd.SparseVD_ELBO(kl=form)(model, guide)
+        losses[form] = sparsevd.SparseVD_ELBO(kl=form)(model, guide)
     optimizers = {form: torch.optim.Adam(loss.parameters(), 1e-3, fused=True) for form, loss in losses.items()}
     for _ in range(rounds):
         for name, loss in losses.items():
@@ -66,8 +66,8 @@ def main() -> None:
             history = train_sparse(
                 model, guide, data.train, validation=data.validation, kl=form, checkpoint=path, **common
             )
-            summary = svd.sparsify(guide, args.threshold)
-            errors.append(error(svd.prune(model.network, guide, summary), data.test))
+            summary = sparsevd.sparsify(guide, args.threshold)
+            errors.append(error(sparsevd.prune(model.network, guide, summary), data.test))
             compressions.append(summary.compression)
         plots.training_curves(history, title=f"{form} KL, the last seed, threshold 3", figure=part)
         results[form] = {"milliseconds": step_times[form], "errors": errors, "compressions": compressions}

@@ -24,7 +24,7 @@ from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
 from torch import Tensor
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.fit import constant_then_linear, fit
 from pyro_sparsevd.training.split import Split
 
@@ -47,7 +47,7 @@ def sparse_model(kind: str) -> Callable:
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
         bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
-        coefficients = pyro.sample("coefficients", svd.LogUniform().expand([1, x.shape[1]]).to_event(2))
+        coefficients = pyro.sample("coefficients", sparsevd.LogUniform().expand([1, x.shape[1]]).to_event(2))
         fn = likelihood(kind, F.linear(x, coefficients)[:, 0] + bias)
         with pyro.plate("data", OBJECTS, subsample=x):
             pyro.sample("y", fn, obs=y)
@@ -87,10 +87,10 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
     """Fits the posterior by SVI, and keeps what the threshold keeps."""
     pyro.clear_param_store()
     model = sparse_model(kind)
-    guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
-    elbo = svd.SparseVD_ELBO(kl="exact")
+    guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
+    elbo = sparsevd.SparseVD_ELBO(kl="exact")
     loss = elbo(model, guide)
-    warmup = svd.LinearWarmup(args.epochs / 20, args.epochs / 4)
+    warmup = sparsevd.LinearWarmup(args.epochs / 20, args.epochs / 4)
 
     def before_epoch(epoch: int) -> None:
         elbo.kl_weight = warmup(epoch)
@@ -111,7 +111,7 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
             description=f"{kind}, sparse",
         )
     guide.cpu()
-    summary = svd.sparsify(guide, args.threshold)
+    summary = sparsevd.sparsify(guide, args.threshold)
     median = guide.median()
     coefficients = summary.masked("coefficients", median["coefficients"])[0]
     log_alpha = guide.posteriors["coefficients"].log_alpha[0].detach()

@@ -11,19 +11,21 @@ import pyro.distributions as dist
 import torch
 from common import checkpoint, load, parser, start, two_or_more, write
 from lab.nets import lenet_300_100
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import pyro_sparsevd as svd
-from pyro_sparsevd.training.recipes import train_sparse
+import pyro_sparsevd as sparsevd
 
 Parameterization = Literal["additive", "multiplicative"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("additive", "multiplicative")
 
 
-def gradient_variance(model: svd.Supervised, guide: svd.AutoSparseNormal, x: Tensor, y: Tensor, repeats: int) -> Tensor:
+def gradient_variance(
+    model: sparsevd.Supervised, guide: sparsevd.AutoSparseNormal, x: Tensor, y: Tensor, repeats: int
+) -> Tensor:
     """Returns the variance of the gradient in theta of each weight."""
-    loss = svd.SparseVD_ELBO(kl="exact")(model, guide)
+    loss = sparsevd.SparseVD_ELBO(kl="exact")(model, guide)
     loss(x, y)
     locs = list(guide.locs.parameters())
     draws = [torch.autograd.grad(loss(x, y), locs) for _ in range(repeats)]
@@ -42,9 +44,9 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for trained_in in PARAMETERIZATIONS:
         torch.manual_seed(args.seed)
-        bnn = svd.bayesianize(lenet_300_100().to(args.device))
-        model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
-        guide = svd.AutoSparseNormal(model, init_log_variance=-8.0, parameterization=trained_in)
+        bnn = sparsevd.bayesianize(lenet_300_100().to(args.device))
+        model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
+        guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0, parameterization=trained_in)
         train = {"epochs": args.epochs, "batch_size": args.batch_size}
         path = checkpoint(args, trained_in)
         histories[trained_in] = train_sparse(
@@ -75,9 +77,11 @@ def main() -> None:
     write(args, figure, {"histories": histories, "median_variance_ratios": ratios})
 
 
-def at(posteriors: dict[str, Any], model: svd.Supervised, parameterization: Parameterization) -> svd.AutoSparseNormal:
+def at(
+    posteriors: dict[str, Any], model: sparsevd.Supervised, parameterization: Parameterization
+) -> sparsevd.AutoSparseNormal:
     """Returns a guide in a parameterisation, at given posteriors."""
-    guide = svd.AutoSparseNormal(model, parameterization=parameterization)
+    guide = sparsevd.AutoSparseNormal(model, parameterization=parameterization)
     locs, spreads = (dict(part.named_parameters()) for part in list(guide.children())[:2])
     with torch.no_grad():
         for name, (loc, log_variance) in posteriors.items():

@@ -18,13 +18,13 @@ import torch
 from common import Data, checkpoint, load, parser, positive, start, write
 from lab import figures
 from lab.nets import lenet_300_100
+from lab.recipes import fine_tune, train_dense, train_sparse
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import error, negative_log_likelihood
-from pyro_sparsevd.training.recipes import fine_tune, train_dense, train_sparse
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4
@@ -57,12 +57,12 @@ def posterior(
     prior: Any, data: Data, args: argparse.Namespace, kept: Checkpoint
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
-    bnn = svd.bayesianize(lenet_300_100().to(args.device), prior)
-    model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
-    guide = svd.AutoSparseNormal(model, init_log_variance=-8.0)
+    bnn = sparsevd.bayesianize(lenet_300_100().to(args.device), prior)
+    model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
+    guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
     train_sparse(model, guide, data.train, validation=data.validation, checkpoint=kept, **options)
-    means = svd.prune(bnn, guide, svd.SparsitySummary((), {}, 0))
+    means = sparsevd.prune(bnn, guide, sparsevd.sparsity.SparsitySummary((), {}, 0))
     return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 
@@ -82,7 +82,7 @@ def one_seed(data: Data, args: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     options = {"epochs": args.epochs, "batch_size": args.batch_size}
     dense = train_dense(lenet_300_100().to(args.device), data.train, checkpoint=kept("dense"), **options)
-    sparse = posterior(svd.LogUniform(), data, args, kept("sparse"))
+    sparse = posterior(sparsevd.LogUniform(), data, args, kept("sparse"))
     gaussian = {s: posterior(dist.Normal(0.0, s), data, args, kept(f"gaussian-{s}")) for s in PRIOR_SCALES}
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
     scales = []

@@ -25,13 +25,13 @@ from common import (
     write,
 )
 from lab.nets import vgg_like
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, logits
-from pyro_sparsevd.training.recipes import train_sparse
 from pyro_sparsevd.training.split import Split
 
 KINDS = ("true", "random")
@@ -81,13 +81,13 @@ def train_dropout(net: nn.Module, data: Data, args: argparse.Namespace, kept: Ch
 
 def train_sparse_vd(
     data: Data, args: argparse.Namespace, kept: Checkpoint
-) -> tuple[nn.Module, svd.SparsitySummary, list[dict[str, float]]]:
+) -> tuple[nn.Module, sparsevd.sparsity.SparsitySummary, list[dict[str, float]]]:
     """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
     model, guide = classifier(network(args), len(data.train))
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "checkpoint": kept}
     history = train_sparse(model, guide, data.train, validation=data.validation, **options)
-    summary = svd.sparsify(guide)
-    return svd.prune(model.network, guide, summary), summary, history
+    summary = sparsevd.sparsify(guide)
+    return sparsevd.prune(model.network, guide, summary), summary, history
 
 
 def measured(net: nn.Module, data: Data, sparsity: float) -> dict[str, float]:

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from classification import THRESHOLDS
 from common import Data, checkpoint, classifier, load, natural, parser, positive, start, write
 from lab.nets import lenet_300_100
+from lab.recipes import fine_tune
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training.fit import logits
-from pyro_sparsevd.training.recipes import fine_tune, fit_posterior
+from pyro_sparsevd.training.fit import fit_posterior, logits
 
 VALIDATION_SETS = 150
 TOLERANCE = 0.05
@@ -78,12 +78,12 @@ def tune(seed: int, data: Data, args: Any) -> dict[float, Tuned]:
     model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
     options = {"batch_size": args.batch_size, "epochs": args.epochs}
     path = checkpoint(args, str(seed), seed=seed)
-    fit_posterior(svd.SparseVD_ELBO(kl="exact"), model, guide, data.train, checkpoint=path, **options)
+    fit_posterior(sparsevd.SparseVD_ELBO(kl="exact"), model, guide, data.train, checkpoint=path, **options)
     options["epochs"] = args.epochs // 9 if args.fine_tune is None else args.fine_tune
     found = {}
     for threshold in THRESHOLDS:
-        summary = svd.sparsify(guide, threshold)
-        network = fine_tune(svd.prune(model.network, guide, summary), data.train, **options)
+        summary = sparsevd.sparsify(guide, threshold)
+        network = fine_tune(sparsevd.prune(model.network, guide, summary), data.train, **options)
         predicted, labels = logits(network, data.validation), data.validation.labels
         nll = F.cross_entropy(predicted, labels, reduction="none").double()
         found[threshold] = Tuned(nll, (predicted.argmax(-1) != labels).double(), summary.compression)

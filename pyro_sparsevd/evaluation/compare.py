@@ -1,4 +1,4 @@
-"""Priors side by side: what a network trained under each predicts of held-out data, and what it can do without."""
+"""Comparison of priors: predictions on held-out data, and compression, of a network trained under each."""
 
 __all__ = ["compare_priors"]
 
@@ -15,21 +15,20 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from .._modules import evaluation_mode, same_random_numbers
+from .._modules import same_random_numbers
 from ..infer.autoguide import AutoSparseNormal
 from ..infer.elbo import SparseVD_ELBO
 from ..nn.bayesianize import Prior, bayesianize
 from ..nn.supervised import Supervised
 from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 from ..training.checkpoints import Checkpoint
-from ..training.recipes import fit_posterior
+from ..training.fit import fit_posterior
 from ..training.split import Split
-from .comparison import PriorComparison, PriorResult
-from .metrics import uncertainty
+from .metrics import sampled_traces, uncertainty
+from .report import PriorComparison, PriorResult
 
 
 def compare_priors(
@@ -50,20 +49,20 @@ def compare_priors(
     tolerance: float = 0.1,
     checkpoints: str | Path | None = None,
 ) -> PriorComparison:
-    r"""Trains a network under each of several priors, all else equal, and measures it on held-out data.
+    r"""Trains a network under each of several priors, all else equal, and scores it on held-out data.
 
-    Under all priors of a seed the network starts from the same weights. The posterior is that of
+    For each seed, the network starts from the same weights under all priors. The posterior is that of
     :class:`~.autoguide.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
-    :func:`~.recipes.fit_posterior`. The mean prediction that is scored is
+    :func:`~.fit.fit_posterior`. The prediction that is scored is the mean over posterior samples,
 
     .. math:: \log \tfrac1S \sum_s p(y_n \mid x_n, w_s), \quad w_s \sim q
 
-    and the compression is the largest on the validation data at an error that is the same for all priors, over
-    thresholds on log α whose numbers of weights kept are 10 % apart. That error, tried so often, is slightly
-    optimistic; the one on the test data, beside it, is not.
+    and the compression is the largest at which the validation error is at most a level that is the same for all
+    priors, over thresholds on log α between which a tenth of the weights is dropped. As the level is compared so often,
+    the validation error there is slightly optimistic; the test error beside it is not.
 
     Bounds of different priors are not reported: improper priors, such as the log-uniform one, define theirs up to a
-    constant, so that it says nothing which is larger.
+    constant only.
 
     References:
         | Variational Bayesian dropout: pitfalls and fixes (Hron, Matthews, Ghahramani, 2018)
@@ -71,31 +70,31 @@ def compare_priors(
 
     Args:
         network: A function that returns a new network; called with the same random numbers for all priors of a seed.
-        priors: What :func:`~.bayesianize.bayesianize` takes as its prior, by what to call it.
+        priors: By name, what :func:`~.bayesianize.bayesianize` takes as its prior.
         likelihood: As for :class:`~.supervised.Supervised`. A module with parameters, such as a noise scale, is copied
             for each run, and trained.
         train: The data to train on. The targets of any split may be real numbers.
         validation: The data to choose thresholds on.
         test: The data to report.
         epochs: How many times to go through the training data.
-        batch_size: The number of data of a step.
+        batch_size: The number of examples in a step.
         seeds: The seeds.
         lr: The learning rate.
         init_log_variance: The initial log σ² of every latent, whatever its prior.
         num_samples: S, the number of posterior samples.
         error_level: The largest validation error that a sparse network may have; by default, for each seed,
             (1 + tolerance) times the smallest that any prior has with nothing dropped.
-        tolerance: See there.
-        checkpoints: A folder, made if need be, for a checkpoint of each training. One that is there is gone on from.
+        tolerance: See ``error_level``.
+        checkpoints: A folder, made if need be, for a checkpoint of each training, from which it resumes.
 
     Returns:
-        The comparison. Torch's generators and Pyro's parameter store are as they were before.
+        The results. Torch's generators and Pyro's parameter store are left as they were.
 
     Raises:
         TypeError: If an argument is of another type than these.
         ValueError: If there is no prior or seed, a seed is twice, a split is empty, a number is out of range, or a
             prior does not fit the network; all before anything is trained.
-        CheckpointError: If what is found in ``checkpoints`` is of other priors, options or data, or of a network or a
+        CheckpointError: If a file in ``checkpoints`` is of other priors, options or data, or of a network or a
             likelihood that gives the data another density before it is trained.
         ImportError: If the likelihood is categorical and torchmetrics is not installed.
 
@@ -194,26 +193,25 @@ def _model_and_guide(
 
 
 def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, split: Split) -> str:
-    """Finds what does not fit before anything is trained; returns what the errors are."""
+    """Raises an error for a prior that does not fit the network; returns what to call the errors."""
     for name, prior in priors.items():
         try:
             model, guide = make(prior, seed)
             if not guide.real_sites:
                 raise ValueError("expected weights that are real numbers, of which some can be dropped, but got none")
-            ((likelihood, _),) = _predictions(model, guide, [(split.images[:1], split.labels[:1])])
+            (trace,) = sampled_traces(model, guide, [(split.images[:1], split.labels[:1])])
         except (TypeError, ValueError) as error:
             raise type(error)(f"prior {name!r}: {error}") from error
-    return "error" if likelihood.support.is_discrete else "mean squared error"
+    return "error" if trace.nodes["y"]["fn"].support.is_discrete else "mean squared error"
 
 
 def _settings(
     name: str, prior: Prior | None, model: Supervised, guide: AutoSparseNormal, train: Split, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what a training must have in common with that of a checkpoint."""
-    prior_text = re.sub(r" at 0x[0-9a-f]+", "", repr(prior))  # where a function lies differs from run to run
-    batches = _batches(Split(train.images[:100], train.labels[:100]), model)
+    """Returns the settings of a checkpoint, which identify prior, options, data and untrained network."""
+    prior_text = re.sub(r" at 0x[0-9a-f]+", "", repr(prior))  # addresses of functions differ between runs
     with same_random_numbers():
-        nll, _ = _scores(model, guide, batches, 1)
+        nll, _ = _scores(model, guide, Split(train.images[:100], train.labels[:100]), 1)
     return {
         "prior": f"{name}: {prior_text}",
         **options,
@@ -226,7 +224,7 @@ def _settings(
 def _train(
     model: Supervised, guide: AutoSparseNormal, split: Split, options: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> float:
-    """Fits the posterior; returns the seconds of a step."""
+    """Fits the posterior; returns the median over the epochs of the seconds per step."""
     before = time.perf_counter()
 
     def after_epoch(epoch: int) -> dict[str, float]:
@@ -242,18 +240,18 @@ def _train(
 
 
 def _sweep(model: Supervised, guide: AutoSparseNormal, split: Split, tried: list[float]) -> dict[float, SweepPoint]:
-    """Returns what is left at each threshold; all weights are the network's, whatever their prior."""
+    """Returns error and compression of the network at each threshold, applied to weights of any prior."""
     points = threshold_sweep(model, guide, _batches(split, model), [{"*": threshold} for threshold in tried])
     return dict(zip(tried, points, strict=True))
 
 
 def _result(run: _Run, seed: int, level: float, test: Split, num_samples: int) -> PriorResult:
-    """Measures a run on the test data."""
+    """Scores a run on the test data."""
     reached = {threshold: point.compression for threshold, point in run.points.items() if point.error <= level}
     threshold = max(reached, key=reached.__getitem__, default=math.nan)
     tried = _sweep(run.model, run.guide, test, [math.inf, *([threshold] if reached else [])])
     torch.manual_seed(seed)  # so that a prior's numbers do not depend on which others there are
-    nll, calibration_error = _scores(run.model, run.guide, _batches(test, run.model), num_samples)
+    nll, calibration_error = _scores(run.model, run.guide, test, num_samples)
     return PriorResult(
         prior=run.prior,
         seed=seed,
@@ -270,28 +268,17 @@ def _result(run: _Run, seed: int, level: float, test: Split, num_samples: int) -
 
 
 @torch.no_grad()
-def _scores(model: Supervised, guide: AutoSparseNormal, batches: list, num_samples: int) -> tuple[float, float]:
-    """Returns the negative log likelihood of a datum and the calibration error of the mean prediction."""
+def _scores(model: Supervised, guide: AutoSparseNormal, split: Split, num_samples: int) -> tuple[float, float]:
+    """Returns the negative log likelihood of an example, and the calibration error, of the mean prediction."""
     densities, classes = [], []
     for _ in range(num_samples):
-        sample = _predictions(model, guide, batches)
-        densities.append(torch.cat([q.log_prob(y).double() for q, y in sample]))
-        if isinstance(sample[0][0], Categorical):
-            classes.append(torch.cat([q.logits.double().log_softmax(-1) for q, _ in sample]))
+        sites = [trace.nodes["y"] for trace in sampled_traces(model, guide, _batches(split, model))]
+        densities.append(torch.cat([site["fn"].log_prob(site["value"]).double() for site in sites]))
+        if isinstance(sites[0]["fn"], Categorical):
+            classes.append(torch.cat([site["fn"].logits.double().log_softmax(-1) for site in sites]))
     nll = math.log(num_samples) - float(torch.stack(densities).logsumexp(0).mean())
-    labels = torch.cat([y for _, y in batches])
-    return nll, uncertainty(torch.stack(classes), labels.long()).calibration_error if classes else math.nan
-
-
-@torch.no_grad()
-def _predictions(model: Supervised, guide: AutoSparseNormal, batches: list) -> list[tuple[Any, Tensor]]:
-    """Returns likelihood and targets of each batch, given one posterior sample."""
-    with evaluation_mode(model):
-        given = poutine.condition(model, guide(*batches[0]))
-        sites = (poutine.trace(given).get_trace(*batch).nodes["y"] for batch in batches)
-        return [(site["fn"], site["value"]) for site in sites]
+    return nll, uncertainty(torch.stack(classes), split.labels.long()).calibration_error if classes else math.nan
 
 
 def _batches(split: Split, model: Supervised) -> list[tuple[Tensor, Tensor]]:
-    size = min(1_000, model.num_data)  # the model refuses more than all data
-    return list(zip(split.images.split(size), split.labels.split(size), strict=True))
+    return split.chunks(min(1_000, model.num_data))  # the model refuses more than all data

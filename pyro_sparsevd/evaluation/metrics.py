@@ -1,9 +1,17 @@
-"""How good and how sure the predictions of a classifier are: of a network, or of samples from a posterior."""
+"""Accuracy, calibration and uncertainty of classifiers: of a network, or of samples from a posterior."""
 
-__all__ = ["Uncertainty", "entropies", "network_log_probs", "ood_auroc", "sampled_log_probs", "uncertainty"]
+__all__ = [
+    "Uncertainty",
+    "entropies",
+    "network_log_probs",
+    "ood_auroc",
+    "sampled_log_probs",
+    "sampled_traces",
+    "uncertainty",
+]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +29,7 @@ from ..training.split import Split
 
 @dataclass(frozen=True)
 class Uncertainty:
-    r"""What :func:`uncertainty` found, of the mean prediction p̄ over the samples: numbers, and a table when printed.
+    r"""Scores of the mean prediction p̄ over the samples, as :func:`uncertainty` returns them; prints as a table.
 
     References:
         | Verification of Forecasts Expressed in Terms of Probability (Brier, 1950)
@@ -31,13 +39,13 @@ class Uncertainty:
 
     Args:
         error: The fraction of data whose most probable class is not the label.
-        nll: The negative log likelihood :math:`-\frac 1 N \sum_n \log \bar p_{n y_n}`, in nats per datum.
+        nll: The negative log likelihood :math:`-\frac 1 N \sum_n \log \bar p_{n y_n}`, in nats per example.
         brier: The Brier score :math:`\frac 1 N \sum_{nc} (\bar p_{nc} - [y_n = c])^2`, from 0 to 2.
         calibration_error: The expected calibration error :math:`\sum_b \frac{N_b} N |\mathrm{accuracy}_b -
             \mathrm{confidence}_b|`, from 0 to 1, over 15 bins of equal width in the confidence :math:`\max_c \bar p_c`.
         predictive_entropy: The mean over the data, in nats, see :func:`entropies`.
         mutual_information: Likewise; 0 for a single network.
-        ood_auroc: How well the confidence tells other data from these, see :func:`ood_auroc`; None without such data.
+        ood_auroc: How well the confidence separates out-of-distribution data, see :func:`ood_auroc`; None without.
 
     Example:
         >>> print(Uncertainty(0.01, 0.03, 0.015, 0.005, 0.06, 0.0))
@@ -64,15 +72,12 @@ class Uncertainty:
 
 @torch.no_grad()
 def uncertainty(log_probs: Tensor, labels: Tensor, ood_log_probs: Tensor | None = None) -> Uncertainty:
-    """Measures predictions against labels.
+    """Scores predictions against labels.
 
     Args:
         log_probs: The log-probabilities of the C classes, by S networks for N data, of shape ``(S, N, C)``.
         labels: The classes, integers from 0 to C - 1, of shape ``(N,)``.
-        ood_log_probs: The log-probabilities for data out of the distribution, of shape ``(S', N', C)``.
-
-    Returns:
-        The numbers.
+        ood_log_probs: The log-probabilities for out-of-distribution data, of shape ``(S', N', C)``.
 
     Raises:
         ImportError: If torchmetrics is not installed.
@@ -104,15 +109,9 @@ def uncertainty(log_probs: Tensor, labels: Tensor, ood_log_probs: Tensor | None 
 
 
 def network_log_probs(network: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
-    """Returns what a plain classifier predicts, in evaluation mode.
+    """Returns the log-probabilities that a classifier predicts, in double precision, of shape ``(1, N, C)``.
 
-    Args:
-        network: A network that returns class logits; it is left in the mode it was in.
-        split: The data.
-        batch_size: How many data to predict at a time.
-
-    Returns:
-        The log-probabilities, in double precision, of shape ``(1, N, C)``.
+    The network returns class logits; it is evaluated in evaluation mode and left in the mode it was in.
 
     Example:
         >>> network_log_probs(nn.Linear(4, 3), Split(torch.rand(5, 4), torch.arange(5))).shape
@@ -125,14 +124,14 @@ def network_log_probs(network: nn.Module, split: Split, batch_size: int = 1_000)
 def sampled_log_probs(
     model: Supervised, guide: Callable, split: Split, num_samples: int = 20, batch_size: int = 1_000
 ) -> Tensor:
-    """Returns what each of S posterior samples predicts for all data, in evaluation mode; no prior is sampled.
+    """Returns the predictions of S posterior samples for all data, in evaluation mode.
 
     Args:
         model: A model whose network returns class logits; it is left in the mode it was in.
-        guide: Its guide, or what ``guide.sparsified(summary)`` returns.
+        guide: Its guide, also one that ``guide.sparsified(summary)`` returns.
         split: The data.
         num_samples: S, the number of samples.
-        batch_size: How many data to predict at a time.
+        batch_size: The number of examples in a forward pass.
 
     Returns:
         The log-probabilities, in double precision, of shape ``(S, N, C)``.
@@ -148,18 +147,28 @@ def sampled_log_probs(
     """
     if num_samples <= 0:
         raise ValueError(f"num_samples: expected a positive integer, but got {num_samples!r}")
-    size = min(batch_size, model.num_data)  # the model refuses more than all data
-    parts = list(zip(split.images.split(size), split.labels.split(size), strict=True))
-    samples = []
+    parts = split.chunks(min(batch_size, model.num_data))  # the model refuses more than all data
+    samples = (sampled_traces(model, guide, parts) for _ in range(num_samples))
+    logits = [torch.cat([trace.nodes["_RETURN"]["value"] for trace in traces]) for traces in samples]
+    return torch.stack(logits).double().log_softmax(-1)
+
+
+@torch.no_grad()
+def sampled_traces(model: Supervised, guide: Callable, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Returns the trace of the model on each batch, in evaluation mode, given one sample of the guide."""
     with evaluation_mode(model):
-        for _ in range(num_samples):
-            latents = poutine.trace(guide).get_trace(*parts[0])
-            samples.append(torch.cat([_output(model, latents, *part) for part in parts]))
-    return torch.stack(samples).double().log_softmax(-1)
+        latents = poutine.trace(guide).get_trace(*batches[0])
+        traces = [poutine.trace(poutine.replay(model, trace=latents)).get_trace(*batch) for batch in batches]
+    for name, site in traces[0].iter_stochastic_nodes():
+        if name not in latents and not site_is_subsample(site):
+            raise ValueError(f"{name}: expected this latent of the model in the guide; is it the guide of this model?")
+    return traces
 
 
 def entropies(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns how unsure a prediction is, and the part of it that is due to not knowing the weights.
+    r"""Returns predictive entropy, and mutual information of label and weights, in nats, each of shape ``(N,)``.
+
+    The latter is the part of the former that is due to uncertainty about the weights.
 
     .. math:: \mathrm H[\bar p_n] = -\sum_c \bar p_{nc} \log \bar p_{nc}, \quad
         \mathrm I_n = \mathrm H[\bar p_n] - \frac 1 S \sum_s \mathrm H[p_{sn}], \quad 0 \log 0 = 0
@@ -171,9 +180,6 @@ def entropies(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         log_probs: The log-probabilities, of shape ``(S, N, C)``.
 
-    Returns:
-        The predictive entropy and the mutual information of label and weights, in nats, each of shape ``(N,)``.
-
     Example:
         >>> entropies(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).log())
         (tensor([0.6931], dtype=torch.float64), tensor([0.6931], dtype=torch.float64))
@@ -184,7 +190,7 @@ def entropies(log_probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ood_auroc(scores: Tensor, ood_scores: Tensor) -> float:
-    """Returns the area under the ROC: how likely data out of the distribution score higher, where ties count half.
+    """Returns the area under the ROC curve: how likely out-of-distribution data score higher, where ties count half.
 
     References:
         | A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks (Hendrycks,
@@ -192,11 +198,8 @@ def ood_auroc(scores: Tensor, ood_scores: Tensor) -> float:
         | https://arxiv.org/abs/1610.02136
 
     Args:
-        scores: How unsure predictions for data of the distribution are, of shape ``(N,)``; say, an entropy.
-        ood_scores: The same for data out of the distribution, of shape ``(N',)``.
-
-    Returns:
-        The area, from 0 to 1.
+        scores: The uncertainty of predictions in distribution, of shape ``(N,)``; say, an entropy.
+        ood_scores: The same for out-of-distribution data, of shape ``(N',)``.
 
     Raises:
         ImportError: If torchmetrics is not installed.
@@ -210,23 +213,14 @@ def ood_auroc(scores: Tensor, ood_scores: Tensor) -> float:
         if value.dim() != 1 or not len(value) or value.isnan().any():
             raise ValueError(f"{name}: expected numbers of shape (data,), but got shape {tuple(value.shape)} or NaN")
     both = torch.cat([scores, ood_scores])
-    # Ranks: torchmetrics would squash scores outside of [0, 1], and so tie them.
+    # Ranks, because torchmetrics applies a sigmoid to scores outside of [0, 1], which may tie them.
     values, ranks = both.unique(return_inverse=True)
     is_ood = torch.arange(len(both), device=both.device) >= len(scores)
     return float(_torchmetrics("ood_auroc").binary_auroc(ranks.double() / len(values), is_ood.long()))
 
 
-def _output(model: Supervised, latents: Any, images: Tensor, labels: Tensor) -> Tensor:
-    """Returns the logits, given the trace of a guide. Labels are given only so that the model draws none."""
-    trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(images, labels)
-    for name, site in trace.iter_stochastic_nodes():
-        if name not in latents and not site_is_subsample(site):
-            raise ValueError(f"{name}: expected this latent of the model in the guide; is it the guide of this model?")
-    return trace.nodes["_RETURN"]["value"]
-
-
 def _mean(log_probs: Tensor, name: str = "log_probs") -> Tensor:
-    """Returns the log of the mean probabilities over the samples, after a check of what the user gave."""
+    """Checks log-probabilities; returns the log of their mean probabilities over the samples."""
     if log_probs.dim() != 3 or not log_probs.numel():
         raise ValueError(f"{name}: expected the shape (samples, data, classes), but got {tuple(log_probs.shape)}")
     log_probs = log_probs.double()
@@ -236,7 +230,7 @@ def _mean(log_probs: Tensor, name: str = "log_probs") -> Tensor:
 
 
 def _calibration_error(log_probs: Tensor, labels: Tensor) -> float:
-    # torchmetrics takes what rounding lifted above 1 for logits, and gives a 1 a bin of its own.
+    # torchmetrics takes probabilities that rounding lifted above 1 for logits, and gives 1 a bin of its own.
     probs = log_probs.exp().clamp(max=1 - torch.finfo(torch.float32).eps)
     return float(_torchmetrics("uncertainty").multiclass_calibration_error(probs, labels, probs.shape[-1], n_bins=15))
 

@@ -1,4 +1,4 @@
-"""Pictures from plain data; imported on demand."""
+"""Figures from plain data; imported on demand."""
 
 __all__ = ["log_alpha_histogram", "mean_and_scale", "threshold_curves", "training_curves", "weight_images"]
 

@@ -1,4 +1,4 @@
-"""Pictures of error and of the bound."""
+"""Figures of error, compression and the bound."""
 
 __all__ = ["threshold_curves", "training_curves"]
 
@@ -12,7 +12,7 @@ from .style import BLUE, ORANGE, are_wide, figure_or_new, joint_legend, line_sty
 def training_curves(
     history: Sequence[Mapping[str, float]],
     *,
-    left: Mapping[str, str] = {"error": "error"},  # not changed
+    left: Mapping[str, str] = {"error": "error"},  # never modified
     right: Mapping[str, str] = {"compression": "compression"},
     fractions: Collection[str] = ("error", "sparsity"),
     baseline: float | None = None,
@@ -23,12 +23,12 @@ def training_curves(
 
     Args:
         history: For each epoch its quantities, such as ``error`` and ``compression``.
-        left: What to call each of the quantities drawn on the left axis.
+        left: The quantities on the left axis, with their labels.
         right: The same for the right axis.
-        fractions: The quantities that are fractions of 1, which are drawn in %.
+        fractions: The quantities that are fractions of 1, and drawn in %.
         baseline: The error of a dense network, a fraction where a quantity on the left axis is.
-        title: What to write above.
-        figure: Where to draw.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
         The figure.
@@ -69,8 +69,8 @@ def threshold_curves(
     Args:
         points: What :func:`~.threshold.threshold_sweep` returns.
         chosen: The threshold that was chosen.
-        title: What to write above.
-        figure: Where to draw.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
         The figure.

@@ -1,4 +1,4 @@
-"""Pictures of posteriors."""
+"""Figures of posteriors."""
 
 __all__ = ["log_alpha_histogram", "mean_and_scale"]
 
@@ -20,8 +20,8 @@ def log_alpha_histogram(
     Args:
         log_alphas: log α of each site's weights, by the site's name.
         threshold: The log α above which weights are dropped.
-        title: What to write above.
-        figure: Where to draw.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
         The figure.
@@ -49,18 +49,17 @@ def mean_and_scale(
 ) -> Any:
     """Draws the posterior scale of each weight against the magnitude of its mean, on logarithmic axes.
 
-    There log α is the threshold on a straight line of slope 1: ``2 log σ = 2 log |θ| + threshold``.
+    There the threshold on log α is a straight line, ``2 log σ = 2 log |θ| + threshold``.
 
     Args:
         loc: The mean of each weight.
         log_variance: log σ² of each weight.
         threshold: The log α above which weights are dropped: those above the line.
-        title: What to write above.
-        figure: Where to draw.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
-        The figure. A mean or a scale of exactly 0, which a logarithmic axis has no place for, is at its lower end, and
-        the legend says how many there are.
+        The figure. A mean or a scale of exactly 0 is drawn at the lower end of its axis; the legend counts them.
 
     Example:
         >>> figure = mean_and_scale(torch.tensor([0.0, 1.0, 0.1]), torch.tensor([0.0, -4.0, 1.0]), threshold=3.0)
@@ -83,9 +82,7 @@ def mean_and_scale(
         label = "of them θ = 0 or σ = 0, drawn at the end"
         _scatter(axis, x[at_end], y[at_end], "black", "o", label, markersize=8, fillstyle="none")
     if threshold is not None:
-        ends = np.array(
-            axis.get_xlim()
-        )  # fixes the limits before the line is there, which may go far below the weights
+        ends = np.array(axis.get_xlim())  # before the line is drawn, which may go far below the weights
         line = ends * np.exp(threshold / 2)
         axis.plot(ends, line, "k--", linewidth=1, label=f"log α = {threshold:g}", scalex=False, scaley=False)
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
@@ -93,7 +90,7 @@ def mean_and_scale(
 
 
 def _above_zero(values: np.ndarray) -> np.ndarray:
-    """Returns the values with half the smallest positive one in the place of zeros."""
+    """Replaces zeros by half the smallest positive value."""
     positive = values[values > 0]
     return np.where(values == 0, positive.min() / 2 if len(positive) else 1.0, values)
 

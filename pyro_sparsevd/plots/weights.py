@@ -1,4 +1,4 @@
-"""Pictures of weights."""
+"""Figures of weights."""
 
 __all__ = ["weight_images"]
 
@@ -23,16 +23,15 @@ def weight_images(
 ) -> Any:
     """Draws the incoming weights of units as a grid of images, on one scale symmetric about 0.
 
-    The larger a weight, the lighter: from dark blue, negative, to yellow, positive. Weights of exactly 0, such as those
-    that were dropped, are gray, and no other is.
+    Weights are lighter the larger they are, from dark blue (negative) to yellow (positive); only zeros are gray.
 
     Args:
         weight: Weights of shape ``(units, height, width)``; a dense layer as one image is ``weight[None]``.
         count: The largest number of units to draw, the first ones.
         limit: The magnitude at the ends of the scale; by default the largest that is drawn.
-        colorbar_label: What the numbers are, with their unit, beside a bar of the colours; no bar if None.
-        title: What to write above.
-        figure: Where to draw.
+        colorbar_label: What the numbers are, with their unit; no colour bar if None.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
         The figure.
@@ -66,5 +65,5 @@ def weight_images(
 
 
 def _largest(images: np.ndarray) -> float:
-    """Returns the largest magnitude, or 1 where all are 0, for a scale."""
+    """Returns the largest magnitude, or 1 where all are 0."""
     return float(np.abs(images).max()) or 1.0

@@ -1,8 +1,16 @@
 """From a posterior to a sparse network."""
 
-__all__ = ["SparsitySummary", "masks_held", "prune", "quantization_steps", "sparsify", "threshold_sweep"]
+__all__ = [
+    "SparsitySummary",
+    "choose_threshold",
+    "masks_held",
+    "prune",
+    "quantization_steps",
+    "sparsify",
+    "threshold_sweep",
+]
 
 from .pruning import masks_held, prune
 from .quantization import quantization_steps
 from .summary import SparsitySummary, sparsify
-from .threshold import threshold_sweep
+from .threshold import choose_threshold, threshold_sweep

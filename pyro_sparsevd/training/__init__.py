@@ -1,1 +1,7 @@
-"""Training, from batches to a posterior."""
+"""From batches of data to a posterior."""
+
+__all__ = ["Checkpoint", "CheckpointError", "Split", "fit_posterior", "hold_out"]
+
+from .checkpoints import Checkpoint, CheckpointError
+from .fit import fit_posterior
+from .split import Split, hold_out

@@ -1,4 +1,4 @@
-"""Files that a training goes on from."""
+"""Files from which an interrupted training resumes."""
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "save"]
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file that a training goes on from, and what it must have in common with the training that wrote it.
+    """The file from which a training resumes, and what it must share with the training that wrote it.
 
     Args:
         path: The file.
@@ -31,25 +31,11 @@ class Checkpoint:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that a training cannot go on from."""
+    """A checkpoint from which a training cannot resume."""
 
 
 def save(checkpoint: Checkpoint, parts: dict[str, Any], history: list[dict[str, float]], device: torch.device) -> None:
-    """Writes a checkpoint; the file is complete or absent at any moment.
-
-    Args:
-        checkpoint: The file and its settings.
-        parts: What has a state, by name.
-        history: The numbers of each epoch so far.
-        device: The device of the training.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(Checkpoint(f"{folder}/run.pt"), {"loss": nn.Linear(2, 1)}, [], torch.device("cpu"))
-        ...     os.listdir(folder)
-        ['run.pt']
-    """
+    """Writes atomically the states of ``parts`` and random number generators, and the numbers of each epoch."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "settings": dict(checkpoint.settings), **_random_states(device)}
     path = Path(checkpoint.path)
@@ -59,29 +45,10 @@ def save(checkpoint: Checkpoint, parts: dict[str, Any], history: list[dict[str, 
 
 
 def load(checkpoint: Checkpoint, parts: dict[str, Any], device: torch.device, epochs: int) -> list[dict[str, float]]:
-    """Puts the parts of a training, and the generators of random numbers, where a checkpoint left them.
+    """Restores what :func:`save` wrote, and returns the numbers of each epoch so far.
 
-    Args:
-        checkpoint: The file and the settings that it must have.
-        parts: What has a state, by name, ``loss`` among it.
-        device: The device of the training.
-        epochs: The most epochs that it may have had.
-
-    Returns:
-        The numbers of each epoch so far.
-
-    Raises:
-        CheckpointError: If it cannot be read, or is of a longer training, of other settings or of a loss with other
-            parameters; before anything is changed.
-
-    Example:
-        >>> import tempfile
-        >>> parts = {"loss": nn.Linear(2, 1)}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     checkpoint = Checkpoint(f"{folder}/run.pt")
-        ...     save(checkpoint, parts, [{"error": 0.5}], torch.device("cpu"))
-        ...     load(checkpoint, parts, torch.device("cpu"), epochs=3)
-        [{'error': 0.5}]
+    Raises ``CheckpointError``, before anything is changed, if the file cannot be read, or is of more than ``epochs``
+    epochs, of other settings or of a loss with other parameters.
     """
     state = _read(checkpoint.path, device, {*parts, "history", "generator"})
     history: list[dict[str, float]] = state["history"]
@@ -136,7 +103,6 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Returns the states of the generators that initial values, batches and noise come from."""
     states = {"generator": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda_generator"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""A training loop for losses that are torch modules, which goes on where it was killed."""
+"""A training loop that resumes from checkpoints, and the fit of a posterior by it."""
 
 __all__ = [
     "CrossEntropy",
@@ -6,6 +6,7 @@ __all__ = [
     "constant_then_linear",
     "error",
     "fit",
+    "fit_posterior",
     "logits",
     "negative_log_likelihood",
 ]
@@ -19,28 +20,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._modules import evaluation_mode
+from ..infer.autoguide import AutoSparseNormal
+from ..infer.elbo import SparseVD_ELBO
+from ..infer.schedules import LinearWarmup
+from ..nn.supervised import Supervised
 from .checkpoints import Checkpoint, load, save
 from .split import Split
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the data once, in random order.
-
-    Args:
-        split: The data.
-        size: How many at a time; the last batch may have fewer.
-
-    Yields:
-        Images and labels.
-
-    Raises:
-        ValueError: If ``size`` is not positive.
-
-    Example:
-        >>> split = Split(torch.rand(5, 1, 28, 28), torch.arange(5))
-        >>> [len(labels) for images, labels in batches(split, 2)]
-        [2, 2, 1]
-    """
+    """Yields images and labels of all data once, in random order, ``size`` at a time; the last batch may be smaller."""
     if size <= 0:
         raise ValueError(f"size: expected a positive batch size, but got {size}")
     order = torch.randperm(len(split), device=split.labels.device)
@@ -49,19 +38,7 @@ def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class CrossEntropy(nn.Module):
-    """The mean cross-entropy, in nats per datum, of a plain classifier.
-
-    Args:
-        network: A network that returns class logits.
-
-    Raises:
-        TypeError: When called with labels that are no integers, such as the targets of a regression.
-
-    Example:
-        >>> loss = CrossEntropy(nn.Linear(3, 2))(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
-        >>> loss.shape
-        torch.Size([])
-    """
+    """The mean cross-entropy of a classifier that returns logits, in nats per example."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -84,80 +61,25 @@ def _classes(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits(network: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
-    """Returns what a classifier says of data, in evaluation mode.
-
-    Args:
-        network: A network that returns class logits; it is left in the mode it was in.
-        split: The data.
-        batch_size: How many data to predict at a time.
-
-    Returns:
-        The logits, of shape ``(N, classes)``.
-
-    Example:
-        >>> logits(nn.Linear(4, 3), Split(torch.rand(5, 4), torch.arange(5)), batch_size=2).shape
-        torch.Size([5, 3])
-    """
+    """Returns the logits of a classifier for all data, of shape ``(N, classes)``, computed in evaluation mode."""
     with evaluation_mode(network):
         return torch.cat([network(images) for images in split.images.split(batch_size)])
 
 
 def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
-    """Returns the fraction of data that a classifier gets wrong, in evaluation mode.
-
-    Args:
-        network: A network that returns class logits; it is left in the mode it was in.
-        split: The data.
-        batch_size: How many data to predict at a time.
-
-    Returns:
-        The error.
-
-    Example:
-        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        >>> 0 <= error(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) <= 1
-        True
-    """
+    """Returns the fraction of data that a classifier gets wrong, in evaluation mode."""
     return float((logits(network, split, batch_size).argmax(-1) != _classes(split.labels)).float().mean())
 
 
 def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
-    """Returns the mean negative log likelihood of a classifier's labels, in nats per datum, in evaluation mode.
-
-    Args:
-        network: A network that returns class logits; it is left in the mode it was in.
-        split: The data.
-        batch_size: How many data to predict at a time.
-
-    Returns:
-        The negative log likelihood.
-
-    Example:
-        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        >>> negative_log_likelihood(network, Split(torch.rand(5, 1, 28, 28), torch.arange(5))) > 0
-        True
-    """
+    """Returns the mean negative log likelihood of a classifier's labels, in nats per example, in evaluation mode."""
     return float(F.cross_entropy(logits(network, split, batch_size), _classes(split.labels)))
 
 
 def constant_then_linear(
     optimizer: torch.optim.Optimizer, epochs: int, constant: float = 0.5
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Returns a schedule that keeps the learning rate for a part of the epochs, then lowers it linearly to 0.
-
-    Args:
-        optimizer: The optimiser.
-        epochs: The number of epochs, and of steps of the schedule.
-        constant: The part of the epochs, less than 1.
-
-    Returns:
-        The schedule.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-        >>> constant_then_linear(optimizer, 10).get_last_lr()
-        [1.0]
-    """
+    """Returns a schedule that keeps the learning rate for a part of the epochs, then lowers it linearly to 0."""
     last = max(epochs, 1)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: min(1.0, (1 - e / last) / (1 - constant)))
 
@@ -177,21 +99,21 @@ def fit(
 ) -> list[dict[str, float]]:
     """Minimises a loss, with a progress bar.
 
-    With a checkpoint, all that matters is written after each epoch, and a file that is found is gone on from: the
-    result is that of a run that was never interrupted. The file is complete or absent at any moment.
+    With a checkpoint, the state of the training is written after each epoch, and an existing file is resumed from: the
+    result is that of an uninterrupted run. The file is complete or absent at any moment.
 
     Args:
         loss: A module that maps a batch to a scalar, such as ``SparseVD_ELBO()(model, guide)``.
         split: The training data.
         epochs: How many times to go through the data.
-        batch_size: The number of data of a step.
+        batch_size: The number of examples in a step.
         optimizer: The optimiser of the loss's parameters.
         scheduler: Stepped after each epoch.
         before_epoch: Called with the number of each epoch, from 0, before it; sets the KL weight, for example.
         after_epoch: Called with the number of each epoch after it; returns numbers to keep and to show.
-        checkpoint: A file to write after each epoch and to go on from, if it is there. With settings, they are kept
-            in it, and a file that was written with others is refused.
-        description: What the progress bar says.
+        checkpoint: A file to write after each epoch and to resume from. A :class:`~.checkpoints.Checkpoint` stores
+            settings as well, and refuses a file that was written with others.
+        description: The label of the progress bar.
 
     Returns:
         What ``after_epoch`` returned, for each epoch.
@@ -206,8 +128,7 @@ def fit(
         ...         return nn.functional.cross_entropy(super().forward(images.flatten(1)), labels)
         >>> loss, split = Loss(784, 10), Split(torch.rand(50, 1, 28, 28), torch.zeros(50, dtype=torch.long))
         >>> optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-        >>> history = fit(loss, split, epochs=2, batch_size=10, optimizer=optimizer, after_epoch=lambda e: {"epoch": e})
-        >>> history
+        >>> fit(loss, split, epochs=2, batch_size=10, optimizer=optimizer, after_epoch=lambda e: {"epoch": e})
         [{'epoch': 0.0}, {'epoch': 1.0}]
     """
     history: list[dict[str, float]] = []
@@ -234,3 +155,71 @@ def fit(
             if checkpoint is not None:
                 save(checkpoint, parts, history, split.images.device)
     return history
+
+
+def fit_posterior(
+    elbo: SparseVD_ELBO,
+    model: Supervised,
+    guide: AutoSparseNormal,
+    split: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float = 3e-3,
+    warm_up: float = 0.5,
+    after_epoch: Callable[[int], dict[str, float]] | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
+) -> list[dict[str, float]]:
+    """Fits the posterior of a Bayesian network, with Adam.
+
+    The KL weight is 0 for a fortieth of the epochs, then rises linearly to 1; the learning rate is constant for half
+    of the epochs, then falls linearly to 0.
+
+    Args:
+        elbo: The loss, whose KL weight is set.
+        model: The model; ``split`` must be the data set whose size it was given.
+        guide: Its guide.
+        split: The training data.
+        epochs: How many times to go through the data.
+        batch_size: The number of examples in a step.
+        lr: The learning rate.
+        warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
+        after_epoch: As for :func:`fit`.
+        checkpoint: As for :func:`fit`.
+
+    Returns:
+        What ``after_epoch`` returned, for each epoch.
+
+    Raises:
+        ValueError: If ``split`` is not as large as the model's ``num_data``.
+
+    Example:
+        >>> net = svd.bayesianize(nn.Linear(4, 3))
+        >>> model = Supervised(net, lambda logits: dist.Categorical(logits=logits), num_data=20)
+        >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
+        >>> elbo = SparseVD_ELBO()
+        >>> history = fit_posterior(elbo, model, AutoSparseNormal(model), split, epochs=4, batch_size=10)
+        >>> elbo.kl_weight
+        1.0
+    """
+    if len(split) != model.num_data:
+        raise ValueError(f"split: expected the num_data = {model.num_data} data of the model, but got {len(split)}")
+    loss = elbo(model, guide)
+    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
+    schedule = LinearWarmup(epochs / 40, warm_up * epochs)
+
+    def before_epoch(epoch: int) -> None:
+        elbo.kl_weight = schedule(epoch)
+
+    return fit(
+        loss,
+        split,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        scheduler=constant_then_linear(optimizer, epochs),
+        before_epoch=before_epoch,
+        after_epoch=after_epoch,
+        checkpoint=checkpoint,
+        description=f"sparse variational dropout, {elbo.kl} KL",
+    )

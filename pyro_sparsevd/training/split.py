@@ -34,17 +34,18 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def chunks(self, size: int = 1_000) -> list[tuple[Tensor, Tensor]]:
+        """Returns the data in order, as pairs of at most ``size`` images and their labels."""
+        return list(zip(self.images.split(size), self.labels.split(size), strict=True))
+
 
 def hold_out(split: Split, count: int, seed: int = 0) -> tuple[Split, Split]:
-    """Splits off random data, to validate on.
+    """Returns the rest of the data and ``count`` random ones, to validate on; both are shuffled copies.
 
     Args:
-        split: The data; they are copied.
-        count: How many to split off.
+        split: The data.
+        count: How many to hold out.
         seed: The seed of the choice. Torch's global generator is left alone.
-
-    Returns:
-        The rest and the ``count`` data split off, both shuffled.
 
     Raises:
         ValueError: If ``count`` is not an integer from 1 to ``len(split) - 1``.

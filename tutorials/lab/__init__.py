@@ -1,1 +1,1 @@
-"""What is experiment and not library: the paper's networks, data, priors to compare, figures of one tutorial."""
+"""Experiments: the paper's networks, data, training recipes, priors to compare, figures of one tutorial."""

@@ -1,4 +1,4 @@
-"""Pictures of one tutorial each, from plain data."""
+"""Figures of one tutorial each, from plain data; each is drawn on ``figure``, or on a new one, and returned."""
 
 __all__ = [
     "animate_weight_images",
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import SparseNormal
-from pyro_sparsevd.evaluation.comparison import PriorComparison
+from pyro_sparsevd.evaluation.report import PriorComparison
 from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.plots.style import (
     BLUE,
@@ -45,14 +45,7 @@ def prior_and_posteriors(
 ) -> Any:
     """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights.
 
-    Args:
-        posteriors: Mean and log variance of each weight, by what to call it.
-        limit: The largest magnitude of a weight to draw.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
+    The posteriors are mean and log variance of each weight, by its label; ``limit`` is the end of the axis of weights.
 
     Example:
         >>> figure = prior_and_posteriors({"kept": (1.0, -3.0), "dropped": (0.01, 0.0)})
@@ -78,14 +71,7 @@ def divergences(
 ) -> Any:
     """Draws the KL divergence against log α, exact and approximate, and below the difference from the exact one.
 
-    Args:
-        samples: Monte Carlo estimates of the divergence by log α.
-        limit: The largest magnitude of log α to draw.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
+    Monte Carlo estimates of the divergence, by log α, are drawn beside; ``limit`` is the largest magnitude of log α.
 
     Example:
         >>> len(divergences(samples={0.0: 0.43}).axes)
@@ -115,18 +101,11 @@ def prior_comparison(comparison: PriorComparison, *, title: str = "", figure: An
 
     The error is that of the network with the weights dropped that make the compression. The likelihood is that of the
     posterior with all its weights. Marks of about the same compression, on thin lines, stand side by side.
-
-    Args:
-        comparison: What :func:`~.compare.compare_priors` returns.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure. A prior that missed the error level has a hollow mark at 1, at its error with all weights; one that
-        needs no weights has none.
+    A prior that missed the error level has a hollow mark at 1, at its error with all weights; one that
+    needs no weights has none.
 
     Example:
-        >>> from pyro_sparsevd.evaluation.comparison import PriorResult
+        >>> from pyro_sparsevd.evaluation.report import PriorResult
         >>> result = PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.05, 0.06, 4.0, 1.5, 0.06, 2e-3)
         >>> len(prior_comparison(PriorComparison((result,), "error")).axes)
         3
@@ -240,13 +219,7 @@ def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = Non
     Positive weights are solid lines in blue, negative ones broken lines in orange, as wide as they are large within
     their layer. A unit that nothing connects is a pale dot.
 
-    Args:
-        weights: The weight of each layer, of shape ``(outputs, inputs)``, in their order.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
+    ``weights`` has the weight of each layer in turn, of shape ``(outputs, inputs)``.
 
     Raises:
         ValueError: If the shapes are not those of layers that follow each other.
@@ -289,15 +262,7 @@ def compression_curves(
 ) -> Any:
     """Draws the errors of several methods against compression, on logarithmic axes.
 
-    Args:
-        compressions: The compressions.
-        errors: The error of each method at each compression, as a fraction.
-        baseline: The error of a dense network.
-        title: What to write above.
-        figure: Where to draw.
-
-    Returns:
-        The figure.
+    The errors, one for each compression, are fractions, as is ``baseline``, the error of a dense network.
 
     Example:
         >>> figure = compression_curves([10, 100], {"magnitude": [0.02, 0.1], "Sparse VD": [0.02, 0.02]})

@@ -1,4 +1,4 @@
-"""The networks of the Sparse Variational Dropout paper, as plain ``nn.Sequential``.
+"""The networks of the Sparse Variational Dropout paper, as ``nn.Sequential``.
 
 Each returns class logits and has torch's default initialisation. Counts of weights are without biases and without
 the parameters of normalisation layers, as in the literature on compression.
@@ -10,7 +10,7 @@ import math
 
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 
 
 def lenet_300_100() -> nn.Sequential:
@@ -128,4 +128,4 @@ def vgg_like(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
 
 # Files that name one of these are then loaded without a network.
 for _name, _network in {"lenet-300-100": lenet_300_100, "lenet-5-caffe": lenet_5_caffe, "vgg-like": vgg_like}.items():
-    svd.register_architecture(_name, _network)
+    sparsevd.storage.register_architecture(_name, _network)

@@ -1,4 +1,4 @@
-"""What a comparison of priors found, as numbers and as a table."""
+"""The results of a comparison of priors, as numbers and as a table."""
 
 __all__ = ["PriorComparison", "PriorResult"]
 
@@ -12,14 +12,14 @@ from .. import _tables as tables
 
 @dataclass(frozen=True)
 class PriorResult:
-    """What came of one prior and one seed.
+    """The results for one prior and one seed.
 
     Args:
         prior: What the prior was called.
         seed: The seed.
         error: The test error of the network of posterior means with nothing dropped: the fraction of targets that are
             not the mode of their prediction, or for continuous targets the mean squared error.
-        nll: The negative log likelihood of a test datum under the mean prediction of posterior samples, in nats.
+        nll: The negative log likelihood of a test example under the mean prediction of posterior samples, in nats.
         calibration_error: The expected calibration error of that prediction, see :class:`~.metrics.Uncertainty`; NaN
             where the likelihood is not categorical.
         validation_error: As ``error``, on the validation data.
@@ -46,10 +46,10 @@ class PriorResult:
 
 @dataclass(frozen=True)
 class PriorComparison:
-    """What :func:`~.compare.compare_priors` found; a table when printed: means over the seeds ± standard deviations.
+    """The results of :func:`~.compare.compare_priors`; prints as a table of means ± standard deviations over the seeds.
 
-    In the table, compression and the error at it are over those seeds that reached the error level, whose number
-    follows where it was not all of them.
+    Compression, and the error at it, are averaged over those seeds that reached the error level; their number follows
+    where it was not all of them.
 
     Args:
         results: The numbers of each prior and seed.
@@ -66,11 +66,7 @@ class PriorComparison:
     error_name: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all numbers, for a file.
-
-        Returns:
-            A dictionary with what the errors are and a dictionary for each prior and seed.
-        """
+        """Returns all numbers, for a file."""
         return {"error_name": self.error_name, "results": [asdict(result) for result in self.results]}
 
     def __str__(self) -> str:
@@ -97,7 +93,7 @@ class PriorComparison:
 
 
 def _mean(values: list[float], digits: int) -> str:
-    """Returns the mean of those that are numbers, ± the standard deviation, and how many there are if not all."""
+    """Returns mean ± standard deviation of the values that are not NaN, and their number if that is not all."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
