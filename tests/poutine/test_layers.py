@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import pyro_sparsevd as svd
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight
 
-PAGE = Path(__file__).parents[1] / "docs" / "layers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
 SIGMAS, SAMPLES = 6, 10_000  # which tells variances apart that differ by an eighth
 
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 from pyro_sparsevd.training.split import Split
 
-TUTORIALS = Path(__file__).parents[1] / "tutorials"
+TUTORIALS = Path(__file__).parents[2] / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 
 

@@ -398,7 +398,7 @@ def two_processes(tmp_path_factory):
     """What each process has after a step, by log variance; the second is a fresh interpreter that runs this file."""
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-W", "error", __file__, str(folder)]
-    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     threads = torch.get_num_threads()
     try:
         _work(folder, rank=0)
