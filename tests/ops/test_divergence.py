@@ -1,4 +1,4 @@
-"""The divergences against mpmath, against their plain formulas under autograd, and in blocks against in one piece."""
+"""The divergences against mpmath and against their plain formulas under autograd."""
 
 import math
 import threading
@@ -9,21 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import value_and_gradients
+from problems import DIVERGENCES, TOTALS
 
-from pyro_sparsevd.ops import blocks
-from pyro_sparsevd.ops.divergence import (
-    add_gradients_,
-    kl_ard,
-    kl_log_uniform,
-    kl_log_uniform_total,
-    log_alpha,
-    total_and_slopes,
-)
-from pyro_sparsevd.ops.kernels import KERNELS
+from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total, log_alpha
 
-FORMS = ("approximate", "exact")
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
-
 # facts.md, section 2: log α, exact KL, equation 14, exact dKL/dlog α
 TABLE = [
     (-10.0, 5.635159, 5.635781, -0.500023),
@@ -34,12 +25,6 @@ TABLE = [
     (3.0, 0.024688, 0.025420, -0.024484),
     (6.0, 0.001239, 0.001251, -0.001238),
 ]
-DIVERGENCES = [
-    pytest.param(partial(kl_log_uniform, form="approximate"), id="approximate"),
-    pytest.param(partial(kl_log_uniform, form="exact"), id="exact"),
-    pytest.param(kl_ard, id="ard"),
-]
-TOTALS = [pytest.param(partial(kl_log_uniform_total, form=form), id=f"total-{form}") for form in FORMS]
 
 
 def plain_approximate(loc, log_variance):
@@ -90,13 +75,6 @@ def inverse_alphas(loc, log_variance):
         return [mpmath.mpf(t) ** 2 * mpmath.exp(-mpmath.mpf(s)) for t, s in pairs]
 
 
-def grads_of(function, *inputs, grad=None):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    value = function(*inputs)
-    value.backward(torch.ones_like(value) if grad is None else grad)
-    return value.detach(), *(t.grad for t in inputs)
-
-
 def assert_relative(actual, expected, bound):
     expected = torch.tensor(expected, dtype=torch.float64)
     error = (actual.double().cpu() / expected - 1).abs().max()
@@ -111,18 +89,6 @@ def rates_grid(dtype, device):
     return loc.to(device, dtype), log_variance.to(device, dtype)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 7 weights, in memory of the test's own."""
-    caches = blocks._kept_scratch, blocks._kept_memory
-    monkeypatch.setattr(blocks, "_BLOCK", 7)
-    for kept in caches:
-        kept.cache_clear()
-    yield 7
-    for kept in caches:
-        kept.cache_clear()
-
-
 # Values and slopes
 
 
@@ -130,7 +96,7 @@ def small_blocks(monkeypatch):
 def test_table_of_published_values(rate, exact, approximate, slope, device):
     loc = torch.ones(1, dtype=torch.float64, device=device)
     log_variance = torch.full_like(loc, rate)
-    value, _, grad = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance)
+    value, _, grad = value_and_gradients(partial(kl_log_uniform, form="exact"), loc, log_variance)
     assert value.item() == pytest.approx(exact, abs=6e-7)
     assert grad.item() == pytest.approx(slope, abs=6e-7)
     assert kl_log_uniform(loc, log_variance).item() == pytest.approx(approximate, abs=6e-7)
@@ -141,7 +107,7 @@ def test_table_of_published_values(rate, exact, approximate, slope, device):
 )
 def test_exact_form_is_the_hypergeometric_function(dtype, bound, device):
     loc, log_variance = rates_grid(dtype, device)
-    value, grad_loc, grad_log_variance = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance)
+    value, grad_loc, grad_log_variance = value_and_gradients(partial(kl_log_uniform, form="exact"), loc, log_variance)
     inverse = inverse_alphas(loc, log_variance)
     slope = torch.tensor([true_slope(a) for a in inverse], dtype=torch.float64)
     assert value.dtype == grad_loc.dtype == grad_log_variance.dtype == dtype
@@ -159,7 +125,9 @@ def test_closed_form_and_its_gradients_are_those_of_the_plain_formula(function, 
     loc, log_variance = rates_grid(torch.float64, device)
     grad = torch.randn_like(loc)
     for actual, expected in zip(
-        grads_of(function, loc, log_variance, grad=grad), grads_of(plain, loc, log_variance, grad=grad), strict=True
+        value_and_gradients(function, loc, log_variance, grad=grad),
+        value_and_gradients(plain, loc, log_variance, grad=grad),
+        strict=True,
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-15)
 
@@ -170,15 +138,17 @@ def test_exact_form_and_its_gradients_are_those_of_a_quadrature(device):
     grad = torch.randn_like(loc)
     exact = partial(kl_log_uniform, form="exact")
     for actual, expected in zip(
-        grads_of(exact, loc, log_variance, grad=grad), grads_of(plain_exact, loc, log_variance, grad=grad), strict=True
+        value_and_gradients(exact, loc, log_variance, grad=grad),
+        value_and_gradients(plain_exact, loc, log_variance, grad=grad),
+        strict=True,
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_approximate_form_in_float32_is_that_in_float64(device):
     loc, log_variance = rates_grid(torch.float32, device)
-    single = grads_of(kl_log_uniform, loc, log_variance)
-    double = grads_of(plain_approximate, loc.double(), log_variance.double())
+    single = value_and_gradients(kl_log_uniform, loc, log_variance)
+    double = value_and_gradients(plain_approximate, loc.double(), log_variance.double())
     for actual, expected in zip(single, double, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
@@ -234,7 +204,7 @@ def test_divergence_vanishes_like_half_of_inverse_alpha(kl, slope, device):
 )
 def test_divergence_grows_like_minus_half_of_log_alpha_plus_its_constant(kl, constant, device):
     rate = torch.tensor([-25.0, -40.0, -100.0], dtype=torch.float64, device=device)
-    value, _, grad = grads_of(kl, torch.ones_like(rate), rate)
+    value, _, grad = value_and_gradients(kl, torch.ones_like(rate), rate)
     torch.testing.assert_close(value, -0.5 * rate + constant, rtol=1e-10, atol=0)
     torch.testing.assert_close(grad, torch.full_like(rate, -0.5), rtol=1e-9, atol=0)
 
@@ -244,7 +214,7 @@ def test_divergence_grows_like_minus_half_of_log_alpha_plus_its_constant(kl, con
 def test_divergence_and_gradients_vanish_at_mean_zero_for_every_variance(kl, dtype, device):
     log_variance = torch.linspace(-20, 20, 41, dtype=dtype, device=device)
     for loc in (torch.zeros_like(log_variance), -torch.zeros_like(log_variance)):
-        for result in grads_of(kl, loc, log_variance):
+        for result in value_and_gradients(kl, loc, log_variance):
             assert (result == 0).all()
 
 
@@ -252,8 +222,8 @@ def test_divergence_and_gradients_vanish_at_mean_zero_for_every_variance(kl, dty
 def test_gradients_live_wherever_the_true_ones_do_in_float32(kl, device):
     # Initial values far beyond the ±8 or ±10 at which others clamp log α.
     loc, log_variance = rates_grid(torch.float32, device)
-    value, grad_loc, grad_log_variance = grads_of(kl, loc, log_variance)
-    _, true_loc, true_log_variance = grads_of(kl, loc.double(), log_variance.double())
+    value, grad_loc, grad_log_variance = value_and_gradients(kl, loc, log_variance)
+    _, true_loc, true_log_variance = value_and_gradients(kl, loc.double(), log_variance.double())
     assert value.isfinite().all()
     assert (grad_log_variance < 0).all()
     assert (grad_loc.sign() == loc.sign()).all()
@@ -284,7 +254,7 @@ def test_result_has_the_broadcast_shape(kl, device):
 @pytest.mark.parametrize("needed", [0, 1], ids=["loc", "log_variance"])
 def test_gradient_of_one_input_alone(kl, needed, device):
     inputs = [torch.randn(4, dtype=torch.float64, device=device) for _ in range(2)]
-    _, *expected = grads_of(kl, *inputs)
+    _, *expected = value_and_gradients(kl, *inputs)
     inputs[needed].requires_grad_()
     kl(*inputs).sum().backward()
     torch.testing.assert_close(inputs[needed].grad, expected[needed])
@@ -296,8 +266,8 @@ def test_gradient_of_one_input_alone(kl, needed, device):
 def test_half_precision_is_the_float32_computation_of_the_rounded_input(kl, dtype, device):
     loc = torch.randn(64, device=device).to(dtype)
     log_variance = torch.linspace(-10, 10, 64, device=device).to(dtype)
-    value, *grads = grads_of(kl, loc, log_variance)
-    expected, *expected_grads = grads_of(kl, loc.float(), log_variance.float())
+    value, *grads = value_and_gradients(kl, loc, log_variance)
+    expected, *expected_grads = value_and_gradients(kl, loc.float(), log_variance.float())
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -318,7 +288,7 @@ def test_mixed_precision_is_computed_in_the_wider_type(kl, device):
 def test_inputs_are_not_changed(kl, device):
     inputs = [torch.randn(40, device=device) for _ in range(2)]
     before = [t.clone() for t in inputs]
-    grads_of(lambda *a: kl(*a), *inputs)
+    value_and_gradients(lambda *a: kl(*a), *inputs)
     kl(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
@@ -356,12 +326,12 @@ def test_results_of_two_calls_do_not_share_memory(kl, device):
 def test_gradients_can_be_taken_after_a_call_in_inference_mode(kl, device):
     # In a thread, whose scratch memory is fresh: it must not be made of inference tensors.
     loc, log_variance = torch.randn(9, device=device), torch.randn(9, device=device)
-    expected = grads_of(kl, loc, log_variance)
+    expected = value_and_gradients(kl, loc, log_variance)
 
     def evaluate_then_train():
         with torch.inference_mode():
             kl(loc, log_variance)
-        return grads_of(kl, loc, log_variance)
+        return value_and_gradients(kl, loc, log_variance)
 
     for actual, wanted in zip(in_thread(evaluate_then_train), expected, strict=True):
         assert torch.equal(actual, wanted)
@@ -373,13 +343,13 @@ def test_two_threads_at_once_give_the_results_of_one(kl, device, small_blocks):
         (torch.randn(n, dtype=torch.float64, device=device), torch.randn(n, dtype=torch.float64, device=device))
         for n in (35, 61)
     ]
-    expected = [grads_of(kl, *job) for job in jobs]
+    expected = [value_and_gradients(kl, *job) for job in jobs]
     barrier, mistakes = threading.Barrier(2), []
 
     def work(job, wanted):
         barrier.wait()
         for _ in range(150):
-            found = grads_of(kl, *job)
+            found = value_and_gradients(kl, *job)
             if not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
                 mistakes.append(found)
 
@@ -407,121 +377,6 @@ def in_thread(function):
     if "error" in result:
         raise result["error"]
     return result["value"]
-
-
-# Blocks
-
-SIZES = [0, 1, 6, 7, 8, 13, 14, 15, 100]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("form", FORMS)
-def test_total_in_blocks_is_the_sum_of_the_terms(form, size, device, small_blocks):
-    loc = torch.randn(size, dtype=torch.float64, device=device)
-    log_variance = torch.randn(size, dtype=torch.float64, device=device)
-    terms = grads_of(lambda a, b: kl_log_uniform(a, b, form).sum(), loc, log_variance)
-    total = grads_of(lambda a, b: kl_log_uniform_total(a, b, form), loc, log_variance)
-    assert total[0].shape == ()
-    for actual, expected in zip(total, terms, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kl", DIVERGENCES)
-def test_terms_in_blocks_are_the_terms_in_one_piece(kl, size, device, monkeypatch):
-    loc = torch.randn(size, dtype=torch.float64, device=device)
-    log_variance = torch.randn(size, dtype=torch.float64, device=device)
-    grad = torch.randn_like(loc)
-    whole = grads_of(kl, loc, log_variance, grad=grad)
-    monkeypatch.setattr(blocks, "_BLOCK", 7)
-    blocks._kept_scratch.cache_clear()
-    blocks._kept_memory.cache_clear()
-    try:
-        in_blocks = grads_of(kl, loc, log_variance, grad=grad)
-    finally:
-        blocks._kept_scratch.cache_clear()
-        blocks._kept_memory.cache_clear()
-    for actual, expected in zip(in_blocks, whole, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-15)
-
-
-@pytest.mark.parametrize("kl", DIVERGENCES + TOTALS)
-def test_inputs_and_gradients_of_any_layout(kl, device, small_blocks):
-    base = torch.randn(6, 10, dtype=torch.float64, device=device)
-    layouts = {
-        "transposed": (base.t(), torch.randn(6, 10, dtype=torch.float64, device=device).t()),
-        "one of two": (base.t(), torch.randn(10, 6, dtype=torch.float64, device=device)),
-        "strided": (base[:, ::3], torch.randn(6, 4, dtype=torch.float64, device=device)),
-        "channels last": tuple(
-            torch.randn(2, 3, 2, 2, dtype=torch.float64, device=device).to(memory_format=torch.channels_last)
-            for _ in range(2)
-        ),
-        "expanded": (base, torch.zeros((), dtype=torch.float64, device=device).expand(6, 10)),
-    }
-    for name, (loc, log_variance) in layouts.items():
-        a, b = (t.detach().requires_grad_() for t in (loc, log_variance))
-        value = kl(a, b)
-        value.sum().backward()  # the gradient of the terms is expanded from one number
-        expected = grads_of(kl, loc.contiguous(), log_variance.contiguous())
-        for actual, wanted in zip((value, a.grad, b.grad), expected, strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.parametrize("kl", DIVERGENCES)
-def test_gradient_of_the_terms_may_be_transposed(kl, device, small_blocks):
-    loc = torch.randn(5, 9, dtype=torch.float64, device=device)
-    log_variance = torch.randn(5, 9, dtype=torch.float64, device=device)
-    grad = torch.randn(9, 5, dtype=torch.float64, device=device)
-    _, *actual = grads_of(kl, loc, log_variance, grad=grad.t())
-    _, *expected = grads_of(kl, loc, log_variance, grad=grad.t().contiguous())
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-14, atol=0)
-
-
-# The pieces that the local operations use
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_total_and_slopes_with_add_gradients_is_autograd_of_the_sum(form, device, small_blocks):
-    shapes = [(3, 4), (5,), (), (2, 1, 3)]
-    locs = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
-    log_variances = [torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes]
-    variances = [t.exp() for t in log_variances]
-    memory = torch.full((sum(t.numel() for t in locs),), math.nan, dtype=torch.float64, device=device)
-    total, slopes = total_and_slopes(locs, variances, KERNELS[form], memory)
-    expected = [grads_of(partial(kl_log_uniform, form=form), *pair) for pair in zip(locs, log_variances, strict=True)]
-    torch.testing.assert_close(total, sum(value.sum() for value, _, _ in expected), rtol=1e-12, atol=0)
-
-    grad = torch.tensor(0.7, dtype=torch.float64, device=device)
-    for loc, variance, slope, (_, true_loc, true_log_variance) in zip(locs, variances, slopes, expected, strict=True):
-        before_loc, before_log_variance = torch.randn_like(loc), torch.randn_like(loc)
-        grad_loc, grad_log_variance = before_loc.clone(), before_log_variance.clone()
-        add_gradients_(grad_loc, grad_log_variance, loc, variance, slope, grad)
-        torch.testing.assert_close(grad_loc, before_loc + 0.7 * true_loc, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            grad_log_variance, before_log_variance + 0.7 * true_log_variance, rtol=1e-12, atol=1e-12
-        )
-
-
-@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "loc", "log_variance"])
-@pytest.mark.parametrize("scalar", [True, False], ids=["scalar grad", "grad of each"])
-def test_add_gradients_adds_the_gradients_that_are_wanted(wanted, scalar, device, small_blocks):
-    loc, log_variance = (torch.randn(4, 6, dtype=torch.float64, device=device) for _ in range(2))
-    grad = torch.randn((), dtype=torch.float64, device=device) if scalar else torch.randn_like(loc)
-    memory = torch.empty(24, dtype=torch.float64, device=device)
-    _, (slope,) = total_and_slopes([loc], [log_variance.exp()], KERNELS["exact"], memory)
-    _, *expected = grads_of(partial(kl_log_uniform, form="exact"), loc, log_variance, grad=grad.expand(4, 6))
-    added = [torch.ones_like(loc) if want else None for want in wanted]
-    add_gradients_(*added, loc, log_variance.exp(), slope, grad)
-    for have, want in zip(added, expected, strict=True):
-        if have is not None:
-            torch.testing.assert_close(have, 1 + want, rtol=1e-12, atol=1e-12)
-
-
-def test_total_and_slopes_refuses_lists_of_different_lengths(device):
-    loc = torch.ones(2, device=device)
-    with pytest.raises(ValueError, match="zip"):
-        total_and_slopes([loc, loc], [loc], KERNELS["exact"], torch.empty(4, device=device))
 
 
 # Errors and log α
