@@ -1,6 +1,7 @@
-"""The operations that sample their output, with inputs, and their plain formulas."""
+"""The operations that sample their output, with inputs and plain formulas, and the divergences of their weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_sparsevd import SparseNormal
+from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total
 from pyro_sparsevd.ops.workspace import Workspace
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight
 from pyro_sparsevd.poutine.local_reparam import local_reparam
@@ -180,3 +182,12 @@ def posterior_parameters(device: torch.device) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     loc = torch.randn(3, 4, dtype=torch.float64, device=device).requires_grad_()
     return loc, torch.randn(3, 4, dtype=torch.float64, device=device).requires_grad_()
+
+
+FORMS = ("approximate", "exact")
+DIVERGENCES = [
+    pytest.param(partial(kl_log_uniform, form="approximate"), id="approximate"),
+    pytest.param(partial(kl_log_uniform, form="exact"), id="exact"),
+    pytest.param(kl_ard, id="ard"),
+]
+TOTALS = [pytest.param(partial(kl_log_uniform_total, form=form), id=f"total-{form}") for form in FORMS]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import mpmath
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
-from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total
 
 F64 = torch.float64
 NUM_DATA = 20
+
+
+# A small network as a model of data.
 
 
 def small_network(device: torch.device | None = None, width: int = 3, layer: Callable = nn.Linear) -> nn.Sequential:
@@ -55,9 +56,8 @@ def regression_data(device: torch.device | None = None, size: int = 8) -> tuple[
     """Inputs of the small network and targets that have nothing to do with them."""
     generator = torch.Generator().manual_seed(2)
     device = torch.get_default_device() if device is None else device
-    x = torch.randn(NUM_DATA, 4, generator=generator, dtype=F64, device="cpu")[:size]
-    y = torch.randn(NUM_DATA, generator=generator, dtype=F64, device="cpu")[:size]
-    return x.to(device), y.to(device)
+    x = torch.randn(size, 4, generator=generator, dtype=F64, device="cpu")
+    return x.to(device), torch.randn(size, generator=generator, dtype=F64, device="cpu").to(device)
 
 
 def smooth_data(device: torch.device, size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
@@ -85,6 +85,9 @@ def model_and_guide(
     return model, AutoSparseNormal(model, init_log_variance=log_variance)
 
 
+# Divergences by hand.
+
+
 EULER = 0.5772156649015329
 
 
@@ -110,7 +113,12 @@ def log_normaliser(loc: Tensor) -> float:
     return loc.numel() * (math.log(LOG_RATIO) - 0.5 * (1 + EULER + math.log(math.pi)))
 
 
+# Models and guides whose loss Pyro's own losses know.
+
+
 class Twin(NamedTuple):
+    """A model, a guide of it, and the arguments of both."""
+
     model: Callable
     guide: Callable
     args: tuple
@@ -171,7 +179,7 @@ def model_and_guide_of(make: Callable, device: torch.device) -> tuple[Supervised
     return model, guide
 
 
-class Poisoned(NamedTuple):
+class Trained(NamedTuple):
     model: Supervised
     guide: AutoSparseNormal
     svi: SVI
@@ -179,7 +187,7 @@ class Poisoned(NamedTuple):
     data: tuple[Tensor, Tensor]
 
 
-def trained_once(device: torch.device, task: str, **options: Any) -> Poisoned:
+def trained_once(device: torch.device, task: str, **options: Any) -> Trained:
     likelihood = normal_likelihood if task == "regression" else categorical_likelihood
     model, guide = model_and_guide(device, likelihood=likelihood)
     elbo = SparseVD_ELBO(**options)
@@ -187,7 +195,10 @@ def trained_once(device: torch.device, task: str, **options: Any) -> Poisoned:
     x, y = regression_data(device)
     y = y if task == "regression" else (y > 0).double()
     svi.step(x, y)
-    return Poisoned(model, guide, svi, elbo(model, guide), (x.clone(), y.clone()))
+    return Trained(model, guide, svi, elbo(model, guide), (x.clone(), y.clone()))
+
+
+# A network, a function and both in one.
 
 
 class Case(NamedTuple):
@@ -260,6 +271,9 @@ def model_with_batch_norm(device: torch.device) -> Supervised:
     return Supervised(bayesianize(net), precise_likelihood, NUM_DATA)
 
 
+# AutoNormal and AutoSparseNormal side by side.
+
+
 INIT_SCALE = 0.1
 
 
@@ -311,6 +325,9 @@ def two_weights(y: Tensor) -> Tensor:
 
 
 TWO_WEIGHTS_Y = [0.3, 0.9, 1.4, 1.1]
+
+
+# Models of every kind.
 
 
 def shapes_model() -> None:
@@ -427,18 +444,13 @@ def module_model() -> PyroModule:
 ZOO = [
     pytest.param(lambda model=model: model, id=model.__name__.removesuffix("_model"))
     for model in (
-        shapes_model,
-        supports_model,
-        log_uniforms_model,
-        hierarchy_model,
-        subsampled_model,
-        subsampled_twice_model,
-        masked_and_scaled_model,
-        markov_model,
-        factors_model,
-        partly_observed_model,
+        shapes_model, supports_model, log_uniforms_model, hierarchy_model, subsampled_model, subsampled_twice_model,
+        masked_and_scaled_model, markov_model, factors_model, partly_observed_model,
     )
-] + [pytest.param(module_model, id="module")]
+] + [pytest.param(module_model, id="module")]  # fmt: skip
+
+
+# Networks with priors.
 
 
 class Tied(nn.Module):
@@ -470,6 +482,9 @@ def regression_model(device, num_data=100, likelihood=normal_rows, net=None):
     return svd.Supervised(svd.bayesianize(net.to(device), svd.LogUniform(1e-3, 1.0)), likelihood, num_data)
 
 
+# Distributions.
+
+
 def tensor64(value, device):
     return torch.tensor(value, dtype=torch.float64, device=device)
 
@@ -483,12 +498,3 @@ BOUNDS = [(1e-3, 1.0), (0.5, 0.6), (1e-8, 1e4), (2.0, 300.0)]
 
 def normal_of(q):
     return dist.Normal(q.loc, (0.5 * q.log_variance).exp())
-
-
-FORMS = ("approximate", "exact")
-DIVERGENCES = [
-    pytest.param(partial(kl_log_uniform, form="approximate"), id="approximate"),
-    pytest.param(partial(kl_log_uniform, form="exact"), id="exact"),
-    pytest.param(kl_ard, id="ard"),
-]
-TOTALS = [pytest.param(partial(kl_log_uniform_total, form=form), id=f"total-{form}") for form in FORMS]

@@ -4,26 +4,16 @@ import subprocess
 import sys
 from typing import Any
 
-import pyro.distributions as dist
 import pytest
 import torch
+from problems import loss_of, smooth_data
 from torch import Tensor, nn
-
-import pyro_sparsevd as svd
 
 
 def _loss(device: torch.device, **options: Any) -> Any:
     torch.manual_seed(1)
     layers = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(54, 1)
-    model = svd.Supervised(
-        svd.bayesianize(nn.Sequential(*layers).to(device)), lambda output: dist.Normal(output.squeeze(-1), 0.5), 20
-    )
-    return svd.SparseVD_ELBO(**options)(model, svd.AutoSparseNormal(model, init_log_variance=-4.0))
-
-
-def _data(device: torch.device) -> tuple[Tensor, Tensor]:
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
-    return x.to(device), x.sum(1).tanh().to(device)
+    return loss_of(nn.Sequential(*layers).to(device), **options)
 
 
 class _Doubled(nn.Module):
@@ -54,7 +44,7 @@ def test_loss_and_gradients_are_those_without(options, contain, backend, compile
         results = []
         for module, function in zip((plain, other), functions, strict=True):
             torch.manual_seed(seed)
-            value = function(*(t[:size] for t in _data(device)))
+            value = function(*(t[:size] for t in smooth_data(device, dtype=torch.float32)))
             results.append([value, *torch.autograd.grad(value, list(module.parameters()))])
         torch.testing.assert_close(*results)
 

@@ -7,13 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from problems import loss_of, smooth_data
 from pyro.infer import SVI
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.infer.latents import _running_buffers, unchanged_buffers_on_error
-
-F64 = torch.float64
 
 
 class _Overflowing(nn.Module):
@@ -40,20 +39,13 @@ class _SometimesTwice(nn.Module):
         return self.last(self.layer(hidden) if x.min() > 0 else hidden)
 
 
+def _unchecked(output: Tensor) -> dist.Normal:
+    return dist.Normal(output.squeeze(-1), 0.5, validate_args=False)
+
+
 def _loss(device: torch.device, net: nn.Module, **options: Any) -> Any:
     torch.manual_seed(1)
-    model = svd.Supervised(
-        svd.bayesianize(net.to(device).double()),
-        lambda output: dist.Normal(output.squeeze(-1), 0.5, validate_args=False),
-        20,
-    )
-    return svd.SparseVD_ELBO(**options)(model, svd.AutoSparseNormal(model))
-
-
-def _data(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(8, 4, generator=generator, dtype=F64)
-    return x.to(device), x.sum(1).tanh().to(device)
+    return loss_of(net.to(device).double(), _unchecked, **options)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +57,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", ["svi", "loss"])
 def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(way, num_particles, trained_before, device):
     loss = _loss(device, _Overflowing(), num_particles=num_particles)
-    x, y = _data(device)
+    x, y = smooth_data(device)
     step = loss
     if way == "svi":
         step = SVI(loss.model, loss.guide, pyro.optim.Adam({"lr": 0.01}), loss.elbo).step
@@ -91,17 +83,17 @@ def test_an_error_of_the_model_leaves_running_statistics_alone(device):
             return output
 
     loss = _loss(device, Failing(nn.BatchNorm1d(4), nn.Linear(4, 1)))
-    loss(*_data(device))
+    loss(*smooth_data(device))
     before = _buffers(loss.model)
     loss.model.network.fails = True
     with pytest.raises(KeyError, match="mine"):
-        loss(*_data(device))
+        loss(*smooth_data(device))
     torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
 
 
 def test_without_the_check_statistics_are_those_of_the_pass(device):
     loss = _loss(device, _Overflowing(), check_finite=False)
-    x, y = _data(device)
+    x, y = smooth_data(device)
     assert not math.isfinite(loss(1e3 * x, y).item())
     assert loss.model.network.norms[0].num_batches_tracked == 1
 
@@ -109,7 +101,7 @@ def test_without_the_check_statistics_are_those_of_the_pass(device):
 @pytest.mark.parametrize("once_before", [0, 1, 4])
 def test_a_layer_first_called_twice_in_a_later_step_counts_once(once_before, device):
     loss, expected = (_loss(device, _SometimesTwice(), local_reparam=local) for local in (True, False))
-    x, y = _data(device)
+    x, y = smooth_data(device)
     for each in (loss, expected):
         for _ in range(once_before):
             each(x, y)
@@ -196,7 +188,7 @@ def test_frozen_parameters_change_once_in_a_step(device, local_reparam):
     net = _Momentum()
     before = net.follower.weight.double().to(device)
     loss = _loss(device, net, local_reparam=local_reparam)
-    loss(*_data(device)).backward()
+    loss(*smooth_data(device)).backward()
     torch.testing.assert_close(_follower(loss), before.lerp(torch.ones_like(before), 0.25))
 
 

@@ -1,6 +1,7 @@
 """Losses, models and guides in torch's own tools: each does to them what it does to any module."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_close, seeded, state_of
+from problems import F64, loss_of, normal_likelihood, smooth_data
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sparsevd as svd
 
-F64 = torch.float64
 NUM_DATA = 24
 WORLD = 2
 NO_NOISE = -60.0  # a log variance whose noise is lost in the rounding of float64
@@ -28,7 +30,7 @@ WIDTH = 128  # of weights large enough that their memory is used again from step
 
 
 def _normal(output: Tensor) -> dist.Normal:
-    return dist.Normal(output.squeeze(-1).float() if output.dtype == torch.bfloat16 else output.squeeze(-1), 0.5)
+    return normal_likelihood(output.float() if output.dtype == torch.bfloat16 else output)
 
 
 def _mlp() -> nn.Module:
@@ -48,15 +50,7 @@ def _loss(
     **options: Any,
 ) -> Any:
     torch.manual_seed(1)
-    model = svd.Supervised(svd.bayesianize(make().to(device, dtype)), _normal, NUM_DATA)
-    guide = svd.AutoSparseNormal(model, init_log_variance=log_variance)
-    return svd.SparseVD_ELBO(**options)(model, guide)
-
-
-def _data(device: torch.device, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(NUM_DATA, 4, generator=generator, dtype=F64)
-    return x.to(device, dtype), x.sum(1).tanh().to(device, dtype)
+    return loss_of(make().to(device, dtype), _normal, NUM_DATA, log_variance, **options)
 
 
 def _gradients(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -66,19 +60,6 @@ def _gradients(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:
 
 def _accumulated(loss: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in loss.named_parameters()}
-
-
-def _seeded(function: Callable, *args: Any, seed: int = 5) -> Any:
-    torch.manual_seed(seed)
-    return function(*args)
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def _assert_close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def _spreads(loss: nn.Module) -> list[nn.Parameter]:
@@ -96,7 +77,7 @@ def test_training_goes_on_exactly_from_a_file_without_code(device, tmp_path):
     def train(loss: Any, optimizer: torch.optim.Optimizer, seeds: range) -> None:
         for seed in seeds:
             optimizer.zero_grad()
-            _seeded(loss, *_data(device), seed=seed).backward()
+            seeded(loss, *smooth_data(device, NUM_DATA), seed=seed).backward()
             optimizer.step()
 
     whole, killed, resumed = (_loss(device) for _ in range(3))
@@ -109,7 +90,7 @@ def test_training_goes_on_exactly_from_a_file_without_code(device, tmp_path):
     resumed.load_state_dict(state["loss"])
     optimizers[2].load_state_dict(state["optimizer"])
     train(resumed, optimizers[2], range(3, 6))
-    _assert_close(_state(resumed), _state(whole), tolerance=0)
+    assert_close(state_of(resumed), state_of(whole), tolerance=0)
 
 
 # Optimisers.
@@ -122,14 +103,14 @@ def test_decay_in_a_parameter_group_leaves_log_variances_alone(make, device):
     for loss, decay in zip(losses, decays, strict=True):
         groups = [{"params": _others(loss), "weight_decay": decay}, {"params": _spreads(loss), "weight_decay": 0.0}]
         optimizer = make(groups, lr=0.1)
-        _seeded(loss, *_data(device)).backward()
+        seeded(loss, *smooth_data(device, NUM_DATA)).backward()
         before = [[p.detach().clone() for p in of(loss)] for of in (_others, _spreads)]
         optimizer.step()
     decayed, plain = losses
     for one, other in zip(_spreads(decayed), _spreads(plain), strict=True):
         assert torch.equal(one, other)
     for one, other, start in zip(_others(decayed), _others(plain), before[0], strict=True):
-        _assert_close(one, other - 0.1 * 0.5 * start)
+        assert_close(one, other - 0.1 * 0.5 * start)
     assert len(_spreads(plain)) == len(before[1]) == 3
 
 
@@ -139,7 +120,7 @@ def test_lbfgs_with_noise_that_is_fixed_lowers_the_loss_at_every_step(device):
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = _seeded(loss, *_data(device))
+        value = seeded(loss, *smooth_data(device, NUM_DATA))
         value.backward()
         return value
 
@@ -153,54 +134,54 @@ def test_a_scheduler_sets_the_size_of_the_step(make, device):
     loss = _loss(device)
     optimizer = make(loss.parameters(), 0.02)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [1.0, 0.0, 0.0].__getitem__)
-    states = [_state(loss)]
+    states = [state_of(loss)]
     for _ in range(2):
         optimizer.zero_grad()
-        loss(*_data(device)).backward()
+        loss(*smooth_data(device, NUM_DATA)).backward()
         optimizer.step()
         scheduler.step()
-        states.append(_state(loss))
+        states.append(state_of(loss))
     assert all(not torch.equal(states[0][name], states[1][name]) for name in states[0])
-    _assert_close(states[2], states[1], tolerance=0)
+    assert_close(states[2], states[1], tolerance=0)
 
 
 def test_accumulated_micro_batches_are_the_joint_batch(device):
     loss, joint = _loss(device, log_variance=NO_NOISE), _loss(device, log_variance=NO_NOISE)
-    x, y = _data(device)
+    x, y = smooth_data(device, NUM_DATA)
     joint(x, y).backward()
     for part in range(4):
         (loss(x[6 * part : 6 * (part + 1)], y[6 * part : 6 * (part + 1)]) / 4).backward()
-    _assert_close(_accumulated(loss), _accumulated(joint))
+    assert_close(_accumulated(loss), _accumulated(joint))
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["one-by-one", "in-one-backward-pass"])
 @pytest.mark.parametrize("make", [_mlp, _convolutional])
 def test_accumulated_gradients_are_the_sum_of_single_ones(make, at_once, device):
     loss, single = _loss(device, make), _loss(device, make)
-    x, y = _data(device)
+    x, y = smooth_data(device, NUM_DATA)
     parts = [(x[:8], y[:8]), (x[8:], y[8:]), (x[:8], y[:8])]
-    expected = [_gradients(single, _seeded(single, *part, seed=seed)) for seed, part in enumerate(parts)]
+    expected = [_gradients(single, seeded(single, *part, seed=seed)) for seed, part in enumerate(parts)]
     values = []
     for seed, part in enumerate(parts):
-        values.append(_seeded(loss, *part, seed=seed))
+        values.append(seeded(loss, *part, seed=seed))
         if not at_once:
             values.pop().backward()
     if at_once:
         sum(values).backward()
-    _assert_close(_accumulated(loss), {name: sum(g[name] for g in expected) for name in expected[0]})
+    assert_close(_accumulated(loss), {name: sum(g[name] for g in expected) for name in expected[0]})
 
 
 def test_clipped_gradients_are_the_scaled_ones_with_the_norm_that_was_asked_for(device):
     loss, free = _loss(device), _loss(device)
-    x, y = _data(device)
-    _seeded(loss, x, y).backward()
-    gradients = _gradients(free, _seeded(free, x, y))
+    x, y = smooth_data(device, NUM_DATA)
+    seeded(loss, x, y).backward()
+    gradients = _gradients(free, seeded(free, x, y))
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     assert norm > 1
-    _assert_close(nn.utils.clip_grad_norm_(loss.parameters(), 1.0, error_if_nonfinite=True), norm)
-    _assert_close(_accumulated(loss), {name: g / norm for name, g in gradients.items()}, 1e-6)
-    _seeded(loss, x, y).backward()  # clipping in place has harmed nothing that is used again
-    _assert_close(_accumulated(loss), {name: g / norm + g for name, g in gradients.items()}, 1e-6)
+    assert_close(nn.utils.clip_grad_norm_(loss.parameters(), 1.0, error_if_nonfinite=True), norm)
+    assert_close(_accumulated(loss), {name: g / norm for name, g in gradients.items()}, 1e-6)
+    seeded(loss, x, y).backward()  # clipping in place has harmed nothing that is used again
+    assert_close(_accumulated(loss), {name: g / norm + g for name, g in gradients.items()}, 1e-6)
 
 
 def test_averaged_weights_are_the_mean_of_the_states(device):
@@ -210,22 +191,22 @@ def test_averaged_weights_are_the_mean_of_the_states(device):
     states = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss(*_data(device)).backward()
+        loss(*smooth_data(device, NUM_DATA)).backward()
         optimizer.step()
         averaged.update_parameters(loss)
-        states.append(_state(loss))
+        states.append(state_of(loss))
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    _assert_close(_state(averaged.module), mean)
+    assert_close(state_of(averaged.module), mean)
     expected = copy.deepcopy(loss)
     expected.load_state_dict(mean)
-    _assert_close(_seeded(averaged, *_data(device)), _seeded(expected, *_data(device)))
+    assert_close(seeded(averaged, *smooth_data(device, NUM_DATA)), seeded(expected, *smooth_data(device, NUM_DATA)))
 
 
 # Data.
 
 
 def test_a_data_loader_gives_the_loss_its_batches(device):
-    x, y = _data(device)
+    x, y = smooth_data(device, NUM_DATA)
     loss = _loss(device)
     loader = DataLoader(
         TensorDataset(x, y), 10, shuffle=True, num_workers=0, generator=torch.Generator().manual_seed(3)
@@ -234,7 +215,7 @@ def test_a_data_loader_gives_the_loss_its_batches(device):
     batches = list(loader)
     assert [len(batch) for batch, _ in batches] == [10, 10, 4]
     for indices, batch in zip(order.split(10), batches, strict=True):
-        _assert_close(_seeded(loss, *batch), _seeded(loss, x[indices], y[indices]), tolerance=0)
+        assert_close(seeded(loss, *batch), seeded(loss, x[indices], y[indices]), tolerance=0)
 
 
 def _as_the_loader(seed: int) -> torch.Generator:
@@ -254,13 +235,13 @@ def test_functional_call_evaluates_the_loss_at_the_parameters_given(make, device
         for parameter in elsewhere.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=F64).to(device))
     given = {name: p.detach().clone().requires_grad_() for name, p in elsewhere.named_parameters()}
-    before = _state(loss)
-    value = _seeded(functional_call, loss, given, _data(device))
-    expected = _seeded(elsewhere, *_data(device))
-    _assert_close(value, expected, tolerance=0)
+    before = state_of(loss)
+    value = seeded(functional_call, loss, given, smooth_data(device, NUM_DATA))
+    expected = seeded(elsewhere, *smooth_data(device, NUM_DATA))
+    assert_close(value, expected, tolerance=0)
     gradients = torch.autograd.grad(value, list(given.values()))
-    _assert_close(dict(zip(given, gradients, strict=True)), _gradients(elsewhere, expected))
-    _assert_close(_state(loss), before, tolerance=0)
+    assert_close(dict(zip(given, gradients, strict=True)), _gradients(elsewhere, expected))
+    assert_close(state_of(loss), before, tolerance=0)
 
 
 # Mixed precision.
@@ -273,7 +254,7 @@ def test_autocast_gives_the_loss_and_gradients_of_single_precision(make, local_r
     for enabled in (True, False):
         loss = _loss(device, make, -6.0, torch.float32, local_reparam=local_reparam)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-            value = _seeded(loss, *_data(device, torch.float32))
+            value = seeded(loss, *smooth_data(device, NUM_DATA, torch.float32))
         assert value.dtype == torch.float32
         values.append(value.item())
         gradients.append(_gradients(loss, value))
@@ -290,16 +271,16 @@ def test_a_layer_under_autocast_samples_in_single_precision_and_is_rounded_once(
     for enabled in (True, False):
         loss = _loss(device, make, -14.0, torch.float32)
         first = next(m for m in loss.model.network.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-        loss(*_data(device, torch.float32))  # the guide's set-up runs the layer, too
+        loss(*smooth_data(device, NUM_DATA, torch.float32))  # the guide's set-up runs the layer, too
         first.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-            _seeded(loss, *_data(device, torch.float32))
+            seeded(loss, *smooth_data(device, NUM_DATA, torch.float32))
     assert torch.equal(outputs[0], outputs[1].bfloat16())
 
 
 def test_mixed_precision_trains_without_a_scaler(device):
     loss = _loss(device, log_variance=-8.0, dtype=torch.float32, kl_weight=0.01)
-    x, y = _data(device, torch.float32)
+    x, y = smooth_data(device, NUM_DATA, torch.float32)
     optimizer = torch.optim.Adam(loss.parameters(), 0.01)
     losses = []
     for _ in range(40):
@@ -336,9 +317,9 @@ def test_a_checkpoint_of_layers_without_a_prior_changes_nothing(use_reentrant, d
     results = []
     for option in (use_reentrant, None):
         loss = _loss(device, lambda option=option: _Checkpointed(option))
-        value = _seeded(loss, *_data(device))
+        value = seeded(loss, *smooth_data(device, NUM_DATA))
         results.append((value, _gradients(loss, value)) if option is False else (value, _backward(loss, value)))
-    _assert_close(results[0], results[1])
+    assert_close(results[0], results[1])
 
 
 def _backward(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -362,9 +343,9 @@ def test_a_checkpoint_may_be_given_weights_that_are_drawn(use_reentrant, device)
     results = []
     for option in (use_reentrant, None):
         loss = _loss(device, lambda option=option: _GivenWeights(option), local_reparam=False)
-        value = _seeded(loss, *_data(device))
+        value = seeded(loss, *smooth_data(device, NUM_DATA))
         results.append((value, _backward(loss, value)))
-    _assert_close(results[0], results[1])
+    assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("make", [_mlp, _convolutional])
@@ -372,11 +353,15 @@ def test_the_whole_loss_may_be_computed_again_in_the_backward_pass(make, device)
     results = []
     for again in (True, False):
         loss = _loss(device, make)
-        loss(*_data(device))
+        loss(*smooth_data(device, NUM_DATA))
         torch.manual_seed(5)
-        value = checkpoint(loss, *_data(device), use_reentrant=False) if again else loss(*_data(device))
+        value = (
+            checkpoint(loss, *smooth_data(device, NUM_DATA), use_reentrant=False)
+            if again
+            else loss(*smooth_data(device, NUM_DATA))
+        )
         results.append((value, _gradients(loss, value)))
-    _assert_close(results[0], results[1])
+    assert_close(results[0], results[1])
 
 
 # Compilation.
@@ -386,8 +371,8 @@ def test_the_whole_loss_may_be_computed_again_in_the_backward_pass(make, device)
 def test_a_pruned_network_compiles_to_the_same_outputs(backend, compiled, device):
     loss = _loss(device)
     pruned = svd.prune(loss.model.network, loss.guide, svd.sparsify(loss.guide))
-    x, _ = _data(device)
-    _assert_close(compiled(copy.deepcopy(pruned), backend=backend)(x), pruned(x))
+    x, _ = smooth_data(device, NUM_DATA)
+    assert_close(compiled(copy.deepcopy(pruned), backend=backend)(x), pruned(x))
 
 
 # Two processes.
@@ -397,8 +382,9 @@ def test_a_pruned_network_compiles_to_the_same_outputs(backend, compiled, device
 def two_processes(tmp_path_factory):
     """What each process has after a step, by log variance; the second is a fresh interpreter that runs this file."""
     folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-W", "error", __file__, str(folder)]
-    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=environment)
     threads = torch.get_num_threads()
     try:
         _work(folder, rank=0)
@@ -412,30 +398,30 @@ def two_processes(tmp_path_factory):
 
 def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(two_processes):
     loss = _loss(torch.device("cpu"), log_variance=NO_NOISE)
-    expected = _gradients(loss, loss(*_data(torch.device("cpu"))))
+    expected = _gradients(loss, loss(*smooth_data(torch.device("cpu"), NUM_DATA)))
     for found in two_processes:
-        _assert_close(found[NO_NOISE]["gradients"], expected)
+        assert_close(found[NO_NOISE]["gradients"], expected)
 
 
 def test_two_processes_have_noise_of_their_own_and_the_mean_of_their_gradients(two_processes):
     loss = _loss(torch.device("cpu"), log_variance=NOISE)
-    single = [_gradients(loss, _seeded(loss, *_part(rank), seed=rank)) for rank in range(WORLD)]
+    single = [_gradients(loss, seeded(loss, *_part(rank), seed=rank)) for rank in range(WORLD)]
     expected = {name: (gradient + single[1][name]) / WORLD for name, gradient in single[0].items()}
     for found in two_processes:
-        _assert_close(found[NOISE]["gradients"], expected)
+        assert_close(found[NOISE]["gradients"], expected)
 
 
 @pytest.mark.parametrize("log_variance", [NO_NOISE, NOISE])
 def test_two_processes_stay_equal(log_variance, two_processes):
     first, second = (found[log_variance]["state"] for found in two_processes)
-    _assert_close(first, second, tolerance=0)
-    start = _state(_loss(torch.device("cpu"), log_variance=log_variance))
+    assert_close(first, second, tolerance=0)
+    start = state_of(_loss(torch.device("cpu"), log_variance=log_variance))
     assert all(not torch.equal(first[name], value) for name, value in start.items())
 
 
 def _part(rank: int) -> tuple[Tensor, Tensor]:
     size = NUM_DATA // WORLD
-    x, y = _data(torch.device("cpu"))
+    x, y = smooth_data(torch.device("cpu"), NUM_DATA)
     return x[rank * size : (rank + 1) * size], y[rank * size : (rank + 1) * size]
 
 
@@ -455,13 +441,13 @@ def _two_steps(rank: int, log_variance: float) -> dict[str, Any]:
     loss = _loss(torch.device("cpu"), log_variance=log_variance)
     parallel = nn.parallel.DistributedDataParallel(loss)
     optimizer = torch.optim.SGD(parallel.parameters(), 0.001)
-    _seeded(parallel, *_part(rank), seed=rank).backward()
+    seeded(parallel, *_part(rank), seed=rank).backward()
     gradients = _accumulated(loss)
     for _ in range(2):
         optimizer.step()
         optimizer.zero_grad()
         parallel(*_part(rank)).backward()
-    return {"gradients": gradients, "state": _state(loss)}
+    return {"gradients": gradients, "state": state_of(loss)}
 
 
 if __name__ == "__main__":

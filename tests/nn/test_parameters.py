@@ -333,6 +333,7 @@ UNFIT = {  # a network, and what is said
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(("make", "message"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.usefixtures("compiled")  # what one of them changes globally is put back
 def test_modules_that_pyro_cannot_make_its_own_are_refused_by_name(make, message):
     with pytest.raises(TypeError, match=message):
         svd.bayesianize(make())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import value_and_gradients
-from problems import DIVERGENCES, TOTALS
+from operations import DIVERGENCES, TOTALS
 
 from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total, log_alpha
 

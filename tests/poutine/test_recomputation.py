@@ -5,17 +5,16 @@ from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import loss_of, smooth_data
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
 
-F64 = torch.float64
 again = partial(checkpoint, use_reentrant=False)
 with_contexts = partial(checkpoint, use_reentrant=False, context_fn=svd.checkpoint_contexts)
 
@@ -90,21 +89,12 @@ class _GivenToBilinear(_Given):
 
 def _loss(device: torch.device, make: Callable[[Callable], nn.Module], run: Callable, **options: Any) -> Any:
     torch.manual_seed(1)
-    model = svd.Supervised(
-        svd.bayesianize(make(run).to(device).double()), lambda output: dist.Normal(output.squeeze(-1), 0.5), 20
-    )
-    return svd.SparseVD_ELBO(**options)(model, svd.AutoSparseNormal(model, init_log_variance=-4.0))
-
-
-def _data(device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(9, 4, generator=generator, dtype=F64)
-    return x.to(device), x.sum(1).tanh().to(device)
+    return loss_of(make(run).to(device).double(), **options)
 
 
 def _gradients(loss: Any, device: torch.device, times: int = 1) -> list[Tensor]:
     torch.manual_seed(5)
-    value = loss(*_data(device))
+    value = loss(*smooth_data(device, 9))
     for _ in range(times):
         value.backward(retain_graph=True)
     return [value.detach(), *(p.grad for p in loss.parameters())]
@@ -135,7 +125,7 @@ def test_two_losses_that_wait_for_their_backward_pass_keep_their_own_weights(dev
     for run in (with_contexts, plainly):
         loss = _loss(device, _Network, run)
         torch.manual_seed(5)
-        (loss(*_data(device)) + loss(*_data(device))).backward()
+        (loss(*smooth_data(device, 9)) + loss(*smooth_data(device, 9))).backward()
         results.append([p.grad for p in loss.parameters()])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -152,13 +142,13 @@ def test_a_weight_that_is_read_again_is_an_error_that_names_it(way, make, local_
         "torch": lambda *data: loss(*data).backward(),
     }[way]
     with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass.* outside of the checkpoint"):
-        step(*_data(device))
+        step(*smooth_data(device, 9))
 
 
 def test_contexts_do_not_help_a_weight_read_past_its_layer_and_the_error_names_it(device):
     loss = _loss(device, _Inside, with_contexts)
     with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass"):
-        loss(*_data(device)).backward()
+        loss(*smooth_data(device, 9)).backward()
 
 
 class _GivenToMatmul(_Given):
@@ -172,7 +162,7 @@ class _GivenToMatmul(_Given):
 @pytest.mark.parametrize("make", [_Given, _GivenToBilinear, _GivenToMatmul])
 def test_a_block_may_be_given_a_weight_that_it_has_sampled(make, use_reentrant, device):
     loss = _loss(device, make, partial(checkpoint, use_reentrant=use_reentrant))
-    loss(*_data(device))
+    loss(*smooth_data(device, 9))
     results = []
     for run in (loss.model.network.run, plainly):
         loss.model.network.run = run
@@ -185,7 +175,7 @@ def test_a_block_may_be_given_a_weight_that_it_has_sampled(make, use_reentrant, 
 def test_the_whole_loss_may_be_computed_again(device):
     loss, expected = (_loss(device, _Network, plainly) for _ in range(2))
     for module in (loss, expected):
-        module(*_data(device))
+        module(*smooth_data(device, 9))
     torch.manual_seed(5)
-    again(loss, *_data(device)).backward()
+    again(loss, *smooth_data(device, 9)).backward()
     torch.testing.assert_close([p.grad for p in loss.parameters()], _gradients(expected, device)[1:])
