@@ -69,7 +69,7 @@ def test_many_sites_cost_little_more_than_their_arithmetic(device):
     assert extra / sites < 0.15e-3
 
 
-def test_a_step_of_fifteen_million_weights_costs_little_more_than_two_dense_ones(device):
+def test_a_step_of_15_million_weights_costs_little_more_than_two_dense(device):
     torch.manual_seed(1)
     dense = vgg_like().to(device)
     model = svd.Supervised(svd.bayesianize(dense), lambda logits: dist.Categorical(logits=logits), 50_000)

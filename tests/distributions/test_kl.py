@@ -35,7 +35,7 @@ def test_registered_divergence_knows_torchs_own_normal(device):
     [(0.5, 0.3, 1e-12, 1e3), (0.0, 1.0, 1e-13, 50.0), (-2.0, 0.1, 1e-2, 10.0), (1e-3, 0.02, 1e-15, 1.0)],
 )
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_divergence_from_a_bounded_prior_is_the_integral_of_q_log_q_over_p(family, loc, scale, low, high, device):
+def test_divergence_from_a_bounded_prior_is_the_integral_of_q_log_q_by_p(family, loc, scale, low, high, device):
     """The bounds hold the posterior but for less than 1e-11 of its mass."""
     with mpmath.workdps(30):
         normalizer = mpmath.log(2 * mpmath.log(mpmath.mpf(high) / low))

@@ -82,7 +82,7 @@ def test_the_scale_of_an_empirical_prior_is_the_best_of_each_group(group_dims):
 
 
 @pytest.mark.parametrize("group_dims", [None, (), (0,)])
-def test_gradients_of_an_empirical_divergence_are_right_and_finite_at_zero(group_dims):
+def test_gradients_of_an_empirical_divergence_are_right_and_finite_at_0(group_dims):
     prior = EmpiricalNormal(group_dims).expand((3, 4))
     q = _posterior((3, 4))
     inputs = q.loc.requires_grad_(), q.log_variance.requires_grad_()
@@ -189,7 +189,7 @@ def test_the_mean_loss_is_that_of_trace_elbo(name, device):
 
 
 @pytest.mark.parametrize("name", EMPIRICAL)
-def test_a_sampled_divergence_from_an_empirical_prior_is_an_error_that_names_the_site(name, device):
+def test_a_sampled_divergence_from_an_empirical_prior_names_the_site(name, device):
     model, data = _model(PRIORS[name](), device), _data(device)
     guide = svd.AutoSparseNormal(model)
     with pytest.raises(ValueError, match=r"weight: EmpiricalNormal has no density.*kl=\"approximate\""):
@@ -233,7 +233,7 @@ def test_a_plain_model_takes_the_same_priors(name, device):
     assert svd.sparsify(guide, {"w": math.inf}).kept == 4
 
 
-def test_globs_choose_sites_with_any_prior_and_the_first_that_matches_counts():
+def test_the_first_glob_that_matches_chooses_the_prior_of_a_site():
     guide = svd.AutoSparseNormal(svd.bayesianize(_net(), {"0.*": svd.LogUniform(), "*": dist.Normal(0.0, 1.0)}))
     assert [site.name for site in svd.sparsify(guide).sites] == ["0.weight"]
     summary = svd.sparsify(guide, {"2.*": -100.0, "*": 100.0})

@@ -80,7 +80,7 @@ def test_error_and_likelihood_of_a_regression_are_those_of_the_network(device):
     assert math.isnan(found.calibration_error)
 
 
-def test_error_likelihood_and_calibration_of_a_classifier_are_those_of_the_network(device):
+def test_error_nll_and_calibration_of_a_classifier_are_the_networks(device):
     splits = [classes(device, 200) for _ in range(3)]
     found = of_one(classifier, {"a": None}, categorical, *splits, seeds=[7], **UNTRAINED)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_compression_is_the_largest_at_the_level(device):
 
 
 @pytest.mark.parametrize(("level", "compression"), [(0.0, 1.0), (1e9, math.inf), (-1.0, math.nan)])
-def test_a_level_that_no_network_or_only_the_whole_or_even_the_empty_one_reaches(device, level, compression):
+def test_a_level_that_no_or_only_the_whole_or_even_the_empty_network_has(device, level, compression):
     split = regression(device)
     with torch.no_grad():
         net = seeded(linear, 2).to(device)
@@ -398,7 +398,7 @@ TABLE = PriorComparison(
 )
 
 
-def test_the_table_has_means_deviations_and_how_many_seeds_reached_the_level():
+def test_the_table_has_means_deviations_and_seeds_that_reached_the_level():
     header, *rows = str(TABLE).splitlines()
     assert [row.split()[0] for row in rows] == ["a<b", "some", "none", "all"]
     assert "mean squared error" in header

@@ -105,7 +105,7 @@ def test_a_confidence_of_one_shares_the_bin_of_those_that_are_nearly_one(device)
     assert uncertainty(probs.log()[None], labels).calibration_error == pytest.approx(0.4995, abs=1e-5)
 
 
-def test_probabilities_that_rounding_lifts_above_one_are_not_taken_for_logits(device):
+def test_probabilities_rounded_above_one_are_not_taken_for_logits(device):
     log_probs = torch.tensor([[[1e-6, -30.0], [1e-6, -30.0]]], device=device)
     assert uncertainty(log_probs, torch.zeros(2, device=device).long()).calibration_error < 1e-5
 
@@ -125,7 +125,7 @@ def test_mutual_information_is_the_mean_divergence_from_the_mixture(device):
     torch.testing.assert_close(entropies(log_probs)[1], expected)
 
 
-def test_mutual_information_is_zero_where_all_samples_agree_and_largest_where_each_is_sure_of_another(device):
+def test_mutual_information_is_0_where_samples_agree_and_log_k_at_most(device):
     agreeing = torch.randn(1, 20, 5, device=device).log_softmax(-1).expand(8, -1, -1)
     assert (entropies(agreeing)[1] <= 1e-12).all()
     assert (entropies(agreeing)[1] >= 0).all()

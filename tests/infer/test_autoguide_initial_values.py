@@ -64,7 +64,7 @@ def test_weights_whose_prior_is_not_sparse_start_as_those_of_auto_normal(prior):
 
 
 @pytest.mark.parametrize("prior", [svd.horseshoe(), svd.group_normal_jeffreys()], ids=["horseshoe", "groups"])
-def test_scales_that_are_latents_start_as_those_of_auto_normal_and_their_weights_sparse(prior):
+def test_latent_scales_start_as_those_of_auto_normal_and_weights_sparse(prior):
     guide = AutoSparseNormal(bayesianize(nn.Linear(4, 3), prior))
     starts = {name: q.log_variance.unique().item() for name, q in guide.posteriors.items()}
     assert starts.pop("weight") == -10
@@ -109,7 +109,7 @@ def test_init_to_value_of_pyro_starts_where_it_says(device):
     [2, 2.0, True + 1, np.float32(2), np.full((3, 4), 2.0), [[2.0] * 4] * 3, torch.full((3, 4), 2)],
     ids=["int", "float", "bool", "NumPy number", "array", "list", "integers"],
 )
-def test_initial_values_of_any_type_are_taken_as_numbers_of_the_priors_type(value, dtype, device):
+def test_initial_values_of_any_type_are_converted_to_that_of_the_prior(value, dtype, device):
     zeros = torch.zeros(3, 4, dtype=dtype, device=device)
     inputs = torch.ones(1, 4, dtype=dtype, device=device)
 
@@ -127,7 +127,7 @@ def test_initial_values_of_any_type_are_taken_as_numbers_of_the_priors_type(valu
 @pytest.mark.parametrize(
     ("value", "came"), [("two", "str"), (None, "NoneType"), ([2.0, "a"], "list"), (np.ones((4, 3)), r"\(4, 3\)")]
 )
-def test_initial_values_that_are_no_numbers_of_the_shape_are_refused_by_name(value, came, device):
+def test_initial_values_that_are_not_such_numbers_are_refused_by_name(value, came, device):
     def model():
         pyro.sample("w", dist.Normal(torch.zeros(3, 4, device=device), 1.0).to_event(2))
 
@@ -206,7 +206,7 @@ def test_an_error_while_the_model_is_looked_at_is_raised_again():
             guide()
 
 
-def test_initial_values_of_another_shape_are_refused_by_the_name_of_their_site(device):
+def test_initial_values_of_another_shape_are_refused_by_site_name(device):
     def model():
         pyro.sample("w", dist.Normal(torch.zeros(3, 4, device=device), 1.0).to_event(2))
 
@@ -221,7 +221,7 @@ def test_initial_values_of_another_shape_are_refused_by_the_name_of_their_site(d
         AutoSparseNormal(bayesianize(nn.Linear(3, 2)), init_loc_fn=lambda site: torch.zeros(()))
 
 
-def test_an_initialisation_sees_the_sites_of_a_network_as_pyro_records_them(device):
+def test_an_initialisation_sees_the_sites_that_pyro_records(device):
     bnn = bayesianize(nn.Linear(3, 2).to(device))
     seen = []
 
@@ -247,7 +247,7 @@ def test_a_masked_log_uniform_prior_still_makes_its_site_sparse(device):
 
 
 @pytest.mark.parametrize("outputs", [3, 1], ids=["same-shape", "other-shape"])
-def test_a_guide_after_one_whose_first_pass_failed_starts_at_its_own_weights(outputs, device):
+def test_a_guide_after_a_failed_one_starts_at_its_own_weights(outputs, device):
     def model_and_guide(network, likelihood):
         model = svd.Supervised(svd.bayesianize(network.to(device)), likelihood, num_data=60)
         return model, svd.AutoSparseNormal(model)

@@ -51,7 +51,7 @@ def test_sites_in_plates_have_a_posterior_for_each_element(device):
 LOCAL_SHAPES = {"z": (20,), "v": (20, 2), "share": (20, 2)}
 
 
-def test_local_latents_have_parameters_for_the_whole_plate_and_values_for_the_subsample(device):
+def test_local_latents_have_all_parameters_and_values_of_the_subsample(device):
     guide = AutoSparseNormal(lambda: local_model(device=device))
     guide()
     assert {name: tuple(q.loc.shape) for name, q in guide.posteriors.items()} == LOCAL_SHAPES
@@ -92,7 +92,7 @@ def test_medians_of_local_latents_are_of_the_whole_plate(device):
     assert guide.quantiles([0.1, 0.9])["share"].shape == (2, 20, 3)
 
 
-def test_the_plates_of_a_guide_without_local_latents_choose_the_data_of_the_model(device):
+def test_plates_of_a_guide_without_local_latents_choose_the_models_data(device):
     def model(index):
         w = pyro.sample("w", dist.Normal(torch.zeros(3, device=device), 1.0).to_event(1))
         with pyro.plate("data", 10, subsample_size=3, device=device) as chosen:
@@ -130,7 +130,7 @@ def _plates_of_the_model_alone(indices, *, device):
 
 
 @pytest.mark.parametrize("size", [3, 20])
-def test_indices_that_the_model_gives_are_refused_where_latents_are_in_the_plate(size, device):
+def test_indices_of_the_model_are_refused_with_latents_in_the_plate(size, device):
     def model(indices):
         local_model(indices, device=device)
 
@@ -168,7 +168,7 @@ def test_a_list_is_asked_for_the_plates_whose_indices_the_model_gives(has_plates
     torch.testing.assert_close(guide(indices)["z"], guide[0].posteriors["z"].loc[indices])
 
 
-def test_indices_that_the_model_gives_are_its_own_where_no_latent_is_in_the_plate(device):
+def test_indices_of_the_model_are_its_own_without_a_latent_in_the_plate(device):
     def model(indices):
         _plates_of_the_model_alone(indices, device=device)
 
@@ -214,7 +214,7 @@ def test_a_sequential_plate_is_refused():
         AutoSparseNormal(model)()
 
 
-def test_an_optimizer_that_has_the_early_parameters_trains_them_in_a_plate(device):
+def test_an_optimizer_of_the_early_parameters_trains_them_in_a_plate(device):
     class Groups(PyroModule):
         def __init__(self):
             super().__init__()

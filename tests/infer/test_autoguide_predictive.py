@@ -42,7 +42,7 @@ def test_setting_up_leaves_the_parameters_of_the_model_alone(device):
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_predictive_samples_weights_from_the_guide_and_targets_from_the_model(make, device, improper):
+def test_predictive_samples_weights_of_the_guide_and_targets_of_the_model(make, device, improper):
     case = make(device)
     guide = AutoSparseNormal(case.model, init_log_variance=-2.0)
     guide(*case.data)
@@ -90,7 +90,7 @@ def test_predictions_with_posterior_samples_are_those_of_the_guide(device, impro
     [lambda out: dist.Categorical(logits=out), lambda out: dist.Normal(out, 1.0).to_event(1)],
     ids=["classes", "numbers"],
 )
-def test_a_prediction_before_training_leaves_the_targets_of_a_supervised_model_open(likelihood, device):
+def test_a_prediction_before_training_leaves_the_targets_open(likelihood, device):
     model = Supervised(bayesianize(nn.Linear(4, 3).to(device), LogUniform(1e-4, 1e2)), likelihood, 10)
     guide = AutoSparseNormal(model)
     x = torch.randn(5, 4, device=device)

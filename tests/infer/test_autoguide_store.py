@@ -164,7 +164,7 @@ def test_the_store_may_be_read_while_a_guide_goes(device):
     assert len(names) == 2 * len(_store()) > 0
 
 
-def test_guides_that_share_the_name_of_one_site_train_apart_after_the_store_was_cleared():
+def test_guides_with_one_site_name_train_apart_in_a_cleared_store():
     def model(name):
         pyro.sample(name, dist.Normal(1.0, 1.0))
         pyro.sample("w", dist.Normal(torch.ones(3), 1.0).to_event(1))

@@ -72,7 +72,7 @@ def _randomise(guide: AutoSparseNormal) -> SparseNormal:
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_samples_lie_in_the_support_and_densities_are_those_of_the_change_of_variables(support):
+def test_samples_lie_in_the_support_with_the_density_of_changed_variables(support):
     guide = _guide_of(support)
     q = _randomise(guide)
     transform = biject_to(support.prior.support)
@@ -90,7 +90,7 @@ def test_samples_lie_in_the_support_and_densities_are_those_of_the_change_of_var
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_a_real_site_is_a_sparse_normal_and_a_constrained_one_a_transformed_normal(support):
+def test_real_sites_are_sparse_normals_and_constrained_ones_transformed(support):
     fn = poutine.trace(_guide_of(support)).get_trace().nodes["x"]["fn"]
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
@@ -219,7 +219,7 @@ def test_both_parameterizations_are_one_posterior_with_one_loss(kl, device):
     assert {name.split(".")[0] for name, _ in multiplicative.named_parameters()} == {"locs", "log_alphas"}
 
 
-def test_gradients_of_the_multiplicative_parameterization_are_those_of_its_formula(device):
+def test_multiplicative_gradients_are_those_of_the_formula(device):
     loc, log_alpha = (torch.tensor([v], dtype=torch.float64, device=device, requires_grad=True) for v in (0.7, -2.0))
     model = lambda: pyro.sample("w", LogUniform().expand([1]).to_event(1))  # noqa: E731
     guide = AutoSparseNormal(model, init_loc_fn=lambda site: loc.detach().clone(), parameterization="multiplicative")

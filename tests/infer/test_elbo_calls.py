@@ -284,7 +284,7 @@ def _function_of_a_network(device: torch.device) -> tuple[Callable, AutoSparseNo
     return model, AutoSparseNormal(model)
 
 
-def test_parameters_that_a_loss_module_lacks_are_one_warning_that_names_them(device):
+def test_parameters_that_a_loss_module_lacks_are_named_in_one_warning(device):
     model, guide = _function_of_a_network(device)
     loss = SparseVD_ELBO()(model, guide)
     with pytest.warns(UserWarning, match=r"the loss depends on these") as found:

@@ -47,7 +47,7 @@ def _against_the_order(prior_of_y: Callable = lambda x: dist.Normal(x, 1.0)) -> 
 
 
 @pytest.mark.parametrize("kl", ["approximate", "exact", "monte_carlo"])
-def test_a_guide_against_the_order_of_the_model_has_the_loss_of_trace_elbo(kl):
+def test_a_guide_against_the_models_order_has_the_loss_of_trace_elbo(kl):
     model, guide = _against_the_order()
     losses = torch.tensor([SparseVD_ELBO(kl).loss(model, guide) for _ in range(2_000)], dtype=F64)
     evidence = -dist.Normal(torch.zeros((), dtype=F64), 3**0.5).log_prob(torch.ones((), dtype=F64))
@@ -130,7 +130,7 @@ def test_a_density_that_a_delta_adds_to_its_value_counts():
     assert loss == pytest.approx(expected.item(), abs=1e-10)
 
 
-def test_a_divergence_from_the_improper_prior_that_has_to_be_sampled_is_one_warning_with_the_site():
+def test_a_sampled_divergence_from_the_improper_prior_warns_once_by_site():
     def model():
         for name in "vw":
             pyro.sample(name, LogUniform().expand([3]).to_event(1))
@@ -158,7 +158,7 @@ def test_a_sampled_divergence_takes_both_densities_at_one_sample(prior, device):
     assert spread[0] <= 1.2 * spread[1] + 1e-12  # 0 against 0 where posterior and prior are the same
 
 
-def test_the_variance_of_a_pooled_prior_is_that_of_the_weights_that_are_kept(device):
+def test_the_variance_of_a_pooled_prior_is_that_of_the_kept_weights(device):
     model = Supervised(
         bayesianize(nn.Linear(50, 1, bias=False).to(device).double(), EmpiricalNormal(())), normal_likelihood, 9
     )

@@ -38,7 +38,7 @@ def _gradient_samples(elbo: SparseVD_ELBO, device: torch.device, samples: int) -
     return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
 
 
-def test_gradients_with_and_without_local_noise_have_one_mean_and_the_local_ones_less_variance(device):
+def test_local_noise_keeps_the_mean_gradient_and_lowers_its_variance(device):
     samples = 200
     local = _gradient_samples(SparseVD_ELBO(), device, samples)
     drawn = _gradient_samples(SparseVD_ELBO(local_reparam=False), device, samples)
@@ -134,7 +134,7 @@ REPEATED = [
 
 
 @pytest.mark.parametrize(("make", "sites"), REPEATED)
-def test_a_weight_used_otherwise_than_by_one_linear_operation_is_sampled_at_its_site(make, sites, device):
+def test_a_weight_used_beyond_one_linear_operation_is_sampled_at_its_site(make, sites, device):
     model, guide = model_and_guide_of(make, device)
     elbo = SparseVD_ELBO()
     for _ in range(2):
@@ -157,7 +157,7 @@ class _Siamese(nn.Module):
         return self.net(self.dropout(x)) - self.net(x + noise)
 
 
-def test_all_weights_used_twice_are_found_in_one_pass_and_generators_are_put_back(device):
+def test_weights_used_twice_are_found_in_one_pass_and_generators_put_back(device):
     model, guide = model_and_guide_of(_Siamese, device)
     net = model.network
     losses = []
@@ -178,7 +178,7 @@ def test_all_weights_used_twice_are_found_in_one_pass_and_generators_are_put_bac
 
 
 @pytest.mark.parametrize(("make", "sites"), [p for p in REPEATED if p.id != "twice"])
-def test_where_every_weight_is_drawn_loss_and_gradients_are_those_of_drawn_weights(make, sites, device):
+def test_with_every_weight_drawn_loss_and_gradients_are_of_drawn_weights(make, sites, device):
     model, guide = model_and_guide_of(make, device)
     local, drawn = SparseVD_ELBO(), SparseVD_ELBO(local_reparam=False)
     local.loss(model, guide, *regression_data(device))
@@ -189,7 +189,7 @@ def test_where_every_weight_is_drawn_loss_and_gradients_are_those_of_drawn_weigh
         assert_close(gradients_of(loss, guide), gradients_of(expected, guide))
 
 
-def test_a_weight_used_twice_that_another_handler_made_lazy_is_an_error_that_says_what_to_do(device):
+def test_a_weight_used_twice_and_made_lazy_by_another_handler_is_an_error(device):
     net = _Twice().to(device)
     model = Supervised(bayesianize(net), lambda f: dist.Normal(f[:, 0], 1.0), 20)
     guide = local_reparam(AutoSparseNormal(model))
@@ -199,7 +199,7 @@ def test_a_weight_used_twice_that_another_handler_made_lazy_is_an_error_that_say
             elbo.differentiable_loss(model, guide, x, y)
 
 
-def test_gradients_of_a_weight_used_twice_beside_a_local_one_have_the_mean_of_drawn_weights(device):
+def test_a_weight_used_twice_beside_a_local_one_has_the_mean_gradient(device):
     samples = 150
     model, guide = model_and_guide_of(_Twice, device)
     means, variances = [], []
@@ -261,7 +261,7 @@ def test_autocast_gives_a_finite_loss_and_finite_gradients(device):
 
 
 @pytest.mark.parametrize("kl", ["approximate", "exact"])
-def test_a_network_in_half_precision_gives_a_finite_loss_and_finite_gradients(kl, device):
+def test_half_precision_gives_a_finite_loss_and_finite_gradients(kl, device):
     model, guide = model_and_guide(device)
     loss_module = SparseVD_ELBO(kl)(model, guide).to(torch.bfloat16)
     loss = loss_module(*(t.bfloat16() for t in regression_data(device)))

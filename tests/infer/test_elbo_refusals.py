@@ -34,7 +34,7 @@ def test_options_out_of_range_are_an_error_that_names_them(options, message):
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
-def test_a_weight_out_of_range_that_is_set_later_is_an_error_and_not_taken(weight):
+def test_a_weight_out_of_range_set_later_is_an_error_and_not_taken(weight):
     elbo = SparseVD_ELBO(kl_weight=0.5)
     with pytest.raises(ValueError, match=r"^kl_weight: expected a finite number, at least 0, but got"):
         elbo.kl_weight = weight

@@ -37,7 +37,7 @@ from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_E
 # Logging, memory and global state.
 
 
-def test_a_divergence_that_is_sampled_is_logged_with_its_site_at_debug_level(device, caplog):
+def test_a_sampled_divergence_is_logged_with_its_site_at_debug_level(device, caplog):
     twin = student_twin(device)
     with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
         SparseVD_ELBO().loss(twin.model, twin.guide)
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_number_of_batch_sizes(device):
 @pytest.mark.parametrize(
     "nest", [lambda x: {"x": x}, lambda x: [x], lambda x: ({"a": [x]},)], ids=["dict", "list", "deep"]
 )
-def test_values_that_are_not_finite_are_found_in_containers_before_they_reach_the_model(nest, device):
+def test_values_that_are_not_finite_are_found_in_containers_of_data(nest, device):
     calls = []
 
     def model(batch):

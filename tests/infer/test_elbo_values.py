@@ -138,7 +138,7 @@ def test_the_monte_carlo_divergence_has_the_mean_of_the_hand_formula(latent, loc
 
 
 @pytest.mark.parametrize("kl", ["approximate", "exact"])
-def test_a_network_costs_its_negative_log_likelihood_and_the_divergence_of_its_weights(kl, device):
+def test_a_network_costs_its_nll_and_the_divergence_of_its_weights(kl, device):
     model, guide = model_and_guide(device, log_variance=-70.0)  # noise too small to see
     x, y = regression_data(device)
     elbo = SparseVD_ELBO(kl)
@@ -268,7 +268,7 @@ def test_monte_carlo_without_local_noise_is_trace_elbo(make, device):
 
 
 @pytest.mark.parametrize("make", [p for p in TWINS if p.id in ("network", "function", "subsample", "scale-and-mask")])
-def test_closed_forms_of_normals_without_local_noise_are_those_of_trace_mean_field_elbo(make, device):
+def test_closed_forms_of_normals_are_those_of_trace_mean_field_elbo(make, device):
     twin = make(device)
     twin.guide(*twin.args)
     elbo = SparseVD_ELBO(local_reparam=False)

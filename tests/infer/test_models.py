@@ -231,7 +231,7 @@ def test_the_loss_is_that_of_trace_elbo_on_average(make, kl, bounds):
 
 @pytest.mark.parametrize("bounds", [IMPROPER, BOUNDED], ids=["improper", "bounded"])
 @pytest.mark.parametrize("make", PROBLEMS)
-def test_the_sampled_loss_and_its_gradients_are_those_of_trace_elbo_from_one_seed(make, bounds):
+def test_sampled_loss_and_gradients_are_those_of_trace_elbo_from_one_seed(make, bounds):
     problem = _problem(make, bounds)
     guide = _near_truth(problem)
     results = []
@@ -277,7 +277,7 @@ def test_only_the_sparse_site_is_counted_and_masked(make):
 
 
 @pytest.mark.parametrize("make", PROBLEMS)
-def test_samples_of_the_sparsified_posterior_have_the_zeros_and_the_other_latents(make):
+def test_samples_of_the_sparsified_posterior_have_zeros_and_all_latents(make):
     problem = _problem(make, BOUNDED)
     guide, zero = _near_truth(problem), problem.truth[problem.sparse] == 0
     sparsified = guide.sparsified(sparsify(guide, threshold=0.0))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("double", "on_device")
 
 @pytest.mark.parametrize("make", GUIDES)
 @pytest.mark.parametrize("make_model", ZOO)
-def test_samples_medians_and_quantiles_have_the_shapes_plates_and_supports_of_the_model(make, make_model):
+def test_samples_medians_and_quantiles_fit_shapes_plates_and_supports(make, make_model):
     model = make_model()
     guide = make(model)
     guide()
@@ -107,7 +107,7 @@ PLAIN_BOUNDS = named(
 
 
 @pytest.mark.parametrize("make", GUIDES)
-def test_the_density_of_a_guide_is_that_of_its_posterior_in_the_models_space(make):
+def test_the_density_of_a_guide_is_its_posterior_in_the_models_space(make):
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("s", dist.LogNormal(0.0, 1.0))
@@ -151,7 +151,7 @@ def test_a_factor_shifts_the_loss_by_its_value(make, elbo):
 
 @pytest.mark.parametrize("make", GUIDES)
 @pytest.mark.parametrize("elbo", PLAIN_BOUNDS)
-def test_a_model_without_latents_has_an_empty_guide_and_the_likelihood_as_its_loss(make, elbo):
+def test_a_model_without_latents_has_an_empty_guide_and_its_nll_as_loss(make, elbo):
     def model():
         scale = pyro.param("scale", lambda: torch.tensor(2.0), constraint=dist.constraints.positive)
         pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(1.0))

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("double", "on_device")
 # Pictures of models.
 
 
-def test_relations_of_a_network_are_weights_to_targets_in_the_plate_of_the_data(improper):
+def test_relations_of_a_network_are_weights_to_targets_in_the_data_plate(improper):
     x, y = regression_data()
     relations = get_model_relations(small_model(), (x, y))
     assert relations["sample_sample"] == {"0.weight": [], "2.weight": [], "y": list(SMALL_WEIGHTS)}
@@ -163,7 +163,7 @@ def test_the_sparse_bound_refuses_enumerated_latents_by_name(hidden):
         SparseVD_ELBO().loss(_mixture, guide, y)
 
 
-def test_the_sparse_bound_takes_the_model_once_its_discrete_latents_are_known():
+def test_the_sparse_bound_takes_a_model_whose_discrete_latents_are_known():
     y = torch.tensor(MIXTURE_Y)
     known = poutine.condition(_mixture, data={"k": torch.tensor([0, 1, 1, 0, 1])})
     guide = AutoSparseNormal(known, init_loc_fn=init_to_value(values={"loc": torch.tensor([-1.0, 1.0])}))

@@ -65,7 +65,7 @@ def test_a_list_with_another_guide_has_one_loss_in_both_bounds_and_trains(other,
     assert {name: value.shape for name, value in guide.median(y).items()} == {"w": (3,), "b": (), "s": (2,)}
 
 
-def test_the_loss_of_a_list_with_a_point_estimate_is_that_of_the_hand_formula():
+def test_the_loss_of_a_list_with_a_point_estimate_is_the_hand_formula():
     y = torch.linspace(0.5, 1.5, 4)
     guide = AutoGuideList(mixed_model)
     guide.append(AutoSparseNormal(poutine.block(mixed_model, expose=["w"]), init_log_variance=-60.0))

@@ -92,7 +92,7 @@ def test_a_network_that_is_conditioned_on_a_weight_trains_the_other(prior):
     assert all((value != before[name]).all() for name, value in state_of(guide).items())
 
 
-def test_a_guide_of_the_whole_model_serves_the_conditioned_one_with_the_same_loss():
+def test_a_guide_of_the_whole_model_serves_the_conditioned_one():
     y = torch.tensor(TWO_WEIGHTS_Y)
     whole = auto_sparse_normal(two_weights)
     whole(y)
@@ -161,7 +161,7 @@ def test_parameters_of_a_guide_may_be_lifted_or_substituted_by_name(make):
     assert (guide(y)["a"].abs() < 1).all()
 
 
-def test_a_parameter_of_the_likelihood_may_be_lifted_to_a_latent_beside_the_sparse_weights():
+def test_a_parameter_of_the_likelihood_may_be_lifted_to_a_latent():
     class Noise(PyroModule):
         def __init__(self) -> None:
             super().__init__()

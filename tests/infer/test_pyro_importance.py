@@ -67,7 +67,7 @@ def test_importance_weights_of_a_proper_prior_average_to_the_evidence():
     assert slow.get_ESS() > 250
 
 
-def test_weights_of_the_improper_prior_are_those_of_a_proper_one_up_to_a_constant():
+def test_importance_weights_of_the_improper_prior_are_off_by_a_constant():
     proper, improper = _one_weight(LogUniform(1e-6, 1e3)), _one_weight(LogUniform())
     guides = [_fitted(model) for model in (proper, improper)]
     runs = [
@@ -116,7 +116,7 @@ def _by_guide(model: Callable, guide: Callable) -> None:
 
 @pytest.mark.parametrize("init", _INITS, ids=lambda init: init.__name__)
 @pytest.mark.parametrize("make", [AutoSparseNormal, AutoNormal])
-def test_learning_shapes_and_replacing_samples_warns_not_and_leaves_the_warning(make, init, unused):
+def test_learning_shapes_and_replacing_samples_leaves_the_warning(make, init, unused):
     _by_guide(unused, make(unused, init_loc_fn=init))
     with pytest.warns(ImproperPriorWarning, match=r"improper and has no samples"):
         Predictive(unused, num_samples=2)(torch.ones(4, 3))
@@ -192,7 +192,7 @@ def test_samples_outside_a_proper_prior_have_no_weight():
         pytest.param(dist.Normal(0.0, 10.0), 0.0, 0.0, True, id="Normal"),
     ],
 )
-def test_the_pareto_diagnostic_sees_the_pole_of_the_prior_and_nothing_else(prior, y, loc, fits):
+def test_the_pareto_diagnostic_sees_the_pole_of_the_prior_alone(prior, y, loc, fits):
     model = _one_weight(prior, y)
     # A little wider than the likelihood, as an optimum that reached it would not be further off.
     k = psis_diagnostic(model, _fitted(model, loc, 0.12), num_particles=4000, max_plate_nesting=0)

@@ -59,7 +59,7 @@ def _tree() -> None:
         pytest.param(lambda n: SparseVD_ELBO(num_particles=n), id="SparseVD_ELBO"),
     ],
 )
-def test_the_mean_gradient_vanishes_at_the_best_factorised_posterior_of_a_tree_alone(make, make_elbo):
+def test_the_mean_gradient_of_a_tree_vanishes_at_the_best_posterior_alone(make, make_elbo):
     precision = torch.tensor([[3.0, -1.0, -1.0], [-1.0, 2.0, 0.0], [-1.0, 0.0, 2.0]])
     mean = torch.linalg.solve(precision, torch.tensor([0.0, 1.0, 2.0]))
     guide = make(_tree)

@@ -75,7 +75,7 @@ def test_parallel_and_sequential_predictions_have_one_distribution(make):
 
 
 @pytest.mark.parametrize("make", GUIDES)
-def test_parallel_predictions_through_a_matrix_product_are_refused_by_torch_with_either_guide(make):
+def test_parallel_predictions_by_a_matrix_product_are_refused_by_torch(make):
     model = small_model(prior=dist.Normal(0.0, 1.0))
     guide = make(model)
     x, y = regression_data()
@@ -100,7 +100,7 @@ def test_predictive_of_a_guide_alone_draws_from_its_posterior(make, parallel):
         assert ((draws[name].std(0) / INIT_SCALE - 1).abs() < 0.25).all()
 
 
-def test_parallel_predictions_of_the_sparsified_posterior_have_zeros_in_every_draw(improper):
+def test_parallel_predictions_of_a_sparsified_posterior_have_all_zeros(improper):
     model = small_model(layer=Broadcasting)
     guide = auto_sparse_normal(model)
     x, y = regression_data()

@@ -56,7 +56,7 @@ def test_two_models_trained_in_turns_do_what_they_do_alone(second, local):
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["one store", "module_local_params"])
-def test_lists_predictions_and_importance_weights_work_with_either_setting(local):
+def test_lists_predictions_and_importance_work_with_either_setting(local):
     y = torch.tensor(TWO_WEIGHTS_Y)
     with pyro.settings.context(module_local_params=local):
         guide = AutoGuideList(mixed_model)

@@ -152,7 +152,7 @@ class _Reassigning(nn.Module):
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_buffers_that_a_module_reassigns_are_left_alone_by_set_up_and_by_errors(bad, device):
+def test_reassigned_buffers_are_left_alone_by_set_up_and_by_errors(bad, device):
     torch.manual_seed(0)
     bnn = svd.bayesianize(_Reassigning().to(device))
     model = svd.Supervised(bnn, lambda out: dist.Normal(out.squeeze(-1), 1.0), 20)

@@ -171,7 +171,7 @@ def test_accumulated_gradients_are_the_sum_of_single_ones(make, at_once, device)
     assert_close(_accumulated(loss), {name: sum(g[name] for g in expected) for name in expected[0]})
 
 
-def test_clipped_gradients_are_the_scaled_ones_with_the_norm_that_was_asked_for(device):
+def test_clipped_gradients_are_scaled_to_the_norm_that_was_asked_for(device):
     loss, free = _loss(device), _loss(device)
     x, y = smooth_data(device, NUM_DATA)
     seeded(loss, x, y).backward()
@@ -266,7 +266,7 @@ def test_autocast_gives_the_loss_and_gradients_of_single_precision(make, local_r
 
 
 @pytest.mark.parametrize("make", [_mlp, _convolutional])
-def test_a_layer_under_autocast_samples_in_single_precision_and_is_rounded_once(make, device):
+def test_a_layer_under_autocast_samples_in_float32_and_is_rounded_once(make, device):
     outputs = []
     for enabled in (True, False):
         loss = _loss(device, make, -14.0, torch.float32)
@@ -403,7 +403,7 @@ def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(two_processe
         assert_close(found[NO_NOISE]["gradients"], expected)
 
 
-def test_two_processes_have_noise_of_their_own_and_the_mean_of_their_gradients(two_processes):
+def test_two_processes_have_their_own_noise_and_the_mean_gradient(two_processes):
     loss = _loss(torch.device("cpu"), log_variance=NOISE)
     single = [_gradients(loss, seeded(loss, *_part(rank), seed=rank)) for rank in range(WORLD)]
     expected = {name: (gradient + single[1][name]) / WORLD for name, gradient in single[0].items()}

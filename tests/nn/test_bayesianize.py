@@ -128,7 +128,7 @@ def test_sites_are_the_parameters_of_two_or_more_dimensions(case):
         assert kept[name] is not parameter
 
 
-def test_network_computes_what_the_original_computes_with_the_same_weights(case):
+def test_network_computes_what_the_original_does_with_the_same_weights(case):
     net, inputs = case
     assert_same_function(svd.bayesianize(net), net, inputs)
 

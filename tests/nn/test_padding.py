@@ -71,7 +71,7 @@ def test_the_divergence_of_a_padded_embedding_is_that_of_its_other_rows(prior, e
     assert abs(losses[0] - losses[1]) < 5 * sigma + 1e-3
 
 
-def test_a_padding_row_of_other_numbers_or_of_a_tied_weight_is_a_row_like_others():
+def test_a_padding_row_of_numbers_or_of_a_tied_weight_is_like_others():
     net = nn.Embedding(6, 3, padding_idx=0)
     net.weight.data[0] = 1.0
     tied = Tied()

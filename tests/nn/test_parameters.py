@@ -265,7 +265,7 @@ def _with_odd_parameters(device):
     return model, svd.AutoSparseNormal(model)
 
 
-def test_frozen_and_strided_parameters_have_names_for_optimisers_and_keep_their_state(device, tmp_path):
+def test_frozen_and_strided_parameters_have_names_and_keep_their_state(device, tmp_path):
     x, y = torch.randn(6, 3, 6, 6, device=device), torch.zeros(6, device=device)
     rates = lambda name: {"lr": 1e-3 if "log_variances" in name else 1e-2}  # noqa: E731
 

@@ -127,7 +127,7 @@ def test_log_alpha_of_a_group_is_that_of_its_pooled_moments():
     torch.testing.assert_close(guide.site_log_alphas["weight"], expected[:, None, None, None].expand(5, 3, 2, 2))
 
 
-def test_the_divergence_of_a_scale_from_its_improper_prior_is_its_negative_entropy():
+def test_the_divergence_of_a_scale_is_its_negative_entropy():
     posterior = dist.LogNormal(torch.tensor([-1.0, 2.0]), torch.tensor([0.1, 2.0]))
     z = posterior.sample((20_000,))
     kl = (posterior.log_prob(z) - Jeffreys().expand([2]).log_prob(z)).mean(0)
@@ -135,7 +135,7 @@ def test_the_divergence_of_a_scale_from_its_improper_prior_is_its_negative_entro
     torch.testing.assert_close(kl, -entropy_of_log, atol=5 * 0.7 / 20_000**0.5, rtol=0)
 
 
-def test_samples_of_the_improper_prior_of_scales_are_positive_and_come_with_one_warning():
+def test_samples_of_the_improper_scale_prior_are_positive_and_warn_once():
     prior = Jeffreys().expand([3]).to_event(1)
     with pytest.warns(ImproperPriorWarning, match="improper"):
         assert (prior.sample((100,)) > 0).all()

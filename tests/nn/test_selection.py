@@ -233,14 +233,14 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_a_weight_that_is_also_kept_where_no_sample_takes_its_place_is_refused(hold):
+def test_a_weight_kept_where_no_sample_takes_its_place_is_refused(hold):
     message = r"^1\.layer\.weight: expected a parameter that is read from its module, but '1\.cache' holds it, too"
     with pytest.raises(ValueError, match=message):
         svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
     assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
 
 
-def test_a_function_that_is_not_copied_with_the_network_must_not_hold_its_modules():
+def test_a_function_that_is_not_copied_must_not_hold_modules():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -314,7 +314,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_modules_that_others_take_in_during_a_call_keep_their_names_and_weights(move):
+def test_modules_taken_in_during_a_call_keep_their_names_and_weights(move):
     net, x = Moving(move).double(), torch.randn(4, 3, dtype=torch.double)
     original = svd.bayesianize(net)
     for bnn in (original, copy.deepcopy(original)):

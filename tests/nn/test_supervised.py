@@ -228,7 +228,7 @@ class Application(PyroModule):
 
 
 @pytest.mark.parametrize("part", ["network", "layer"])
-def test_a_used_network_that_another_module_takes_in_is_refused_by_the_names_of_its_site(part):
+def test_a_used_network_that_another_module_takes_in_is_refused_by_name(part):
     model = regression_model("cpu", net=nn.Linear(4, 3) if part == "network" else nn.Sequential(nn.Linear(4, 3)))
     model(ONE)
     Application(model.network if part == "network" else model.network[0])
@@ -252,7 +252,7 @@ class Asking(nn.Module):
         return self.layer(x.to(next(self.parameters()).device))
 
 
-def test_a_network_that_asks_for_its_first_parameter_is_told_that_there_is_none():
+def test_a_network_that_asks_for_its_first_parameter_learns_it_has_none():
     with pytest.raises(
         RuntimeError, match=r"^network: expected parameters where it calls next\(self\.parameters\(\)\)"
     ):

@@ -302,7 +302,7 @@ def test_second_derivative_is_refused_rather_than_zero(kl, device):
 
 
 @pytest.mark.parametrize("kl", DIVERGENCES + TOTALS)
-def test_second_backward_through_a_retained_graph_gives_the_same_gradients(kl, device, small_blocks):
+def test_second_backward_through_a_retained_graph_repeats_the_gradients(kl, device, small_blocks):
     loc = torch.randn(23, dtype=torch.float64, device=device, requires_grad=True)
     log_variance = torch.randn(23, dtype=torch.float64, device=device, requires_grad=True)
     value = kl(loc, log_variance).sum()

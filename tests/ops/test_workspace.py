@@ -148,7 +148,7 @@ def test_other_devices_have_their_own_allocator():
     assert not workspace._arrays
 
 
-def test_memory_of_sizes_that_the_last_steps_did_not_ask_for_is_given_back():
+def test_memory_of_sizes_that_the_last_steps_did_not_need_is_given_back():
     workspace, like = Workspace(), torch.ones(1)
     for step in range(20):
         workspace.start_step()

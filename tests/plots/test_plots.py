@@ -68,7 +68,7 @@ def test_no_more_units_than_asked_for_are_drawn():
     assert [len(axis.images) for axis in figure.axes] == [1, 1, 1, 1]
 
 
-def test_colors_of_weights_grow_lighter_from_negative_to_positive_and_zeros_are_apart_from_both():
+def test_colors_of_weights_grow_lighter_with_value_and_zeros_are_apart():
     lightness = lambda colors: np.asarray(colors)[..., :3] @ [0.299, 0.587, 0.114]  # noqa: E731
     steps = np.diff(lightness(SIGNED(np.linspace(0, 1, 64))))
     assert steps.min() > 0
@@ -84,7 +84,7 @@ def test_weights_are_colored_by_their_value_and_only_zeros_are_masked():
 
 
 @pytest.mark.parametrize(("lowest", "limits"), [(-2.0, (-3, 3)), (0.0, (0, 3))])
-def test_the_color_bar_has_the_label_it_is_given_and_no_negative_half_for_counts(lowest, limits):
+def test_the_color_bar_has_its_label_and_no_negative_half_for_counts(lowest, limits):
     weight = torch.tensor([[[lowest, 3.0]]])
     bar = plots.weight_images(weight, colorbar_label="hidden units").axes[-1]
     assert (bar.get_ylabel(), bar.get_ylim()) == ("hidden units", limits)
@@ -103,7 +103,7 @@ def test_every_axis_of_a_chart_says_what_it_shows(draw):
             assert axis.get_ylabel() or axis.get_xlabel()
 
 
-def test_training_curves_name_their_axes_and_are_logarithmic_only_where_that_shows_more():
+def test_training_curves_are_logarithmic_only_where_that_shows_more():
     history = [{"nll": 100.0 / n, "sparsity": 1 - 1 / n, "error": 0.1 - n / 1000} for n in range(1, 30)]
     (bound,) = plots.training_curves(history, left={"nll": "NLL, nats"}, right={}).axes
     assert (bound.get_ylabel(), bound.get_yscale()) == ("NLL, nats", "log")
@@ -162,7 +162,7 @@ def test_divergences_are_those_of_the_package():
     assert 0.005 < abs(below.get_lines()[0].get_ydata()).max() < 0.0094
 
 
-def test_dropped_weights_lie_above_the_line_of_the_threshold_which_has_slope_1_in_logarithms():
+def test_dropped_weights_lie_above_the_line_of_slope_1_of_the_threshold():
     loc, log_variance = torch.tensor([1.0, -1.0, 0.1, 0.01]), torch.tensor([2.9, 3.1, -2.0, -6.0])
     axis = plots.mean_and_scale(loc, log_variance, threshold=3.0).axes[0]
     dropped, kept, line = axis.get_lines()
@@ -175,7 +175,7 @@ def test_dropped_weights_lie_above_the_line_of_the_threshold_which_has_slope_1_i
     assert dropped.get_marker() != kept.get_marker()
 
 
-def test_the_line_of_the_threshold_does_not_stretch_the_axes_but_leaves_them_to_the_weights():
+def test_the_line_of_the_threshold_leaves_the_axes_to_the_weights():
     loc, log_variance = torch.tensor([1e-8, 0.0, 1.0]), torch.tensor([-2.0, -2.0, -3.0])
     limits = [
         plots.mean_and_scale(loc, log_variance, threshold=threshold).axes[0].get_ylim() for threshold in (None, 3.0)
@@ -200,7 +200,7 @@ def panels(results, error_name="error"):
     return axes, [[line for line in axis.get_lines() if line.get_marker() != "None"] for axis in axes]
 
 
-def test_a_prior_that_missed_the_level_is_a_hollow_mark_at_1_with_its_whole_error():
+def test_a_prior_that_missed_the_level_is_a_hollow_mark_at_1():
     axes, (errors, likelihoods) = panels(RESULTS)
     missed, reached, _ = errors
     assert [line.get_xdata()[0] for line in (missed, reached)] == [1, 40]

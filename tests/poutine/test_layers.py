@@ -186,7 +186,7 @@ def test_weights_are_drawn_or_their_output_sampled_as_the_table_says(make, shape
 
 
 @pytest.mark.parametrize(("make", "shape", "drawn"), SAMPLED)
-def test_sampled_outputs_have_the_mean_the_variance_and_the_gradients_of_drawn_weights(make, shape, drawn, device):
+def test_sampled_outputs_have_the_moments_and_gradients_of_drawn_weights(make, shape, drawn, device):
     net, x = made(make, shape, device)
     bnn = svd.bayesianize(net)
     guide = svd.AutoSparseNormal(bnn, init_log_variance=-1.0)

@@ -70,7 +70,7 @@ def test_divergence_gradients_are_right_with_inputs_frozen(operation, form, froz
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
-def test_divergence_alone_has_its_gradients_where_the_output_is_not_in_the_loss(operation, form, device):
+def test_divergence_has_its_gradients_without_the_output_in_the_loss(operation, form, device):
     inputs = inputs_of(operation, device)
     _, weight = sampled_output(operation, inputs, seed=3)
     parameters = (inputs.loc, inputs.log_variance)
@@ -90,7 +90,7 @@ def test_divergence_gradients_are_the_same_twice_from_a_retained_graph(operation
         assert_close(torch.autograd.grad(loss, inputs.trainable(), retain_graph=retain_graph), expected)
 
 
-def test_one_divergence_keeps_its_gradient_when_another_form_of_it_is_computed(device):
+def test_one_divergence_keeps_its_gradient_when_another_form_is_computed(device):
     inputs = inputs_of(LINEAR.values[0], device)
     _, weight = sampled_output(LINEAR.values[0], inputs, seed=3)
     parameters = (inputs.loc, inputs.log_variance)
@@ -129,7 +129,7 @@ def test_divergence_of_several_weights_used_in_every_way_is_the_sum(form, device
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_divergence_of_low_precision_weights_is_that_of_the_plain_function(dtype, form, device):
+def test_divergence_of_low_precision_weights_is_the_plain_function(dtype, form, device):
     inputs = Inputs(*(t.detach().to(dtype).requires_grad_() for t in inputs_of(LINEAR.values[0], device)))
     _, weight = sampled_output(LINEAR.values[0], inputs, seed=3)
     kl = kl_log_uniform_total([weight], form)
@@ -142,7 +142,7 @@ def test_divergence_of_low_precision_weights_is_that_of_the_plain_function(dtype
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_divergence_of_weights_of_two_dtypes_is_right_to_the_precision_of_the_lower(form, device):
+def test_divergence_of_weights_of_two_dtypes_has_the_lower_precision(form, device):
     double = inputs_of(LINEAR.values[0], device)
     single = Inputs(*(t.detach().float() for t in inputs_of(LINEAR.values[0], device, seed=2)))
     weights = [sampled_output(LINEAR.values[0], inputs, seed=3)[1] for inputs in (single, double)]
@@ -174,7 +174,7 @@ def test_divergence_of_a_plain_normal_reaches_its_scale(device):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_draw_that_is_first_asked_for_without_a_gradient_has_one_for_others(mode, device):
+def test_a_draw_first_asked_for_without_a_gradient_has_one_for_others(mode, device):
     loc = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
     weight = lazy_weight(loc, torch.zeros_like(loc))
     with mode():
@@ -186,7 +186,7 @@ def test_a_draw_that_is_first_asked_for_without_a_gradient_has_one_for_others(mo
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
-def test_divergence_has_its_gradients_where_the_output_was_sampled_without(operation, form, device):
+def test_divergence_has_its_gradients_if_the_output_was_sampled_without(operation, form, device):
     inputs = inputs_of(operation, device)
     with torch.no_grad():
         _, weight = sampled_output(operation, inputs, seed=3)

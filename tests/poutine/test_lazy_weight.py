@@ -97,7 +97,7 @@ DRAWING_MODULES = [
 
 
 @pytest.mark.parametrize(("make", "kind"), DRAWING_MODULES)
-def test_modules_without_a_local_form_compute_with_one_draw_of_each_weight(make, kind, device, draws):
+def test_modules_without_a_local_form_use_one_draw_of_each_weight(make, kind, device, draws):
     torch.manual_seed(1)
     module = make().to(device).double()
     x = torch.randn(5, 2, 4, dtype=torch.float64, device=device)
@@ -169,7 +169,7 @@ def test_a_linear_layer_after_a_draw_uses_that_draw(device, draws):
         pytest.param(lambda w: w.clone(), id="clone"),
     ],
 )
-def test_a_second_use_after_a_local_one_raises_an_error_that_names_the_site(second, device):
+def test_a_second_use_after_a_local_one_is_an_error_that_names_the_site(second, device):
     weight = lazy_weight(*posterior_parameters(device), site="net.weight")
     F.linear(torch.ones(2, 4, dtype=torch.float64, device=device), weight)
     with pytest.raises(RepeatedUseError, match=r"^net\.weight: used more than once.*exclude=\{'net\.weight'\}") as info:

@@ -232,7 +232,7 @@ def test_the_graph_is_freed_without_the_garbage_collector(operation, device):
         gc.enable()
 
 
-def test_a_weight_that_goes_before_its_output_leaves_the_backward_pass_intact(device):
+def test_a_weight_freed_before_its_output_leaves_the_backward_pass_intact(device):
     operation = LINEAR.values[0]
     inputs = inputs_of(operation, device)
     output, weight = sampled_output(operation, inputs, seed=3)

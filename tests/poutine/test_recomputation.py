@@ -120,7 +120,7 @@ def test_drawn_weights_may_be_in_a_checkpoint_with_contexts(local_reparam, devic
     torch.testing.assert_close(*(_gradients(loss, device) for loss in losses), rtol=1e-12, atol=1e-12)
 
 
-def test_two_losses_that_wait_for_their_backward_pass_keep_their_own_weights(device):
+def test_two_losses_before_their_backward_pass_keep_their_own_weights(device):
     results = []
     for run in (with_contexts, plainly):
         loss = _loss(device, _Network, run)
@@ -145,7 +145,7 @@ def test_a_weight_that_is_read_again_is_an_error_that_names_it(way, make, local_
         step(*smooth_data(device, 9))
 
 
-def test_contexts_do_not_help_a_weight_read_past_its_layer_and_the_error_names_it(device):
+def test_with_contexts_a_weight_read_past_its_layer_is_an_error_by_name(device):
     loss = _loss(device, _Inside, with_contexts)
     with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass"):
         loss(*smooth_data(device, 9)).backward()

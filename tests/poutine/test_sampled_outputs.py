@@ -55,7 +55,7 @@ def _standardised(samples: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_outputs_are_independent_with_the_mean_and_variance_of_the_formula(operation, device):
+def test_outputs_are_independent_with_the_moments_of_the_formula(operation, device):
     inputs = Inputs(*(t if t is None else t.detach() for t in inputs_of(operation, device)))
     samples = torch.stack([sampled_output(operation, inputs)[0] for _ in range(SAMPLES)])
     z = _standardised(samples, *moments_of(operation, inputs))
@@ -77,7 +77,7 @@ def test_the_formula_has_the_mean_and_variance_of_drawn_weights(operation, devic
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_output_and_gradients_equal_those_of_the_plain_formula_with_the_same_noise(operation, device):
+def test_output_and_gradients_are_the_plain_formulas_for_the_same_noise(operation, device):
     inputs = inputs_of(operation, device)
     output, _ = sampled_output(operation, inputs, seed=3)
     expected = plain_output(operation, inputs, seed=3)
@@ -138,7 +138,7 @@ def test_gradients_reach_the_scale_of_a_plain_normal(operation, device):
 
 
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
-def test_gradient_of_the_second_moment_is_that_of_squared_mean_plus_variance(operation, device):
+def test_gradient_of_the_second_moment_is_of_squared_mean_and_variance(operation, device):
     inputs = inputs_of(operation, device)
     mean, variance = moments_of(operation, inputs)
     expected = torch.autograd.grad((mean**2 + variance).sum(), inputs.trainable())
@@ -153,7 +153,7 @@ def test_gradient_of_the_second_moment_is_that_of_squared_mean_plus_variance(ope
 
 
 @pytest.mark.parametrize("operation", ONE_OF_EACH)
-def test_gradients_accumulate_and_may_be_taken_twice_from_a_retained_graph(operation, device):
+def test_gradients_accumulate_and_may_be_taken_twice_from_one_graph(operation, device):
     inputs = inputs_of(operation, device)
     loss = projected(sampled_output(operation, inputs, seed=3)[0])
     loss.backward(retain_graph=True)
@@ -264,7 +264,7 @@ def test_a_variance_that_underflows_gives_the_mean_and_finite_gradients(operatio
     assert not log_variance.any()
 
 
-def test_a_linear_map_by_a_vector_has_the_mean_and_variance_of_the_formula(device):
+def test_a_linear_map_by_a_vector_has_the_moments_of_the_formula(device):
     # Which torch allows; whether it is sampled locally or drawn is free.
     operation = Operation(F.linear, (5, 4), (4,), None)
     inputs = inputs_of(operation, device)
@@ -342,7 +342,7 @@ def test_torch_modules_sample_their_output_through_functional_call(make, shape, 
     assert draws == []
 
 
-def test_patches_are_not_made_where_they_take_much_more_memory_than_the_output(device):
+def test_patches_are_not_made_where_they_take_much_more_than_the_output(device):
     geometry = ([1, 1], [3, 3], [1, 1], False, [0, 0], 1)
     x = torch.zeros(2, 1, 16, 16, device=device)
     assert not LocalGreyConvolution.applies(x, torch.Size([8, 1, 7, 7]), geometry)

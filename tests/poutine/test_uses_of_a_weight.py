@@ -369,7 +369,7 @@ def test_what_a_weight_holds_is_freed_with_it(device):
         gc.enable()
 
 
-def test_a_second_derivative_of_a_loss_with_sampled_outputs_is_refused_by_name(device):
+def test_a_second_derivative_through_sampled_outputs_is_refused_by_name(device):
     model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
     guide = svd.AutoSparseNormal(model)
     x, y = torch.randn(5, 4, device=device), torch.randn(5, device=device)

@@ -195,7 +195,7 @@ def test_a_state_that_points_outside_of_the_weight_is_refused(device, name):
     assert all(torch.equal(value, before[key]) for key, value in sparse.state_dict().items())
 
 
-def test_a_state_of_a_layer_with_more_weights_left_is_refused_and_changes_nothing(device):
+def test_a_state_with_more_weights_left_is_refused_and_changes_nothing(device):
     linear = _sparse(nn.Linear(6, 4), 0.5).to(device)
     sparse = to_sparse(linear)
     linear.weight.data[0] += 1

@@ -351,7 +351,7 @@ def test_a_network_whose_class_is_pyros_is_pruned_to_one_of_its_class(device):
     assert not pyro.poutine.trace(small).get_trace(x).stochastic_nodes
 
 
-def test_a_step_of_another_optimiser_leaves_held_weights_to_the_backward_pass(device):
+def test_a_step_of_another_optimiser_leaves_held_weights_to_backward(device):
     net, other = nn.Linear(3, 2).to(device), nn.Linear(3, 2).to(device)
     net.weight.data[0] = 0
     steps = torch.optim.SGD(other.parameters(), 0.1)

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(name, val
     assert all(torch.equal(tensor, before[key]) for key, tensor in loss.state_dict().items())
 
 
-def test_a_checkpoint_of_the_same_settings_is_gone_on_from_for_more_epochs(split, device, tmp_path):
+def test_a_checkpoint_of_the_same_settings_is_continued_for_more_epochs(split, device, tmp_path):
     options = {"checkpoint": Checkpoint(str(tmp_path / "run.pt"), SETTINGS), "after_epoch": lambda e: {"epoch": e}}
     _run(_dense(device), split, 2, **options)
     seen = []

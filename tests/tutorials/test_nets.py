@@ -78,7 +78,7 @@ def test_lenet_5_caffe_has_its_layers_in_order():
     ]
 
 
-def test_vgg_like_halves_the_image_five_times_and_normalises_every_hidden_layer():
+def test_vgg_like_halves_the_image_five_times_and_normalises_each_layer():
     shapes = hidden_shapes(vgg_like(0.125), torch.rand(1, 3, 32, 32))
     expected = []
     for repeats, channels, size in ((2, 8, 32), (2, 16, 16), (3, 32, 8), (3, 64, 4), (3, 64, 2)):

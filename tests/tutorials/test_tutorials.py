@@ -83,9 +83,7 @@ def _check_output(out):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_script_writes_numbers_and_a_figure_and_goes_on_with_the_same_options_only(
-    name, monkeypatch, tmp_path, request
-):
+def test_script_writes_its_output_and_goes_on_with_the_same_options_only(name, monkeypatch, tmp_path, request):
     options, other = SCRIPTS[name]
     options = [*options, "--device", request.config.getoption("--device"), "--out", tmp_path / "figure.png"]
     _run(monkeypatch, name, *options)
@@ -111,9 +109,7 @@ def test_random_labels_of_images_in_colour_are_one_picture(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("data", PRIORS)
-def test_priors_are_compared_and_the_comparison_goes_on_with_the_same_options_only(
-    data, monkeypatch, tmp_path, request
-):
+def test_a_comparison_of_priors_goes_on_with_the_same_options_only(data, monkeypatch, tmp_path, request):
     options = [*PRIORS[data], "--device", request.config.getoption("--device"), "--out", tmp_path / "figure.png"]
     _run(monkeypatch, "compare_priors.py", *options)
     _check_output(tmp_path / "figure.png")
@@ -143,7 +139,7 @@ def test_random_labels_draws_what_the_network_with_dropout_memorises(monkeypatch
     assert math.isnan(random.get_lines()[0].get_ydata()[0])  # a checkpoint without these errors
 
 
-def test_linear_models_are_drawn_on_one_scale_with_the_kept_features_marked(monkeypatch):
+def test_linear_models_are_drawn_on_one_scale_with_kept_features_marked(monkeypatch):
     functions = _functions(monkeypatch, "linear_models.py")
     coefficients = torch.tensor([2.0, -1.0, 0.5])
     found = {"coefficients": coefficients, "kept": torch.tensor([True, False, True])}
