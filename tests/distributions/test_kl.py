@@ -6,10 +6,10 @@ import mpmath
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import SAMPLES, assert_mean
-from problems import BOUNDS, bounded, normal_of, tensor64
 from torch.distributions import kl_divergence
 
+from checks import SAMPLES, assert_mean
+from problems import BOUNDS, bounded, normal_of, tensor64
 from pyro_sparsevd import LogUniform, SparseNormal
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.log_uniform import IMPROPER_LOG_NORMALIZER

@@ -10,9 +10,9 @@ import numpy as np
 import pyro
 import pytest
 import torch
+
 from checks import SAMPLES, SIGMAS, assert_mean
 from problems import BOUNDS, bounded, tensor64
-
 from pyro_sparsevd import ImproperPriorWarning, LogUniform, SparseNormal
 
 

@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import SAMPLES, assert_mean
-from problems import normal_of, tensor64
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
+from checks import SAMPLES, assert_mean
+from problems import normal_of, tensor64
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.ops import divergence
 

@@ -3,8 +3,8 @@
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import normal_of
 
+from problems import normal_of
 from pyro_sparsevd import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import log_variance_of
 from pyro_sparsevd.distributions.util import map_tensors, unwrap_independent

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from problems import F64
 
+from problems import F64
 from pyro_sparsevd import ImproperPriorWarning
 
 

@@ -6,6 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
+
 from checks import (
     COPIES,
     deep_copy,
@@ -18,11 +20,7 @@ from checks import (
     torch_saved,
 )
 from problems import CASES, F64, NUM_DATA, function_case, module_case, precise_likelihood, regression_data, small_model
-from torch import nn
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
-
-# Moving and copying.
 
 
 @pytest.mark.parametrize("first_call", ["before", "after"])
@@ -120,9 +118,6 @@ def test_a_guide_pickled_before_its_first_call_says_that_it_has_no_model(make, m
     new = make_copy(AutoSparseNormal(case.model))
     with pytest.raises(RuntimeError, match="unpickled without its model; call a guide once before it is pickled"):
         new(*case.data)
-
-
-# What was found by trying.
 
 
 def test_what_was_first_called_in_inference_mode_trains(device):

@@ -8,13 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import same_values, state_of
-from problems import CASES, F64, function_case, module_case, precise_likelihood, small_model, small_network
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import nn
 
 import pyro_sparsevd as svd
+from checks import same_values, state_of
+from problems import CASES, F64, function_case, module_case, precise_likelihood, small_model, small_network
 from pyro_sparsevd import AutoSparseNormal, LogUniform, Supervised, bayesianize, init_to_weights
 
 

@@ -1,15 +1,15 @@
-"""The guide as part of a list, and how it leaves the model alone."""
+"""The guide as part of a list."""
 
 import copy
 
 import pytest
 import torch
-from checks import same_values, seeded, spread_means, state_of, take_steps
-from problems import function_case, local_model, model_with_batch_norm, precise_likelihood, regression_data, small_model
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 import pyro_sparsevd as svd
+from checks import same_values, seeded, spread_means, state_of, take_steps
+from problems import function_case, local_model, model_with_batch_norm, precise_likelihood, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal
 from pyro_sparsevd.sparsity.summary import sparse_normal_parts
 

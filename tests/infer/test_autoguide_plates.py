@@ -6,8 +6,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import COPIES, same_values, seeded, spread_means
-from problems import F64, local_model
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI
@@ -15,6 +13,8 @@ from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
+from checks import COPIES, same_values, seeded, spread_means
+from problems import F64, local_model
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 

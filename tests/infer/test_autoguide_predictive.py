@@ -1,15 +1,15 @@
-"""The guide with Predictive."""
+"""The guide with Predictive, and how it leaves the model alone."""
 
 import warnings
 
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import same_values, state_of
-from problems import CASES, model_with_batch_norm, module_case, regression_data, small_network
 from pyro.infer import Predictive
 from torch import nn
 
+from checks import same_values, state_of
+from problems import CASES, model_with_batch_norm, module_case, regression_data, small_network
 from pyro_sparsevd import AutoSparseNormal, ImproperPriorWarning, LogUniform, SparseVD_ELBO, Supervised, bayesianize
 
 # The model is left alone.

@@ -4,6 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Predictive
+from torch import nn
+
 from checks import same_values, seeded, state_of, take_steps
 from problems import (
     CASES,
@@ -18,9 +21,6 @@ from problems import (
     small_model,
     small_network,
 )
-from pyro.infer import Predictive
-from torch import nn
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, Supervised, bayesianize
 
 

@@ -6,11 +6,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import same_values, state_of, take_steps
-from problems import CASES, NUM_DATA, Case, function_case, precise_likelihood, regression_data, small_model
 from pyro.infer import SVI
 from torch import Tensor, nn
 
+from checks import same_values, state_of, take_steps
+from problems import CASES, NUM_DATA, Case, function_case, precise_likelihood, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
 
 

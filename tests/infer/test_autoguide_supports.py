@@ -7,14 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import COPIES, same_values, seeded
-from problems import CASES, F64, module_case, precise_likelihood, small_model
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
+from checks import COPIES, same_values, seeded
+from problems import CASES, F64, module_case, precise_likelihood, small_model
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO
 
 

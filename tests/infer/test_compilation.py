@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import loss_of, smooth_data
 from torch import Tensor, nn
+
+from problems import loss_of, smooth_data
 
 
 def _loss(device: torch.device, **options: Any) -> Any:

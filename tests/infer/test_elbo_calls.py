@@ -9,6 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
+from pyro.poutine.messenger import Messenger
+
 from checks import assert_close, differentiable_loss, seeded, stored_values, values_of
 from problems import (
     F64,
@@ -21,9 +24,6 @@ from problems import (
     regression_data,
     small_network,
 )
-from pyro.infer import SVI
-from pyro.poutine.messenger import Messenger
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, bayesianize
 
 # Terms, weights, particles.

@@ -7,14 +7,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import SIGMAS, assert_close, seeded
-from problems import F64, model_and_guide, normal_likelihood, regression_data
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger, init_to_value
 from torch import nn
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
+from checks import SIGMAS, assert_close, seeded
+from problems import F64, model_and_guide, normal_likelihood, regression_data
 from pyro_sparsevd import (
     AutoSparseNormal,
     EmpiricalNormal,

@@ -8,6 +8,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
 from checks import SIGMAS, assert_close, differentiable_loss, gradients_of, seeded
 from problems import (
     F64,
@@ -18,9 +21,6 @@ from problems import (
     normal_likelihood,
     regression_data,
 )
-from pyro.infer import Trace_ELBO
-from torch import Tensor, nn
-
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, SparseVD_ELBO, Supervised, bayesianize, local_reparam_gap
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight, RepeatedUseError
 from pyro_sparsevd.poutine.local_reparam import local_reparam

@@ -7,6 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+
 from checks import seeded, stored_values, values_of
 from problems import (
     F64,
@@ -18,10 +22,6 @@ from problems import (
     regression_data,
     trained_once,
 )
-from pyro.infer import SVI
-from pyro.infer.autoguide import AutoNormal
-from torch import Tensor, nn
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
 from pyro_sparsevd.poutine.trace import log_prob
 
@@ -35,9 +35,6 @@ def _function_of_data_twin(device: torch.device) -> Twin:
             pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
 
     return Twin(model, AutoSparseNormal(model, init_log_variance=-1.0), regression_data(device))
-
-
-# Numbers that are not finite.
 
 
 def _bits(tensors: Any) -> list[bytes]:

@@ -9,6 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
 from checks import SIGMAS, assert_close, differentiable_loss, seeded
 from problems import (
     F64,
@@ -22,10 +26,6 @@ from problems import (
     regression_data,
     small_network,
 )
-from pyro import poutine
-from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO
 
 

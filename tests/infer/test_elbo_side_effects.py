@@ -15,6 +15,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import SVI
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from checks import seeded
 from problems import (
     NUM_DATA,
@@ -27,11 +32,6 @@ from problems import (
     student_twin,
     trained_once,
 )
-from pyro import poutine
-from pyro.infer import SVI
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
 
 # Logging, memory and global state.

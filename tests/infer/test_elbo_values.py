@@ -8,6 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from torch import Tensor
+
 from checks import SIGMAS, assert_close, differentiable_loss, gradients_of, seeded
 from problems import (
     EULER,
@@ -27,11 +32,6 @@ from problems import (
     small_network,
     student_twin,
 )
-from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal, init_to_value
-from torch import Tensor
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 # The value.

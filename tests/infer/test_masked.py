@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import same_values, seeded, state_of, take_steps
-from problems import function_case, precise_likelihood, regression_data, small_model
 from pyro.infer import Predictive
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
+from checks import same_values, seeded, state_of, take_steps
+from problems import function_case, precise_likelihood, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal, bayesianize
 
 

@@ -6,19 +6,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import named, seeded, set_posterior, state_of, svi_of
-from problems import GUIDES, ZOO, auto_normal, auto_sparse_normal, hierarchy_model, subsampled_model
 from pyro import poutine
 from pyro.infer import RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_feasible
 from pyro.poutine.util import site_is_subsample
 
+from checks import named, seeded, set_posterior, state_of, svi_of
+from problems import GUIDES, ZOO, auto_normal, auto_sparse_normal, hierarchy_model, subsampled_model
 from pyro_sparsevd import SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")
-
-
-# What AutoNormal does, the guide does: models of every kind.
 
 
 @pytest.mark.parametrize("make", GUIDES)

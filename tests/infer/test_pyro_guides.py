@@ -6,8 +6,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import same_values, seeded, state_of, stored_names, svi_of
-from problems import GUIDES, INIT_SCALE, auto_sparse_normal, factors_model, hierarchy_model, mixed_model, module_model
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -31,6 +29,8 @@ from pyro.infer.reparam import LocScaleReparam, ProjectedNormalReparam, StudentT
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
+from checks import same_values, seeded, state_of, stored_names, svi_of
+from problems import GUIDES, INIT_SCALE, auto_sparse_normal, factors_model, hierarchy_model, mixed_model, module_model
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

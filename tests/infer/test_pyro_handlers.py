@@ -1,4 +1,4 @@
-"""Effect handlers around a sparse model, and pictures of it."""
+"""Effect handlers around a sparse model."""
 
 import math
 
@@ -6,6 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.reparam import LocScaleReparam
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
 from checks import mean_of, named, same_values, seeded, set_posterior, spread_of, state_of, svi_of
 from problems import (
     GUIDES,
@@ -20,12 +26,6 @@ from problems import (
     small_network,
     two_weights,
 )
-from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.reparam import LocScaleReparam
-from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -8,8 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import seeded, set_posterior
-from problems import GUIDES, Broadcasting, auto_sparse_normal, regression_data, small_model
 from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS, Importance, Predictive
 from pyro.infer.autoguide import (
@@ -25,6 +23,8 @@ from pyro.infer.importance import psis_diagnostic, vectorized_importance_weights
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor, nn
 
+from checks import seeded, set_posterior
+from problems import GUIDES, Broadcasting, auto_sparse_normal, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal, ImproperPriorWarning, LogUniform, Supervised, bayesianize, init_to_weights
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

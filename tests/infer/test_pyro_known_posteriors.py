@@ -8,13 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import mean_of, named, seeded, set_posterior, state_of, svi_of
-from problems import GUIDES
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 
+from checks import mean_of, named, seeded, set_posterior, state_of, svi_of
+from problems import GUIDES
 from pyro_sparsevd import LogUniform, SparseVD_ELBO, Supervised, bayesianize
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -7,6 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Predictive, WeighedPredictive
+from pyro.infer.autoguide import init_to_value
+from torch import Tensor
+
 from checks import mean_of
 from problems import (
     GUIDES,
@@ -20,10 +24,6 @@ from problems import (
     small_model,
     small_network,
 )
-from pyro.infer import Predictive, WeighedPredictive
-from pyro.infer.autoguide import init_to_value
-from torch import Tensor
-
 from pyro_sparsevd import LogUniform, sparsify
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -7,6 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from torch import Tensor
+
 from checks import same_values, seeded, state_of, stored_names, svi_of
 from problems import (
     GUIDES,
@@ -18,11 +23,6 @@ from problems import (
     small_model,
     two_weights,
 )
-from pyro import poutine
-from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoNormal
-from torch import Tensor
-
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

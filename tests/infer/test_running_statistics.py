@@ -7,11 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import loss_of, smooth_data
 from pyro.infer import SVI
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
+from problems import loss_of, smooth_data
 from pyro_sparsevd.infer.latents import _running_buffers, unchanged_buffers_on_error
 
 

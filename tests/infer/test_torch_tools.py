@@ -13,14 +13,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, seeded, state_of
-from problems import F64, loss_of, normal_likelihood, smooth_data
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sparsevd as svd
+from checks import assert_close, seeded, state_of
+from problems import F64, loss_of, normal_likelihood, smooth_data
 
 NUM_DATA = 24
 WORLD = 2

@@ -1,8 +1,9 @@
 """Fixtures of the tests of this folder."""
 
 import pytest
-from problems import MLP_NAMES
 from torch import nn
+
+from problems import MLP_NAMES
 
 
 @pytest.fixture

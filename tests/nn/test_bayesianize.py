@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from checks import assert_same_function, conditioned, first_of, matrices_of, random_values, sites_of, torch_saved
-from problems import Tied, some_tokens
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_sparsevd as svd
+from checks import assert_same_function, conditioned, first_of, matrices_of, random_values, sites_of, torch_saved
+from problems import Tied, some_tokens
 from pyro_sparsevd.nn.sites import WeightPrior
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.

@@ -5,12 +5,12 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import Tied, some_tokens
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_sparsevd as svd
+from problems import Tied, some_tokens
 
 PADDED = {
     "embedding": lambda: nn.Embedding(6, 3, padding_idx=0),

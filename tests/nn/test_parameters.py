@@ -10,13 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import sites_of, stored_tensors
-from problems import normal_rows, regression_model
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import pyro_sparsevd as svd
+from checks import sites_of, stored_tensors
+from problems import normal_rows, regression_model
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")

@@ -5,12 +5,12 @@ import re
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import matrices_of, random_values
 from pyro import poutine
 from torch import nn
 from torch.distributions import constraints
 
 import pyro_sparsevd as svd
+from checks import matrices_of, random_values
 from pyro_sparsevd.nn.sites import SitePrior, WeightPrior
 
 

@@ -7,20 +7,10 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
+from problems import Tied
 from pyro_sparsevd.distributions import ImproperPriorWarning
 from pyro_sparsevd.distributions.log_uniform import Jeffreys
 from pyro_sparsevd.nn.scales import HierarchicalPrior, Scale
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.output = nn.Linear(4, 7, bias=False)
-        self.output.weight = self.embedding.weight
-
-    def forward(self, tokens):
-        return self.output(self.embedding(tokens))
 
 
 def _trace(bnn, x):

@@ -12,13 +12,13 @@ import warnings
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import assert_same_function, conditioned, random_values, sites_of, with_values
-from problems import MLP_NAMES, Tied
 from pyro import poutine
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import pyro_sparsevd as svd
+from checks import assert_same_function, conditioned, random_values, sites_of, with_values
+from problems import MLP_NAMES, Tied
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")

@@ -8,14 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import stored_tensors
-from problems import normal_rows, regression_model
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_sparsevd as svd
+from checks import stored_tensors
+from problems import normal_rows, regression_model
 
 
 def categorical(output):

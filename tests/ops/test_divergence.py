@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from checks import value_and_gradients
 from operations import DIVERGENCES, TOTALS
-
 from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total, log_alpha
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
-# facts.md, section 2: log α, exact KL, equation 14, exact dKL/dlog α
+# log α, exact KL, equation 14, exact dKL/dlog α
 TABLE = [
     (-10.0, 5.635159, 5.635781, -0.500023),
     (-4.0, 2.625755, 2.634208, -0.509714),

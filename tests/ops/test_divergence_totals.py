@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+
 from checks import value_and_gradients
 from operations import DIVERGENCES, FORMS, TOTALS
-
 from pyro_sparsevd.ops import blocks
 from pyro_sparsevd.ops.divergence import add_gradients_, kl_log_uniform, kl_log_uniform_total, total_and_slopes
 from pyro_sparsevd.ops.kernels import KERNELS

@@ -7,6 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from checks import assert_close
 from operations import (
     CHANNELS_LAST,
@@ -23,8 +25,6 @@ from operations import (
     projected,
     sampled_output,
 )
-from torch import Tensor
-
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.ops import divergence
 from pyro_sparsevd.poutine.lazy_weight import kl_log_uniform_total

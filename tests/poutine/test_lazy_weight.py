@@ -7,6 +7,9 @@ import pyro
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
 from checks import assert_close
 from operations import (
     CONV2D,
@@ -19,9 +22,6 @@ from operations import (
     projected,
     sampled_output,
 )
-from torch import Tensor, nn
-from torch.func import functional_call
-
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.infer.checks import finite_value
 from pyro_sparsevd.poutine.lazy_weight import RepeatedUseError

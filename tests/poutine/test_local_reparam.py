@@ -9,6 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
+from torch import Tensor
+
 from checks import assert_close
 from operations import (
     LINEAR,
@@ -22,9 +25,6 @@ from operations import (
     projected,
     sampled_output,
 )
-from pyro import poutine
-from torch import Tensor
-
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.ops.workspace import Workspace

@@ -8,12 +8,12 @@ import pyro
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import loss_of, smooth_data
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
+from problems import loss_of, smooth_data
 
 again = partial(checkpoint, use_reentrant=False)
 with_contexts = partial(checkpoint, use_reentrant=False, context_fn=svd.checkpoint_contexts)

@@ -7,6 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from checks import assert_close
 from operations import (
     CHANNELS_LAST,
@@ -23,11 +28,6 @@ from operations import (
     projected,
     sampled_output,
 )
-from pyro import poutine
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from pyro_sparsevd import AutoSparseNormal, SparseNormal, bayesianize
 from pyro_sparsevd.ops.local_convolution import LocalGreyConvolution
 from pyro_sparsevd.ops.workspace import Workspace

@@ -14,10 +14,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import pyro_sparsevd as svd
+from problems import F64
 from pyro_sparsevd.ops.workspace import Workspace
 from pyro_sparsevd.poutine.lazy_weight import LazyWeight
-
-F64 = torch.float64
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch.func.jvp's own use of it

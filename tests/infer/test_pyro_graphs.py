@@ -1,4 +1,4 @@
-"""Discrete latents beside sparse ones."""
+"""Pictures of models, and discrete latents beside sparse ones."""
 
 import math
 import sys
@@ -9,8 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import state_of, svi_of
-from problems import GUIDES, SMALL_WEIGHTS, regression_data, small_model
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate, infer_discrete
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, init_to_value
@@ -18,6 +16,8 @@ from pyro.infer.discrete import TraceEnumSample_ELBO
 from pyro.infer.inspect import get_dependencies, get_model_relations
 from torch import Tensor, nn
 
+from checks import state_of, svi_of
+from problems import GUIDES, SMALL_WEIGHTS, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")
