@@ -1,0 +1,284 @@
+"""Plots: they return the figure, draw into the one they are given, and show nothing."""
+
+import math
+import sys
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+from lab import figures
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pyro_sparsevd import plots
+from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
+from pyro_sparsevd.ops.divergence import kl_log_uniform
+from pyro_sparsevd.plots.style import BLUE, SIGNED, line_styles, plain_numbers
+from pyro_sparsevd.sparsity.threshold import SweepPoint
+
+HISTORY = [
+    {"error": 0.5, "compression": 1.0, "nll": 900.0, "kl": 30.0},
+    {"error": 0.02, "compression": 50.0, "nll": 100.0, "kl": 90.0},
+]
+POINTS = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
+RESULTS = (
+    PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.08, 0.06, math.nan, math.nan, math.nan, 2e-3),
+    PriorResult("log-uniform", 0, 0.06, 0.3, 0.01, 0.05, 0.06, 40.0, 1.5, 0.07, 2e-3),
+    PriorResult("log-uniform", 1, 0.06, 0.3, 0.01, 0.05, 0.06, math.inf, -math.inf, 0.07, 2e-3),
+)
+DRAW = {
+    "weight_images": lambda **kw: plots.weight_images(torch.randn(5, 4, 3), **kw),
+    "weight_images of zeros": lambda **kw: plots.weight_images(torch.zeros(1, 4, 3), **kw),
+    "log_alpha_histogram": lambda **kw: plots.log_alpha_histogram({"w": torch.tensor([1.0, torch.inf])}, **kw),
+    "training_curves": lambda **kw: plots.training_curves(HISTORY, baseline=0.01, **kw),
+    "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, left={"nll": "NLL"}, right={}, **kw),
+    "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, **kw),
+    "compression_curves": lambda **kw: figures.compression_curves([10, 99], {"a": [0.1, 0.2]}, baseline=0.05, **kw),
+    "mean_and_scale": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), threshold=3.0, **kw),
+    "mean_and_scale without a threshold": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), **kw),
+    "mean_and_scale of zeros": lambda **kw: plots.mean_and_scale(torch.zeros(5), torch.zeros(5), threshold=3.0, **kw),
+    "prior_and_posteriors": lambda **kw: figures.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),
+    "divergences": lambda **kw: figures.divergences(samples={-2.0: 1.5, 2.0: 0.1}, **kw),
+    "prior_comparison": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "error"), **kw),
+    "prior_comparison of squared errors": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "mse"), **kw),
+    "connections": lambda **kw: figures.connections([torch.eye(3), torch.tensor([[1.0, -1.0, 0.0]])], **kw),
+}
+
+
+@pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
+def test_a_new_figure_is_returned_and_can_be_saved(draw, tmp_path):
+    figure = draw()
+    figure.savefig(tmp_path / "figure.png")
+    assert isinstance(figure, Figure)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
+def test_the_given_figure_is_drawn_into(draw):
+    figure = Figure()
+    left, right = figure.subfigures(1, 2)
+    assert draw(figure=left) is left
+    assert left.axes
+    assert not right.axes
+
+
+def test_no_more_units_than_asked_for_are_drawn():
+    figure = plots.weight_images(torch.randn(10, 4, 3), count=4, colorbar_label=None)
+    assert [len(axis.images) for axis in figure.axes] == [1, 1, 1, 1]
+
+
+def test_colors_of_weights_grow_lighter_with_value_and_zeros_are_apart():
+    lightness = lambda colors: np.asarray(colors)[..., :3] @ [0.299, 0.587, 0.114]  # noqa: E731
+    steps = np.diff(lightness(SIGNED(np.linspace(0, 1, 64))))
+    assert steps.min() > 0
+    below, zero, above = (lightness(SIGNED(v)) for v in (0.499, np.ma.masked, 0.501))
+    assert min(zero - below, above - zero) > 1.5 * np.median(steps)
+
+
+def test_weights_are_colored_by_their_value_and_only_zeros_are_masked():
+    figure = plots.weight_images(torch.tensor([[[-2.0, 0.0, 1e-6]]]))
+    image = figure.axes[0].images[0]
+    assert image.get_array().mask.tolist() == [[False, True, False]]
+    assert (image.cmap.name, image.get_clim()) == ("signed", (-2, 2))
+
+
+@pytest.mark.parametrize(("lowest", "limits"), [(-2.0, (-3, 3)), (0.0, (0, 3))])
+def test_the_color_bar_has_its_label_and_no_negative_half_for_counts(lowest, limits):
+    weight = torch.tensor([[[lowest, 3.0]]])
+    bar = plots.weight_images(weight, colorbar_label="hidden units").axes[-1]
+    assert (bar.get_ylabel(), bar.get_ylim()) == ("hidden units", limits)
+    assert plots.weight_images(weight, limit=5.0).axes[-1].get_ylim()[1] == 5
+
+
+def test_weights_must_be_images():
+    with pytest.raises(ValueError, match=r"weight: expected shape \(units, height, width\), but got \(3, 4\)"):
+        plots.weight_images(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
+def test_every_axis_of_a_chart_says_what_it_shows(draw):
+    for axis in draw().axes:
+        if axis.axison:
+            assert axis.get_ylabel() or axis.get_xlabel()
+
+
+def test_training_curves_are_logarithmic_only_where_that_shows_more():
+    history = [{"nll": 100.0 / n, "sparsity": 1 - 1 / n, "error": 0.1 - n / 1000} for n in range(1, 30)]
+    (bound,) = plots.training_curves(history, left={"nll": "NLL, nats"}, right={}).axes
+    assert (bound.get_ylabel(), bound.get_yscale()) == ("NLL, nats", "log")
+    left, right = plots.training_curves(history, right={"sparsity": "sparsity"}).axes
+    assert (left.get_ylabel(), left.get_yscale()) == ("error, %", "linear")
+    assert (right.get_ylabel(), right.get_yscale()) == ("sparsity, %", "linear")
+
+
+def test_training_curves_draw_fractions_in_percent_and_nothing_else():
+    history = [{"error": 0.5, "sparsity": 0.1, "loss": 0.5}, {"error": 0.25, "sparsity": 0.9, "loss": 0.25}]
+    left, right = plots.training_curves(history, right={"sparsity": "sparsity"}, baseline=0.125).axes
+    drawn = [list(line.get_ydata()) for axis in (left, right) for line in axis.get_lines()]
+    assert drawn == [[50, 25], [12.5, 12.5], [10, 90]]
+    (other,) = plots.training_curves(history, left={"loss": "loss"}, right={}, baseline=0.125).axes
+    assert other.get_ylabel() == "loss"
+    assert [list(line.get_ydata()) for line in other.get_lines()] == [[0.5, 0.25], [0.125, 0.125]]
+    (named,) = plots.training_curves(history, left={"loss": "misses"}, right={}, fractions=["loss"]).axes
+    assert named.get_ylabel() == "misses, %"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((5, 200), [5, 10, 20, 50, 100, 200]),
+        ((0.3, 2.9), [0.3, 0.5, 0.7, 1, 2]),
+        ((2, 5), [2, 3, 4, 5]),
+        ((1, 1e5), [1, 10, 100, 1000, 10000, 100000]),
+    ],
+)
+def test_logarithmic_axes_have_plain_numbers_as_many_as_there_is_room_for(limits, expected):
+    axis = Figure().subplots()
+    axis.set(xscale="log", xlim=limits)
+    plain_numbers(axis.xaxis)
+    axis.figure.canvas.draw()
+    shown = [label for which in ("major", "minor") for label in axis.get_xticklabels(which=which)]
+    found = {
+        label.get_text() for label in shown if label.get_text() and limits[0] <= label.get_position()[0] <= limits[1]
+    }
+    assert found == {f"{value:g}" for value in expected}
+
+
+@pytest.mark.parametrize("skip", ["", BLUE])
+def test_styles_of_lines_repeat_late_and_neighbours_differ_without_colors(skip):
+    styles = list(islice(line_styles(skip), 30))
+    assert len({(style.color, style.line) for style in styles}) == len({style[::2] for style in styles}) == 30
+    assert all(a.line != b.line and a.marker != b.marker for a, b in pairwise(styles))
+    assert skip not in {style.color for style in styles}
+
+
+def test_divergences_are_those_of_the_package():
+    above, below = figures.divergences().axes
+    assert below.get_ylabel() == "difference from\nthe exact KL, nats"
+    exact = next(line for line in above.get_lines() if line.get_label() == "exact")
+    log_alpha, drawn = (torch.as_tensor(v) for v in exact.get_data())
+    torch.testing.assert_close(drawn, kl_log_uniform(torch.ones_like(log_alpha), log_alpha, "exact"))
+    assert 0.005 < abs(below.get_lines()[0].get_ydata()).max() < 0.0094
+
+
+def test_dropped_weights_lie_above_the_line_of_slope_1_of_the_threshold():
+    loc, log_variance = torch.tensor([1.0, -1.0, 0.1, 0.01]), torch.tensor([2.9, 3.1, -2.0, -6.0])
+    axis = plots.mean_and_scale(loc, log_variance, threshold=3.0).axes[0]
+    dropped, kept, line = axis.get_lines()
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    x, y = (np.log(values) for values in line.get_data())
+    np.testing.assert_allclose(y - x, 1.5)
+    assert [dropped.get_label(), kept.get_label()] == ["dropped: 2", "kept: 2"]
+    assert (dropped.get_ydata() > dropped.get_xdata() * math.exp(1.5)).all()
+    assert (kept.get_ydata() < kept.get_xdata() * math.exp(1.5)).all()
+    assert dropped.get_marker() != kept.get_marker()
+
+
+def test_the_line_of_the_threshold_leaves_the_axes_to_the_weights():
+    loc, log_variance = torch.tensor([1e-8, 0.0, 1.0]), torch.tensor([-2.0, -2.0, -3.0])
+    limits = [
+        plots.mean_and_scale(loc, log_variance, threshold=threshold).axes[0].get_ylim() for threshold in (None, 3.0)
+    ]
+    assert limits[0] == limits[1]
+
+
+def test_means_and_scales_of_zero_are_drawn_at_the_lower_end_and_counted():
+    loc, log_variance = torch.tensor([0.0, 0.5, 2.0]), torch.tensor([0.0, -math.inf, 2.0])
+    axis = plots.mean_and_scale(loc, log_variance, threshold=3.0).axes[0]
+    dropped, kept, zeros, _ = axis.get_lines()
+    assert zeros.get_label() == "of them θ = 0 or σ = 0, drawn at the end: 2"
+    assert list(dropped.get_xdata()) == [0.25]
+    assert min(kept.get_ydata()) == 0.5
+    assert sorted(zeros.get_xdata()) == [0.25, 0.5]
+
+
+def panels(results, error_name="error"):
+    """Returns the axes of the errors and of the likelihoods, and the marks of each."""
+    axes = figures.prior_comparison(PriorComparison(tuple(results), error_name)).axes
+    axes = [axis for axis in axes if axis.axison]
+    return axes, [[line for line in axis.get_lines() if line.get_marker() != "None"] for axis in axes]
+
+
+def test_a_prior_that_missed_the_level_is_a_hollow_mark_at_1():
+    axes, (errors, likelihoods) = panels(RESULTS)
+    missed, reached, _ = errors
+    assert [line.get_xdata()[0] for line in (missed, reached)] == [1, 40]
+    assert [line.get_ydata()[0] for line in (missed, reached)] == pytest.approx([5, 7])
+    assert [line.get_fillstyle() for line in (missed, reached)] == ["none", "full"]
+    assert missed.get_marker() != reached.get_marker()
+    assert [line.get_ydata()[0] for line in likelihoods] == [0.2, 0.3, 0.3]
+    labels = [axis.get_ylabel() for axis in axes]
+    assert labels == ["error once pruned, %", "NLL with all weights,\nnats per datum"]
+
+
+def at(prior, compression, error=0.05, seed=0):
+    return PriorResult(prior, seed, 0.05, 0.2, 0.01, 0.08, 0.06, compression, 1.0, error, 2e-3)
+
+
+def test_marks_of_priors_at_one_place_stand_side_by_side_and_differ():
+    names = [f"prior {n}" for n in range(16)]
+    axes, marks = panels([at(name, 10.0) for name in names] + [at("prior 3", 10.0, seed=1), at("alone", 50.0)])
+    for axis, (*crowd, again, alone) in zip(axes, marks, strict=True):
+        axis.figure.canvas.draw()
+        places = [float(line.get_transform().transform(line.get_xydata())[0, 0]) for line in (*crowd, again, alone)]
+        gaps = np.diff(places[:16]) * 72 / axis.figure.dpi
+        assert gaps.min() > 6.5  # points: the width of a mark
+        true, other = (axis.transData.transform((x, 1))[0] for x in (10, 50))
+        assert np.mean(places[:16]) == pytest.approx(true)
+        assert places[16:] == pytest.approx([places[3], other])
+        assert {line.get_xdata()[0] for line in crowd} == {10}
+        assert len({(line.get_color(), line.get_marker()) for line in crowd}) == 16
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(0.09, "linear"), (0.9, "log")])
+def test_errors_are_logarithmic_where_one_is_much_larger(largest, scale):
+    axes, _ = panels([at("a", 10.0), at("b", 20.0, largest)], "mean squared error")
+    assert (axes[0].get_ylabel(), axes[0].get_yscale()) == ("mean squared error\nonce pruned", scale)
+
+
+def test_connections_are_the_weights_that_are_not_zero():
+    weights = [torch.tensor([[1.0, 0.0], [-2.0, 0.5]]), torch.tensor([[0.0, 3.0]])]
+    axis = figures.connections(weights).axes[0]
+    segments = [tuple(map(tuple, s)) for c in axis.collections if hasattr(c, "get_segments") for s in c.get_segments()]
+    assert len(set(segments)) == len(segments) == 4
+    assert sum(start[0] == 0 for start, _ in segments) == 3
+
+
+@pytest.mark.parametrize("shapes", [[], [(3,)], [(2, 3), (2, 3)]], ids=str)
+def test_connections_need_layers_in_a_row(shapes):
+    with pytest.raises(ValueError, match=r"weights: expected shapes \(b, a\), \(c, b\), \.\.\. of layers in a row"):
+        figures.connections([torch.ones(shape) for shape in shapes])
+
+
+def test_an_animation_has_a_frame_for_each_entry_and_is_small(tmp_path):
+    path = tmp_path / "weights.gif"
+    figures.animate_weight_images([torch.randn(36, 28, 28) for _ in range(6)], path)
+    with Image.open(path) as image:
+        assert (image.format, image.n_frames) == ("GIF", 6)
+    assert path.stat().st_size < 3e6
+
+
+def test_frames_of_an_animation_have_one_scale_and_a_title_each(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(figures, "weight_images", lambda weight, **options: calls.append(options))
+    frames = [torch.full((2, 3, 3), value) for value in (1.0, -4.0)]
+    figures.animate_weight_images(frames, tmp_path / "a.gif", title=["threshold 3", "threshold {}"], colorbar_label="w")
+    figures.animate_weight_images(frames, tmp_path / "b.gif")
+    assert [call["title"] for call in calls] == ["threshold 3", "threshold {}", "epoch 1", "epoch 2"]
+    assert {call["limit"] for call in calls} == {4}
+    assert [call["colorbar_label"] for call in calls] == ["w", "w", "weight", "weight"]
+
+
+def test_an_animation_needs_a_title_for_each_frame(tmp_path):
+    with pytest.raises(ValueError, match="title: expected one for each of 2 frames, but got 1"):
+        figures.animate_weight_images(list(torch.randn(2, 1, 3, 3)), tmp_path / "weights.gif", title=["one"])
+
+
+def test_an_animation_needs_a_frame(tmp_path):
+    with pytest.raises(ValueError, match="history: expected the weights of at least one frame"):
+        figures.animate_weight_images([], tmp_path / "weights.gif")
+
+
+def test_pyplot_is_not_imported():
+    assert "matplotlib.pyplot" not in sys.modules or "pyplot" not in vars(plots)

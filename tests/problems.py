@@ -1,0 +1,500 @@
+"""Models, networks and data with known answers, for all tests."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mpmath
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import Tensor, nn
+
+import pyro_sparsevd as svd
+from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
+
+F64 = torch.float64
+NUM_DATA = 20
+
+
+# A small network as a model of data.
+
+
+def small_network(device: torch.device | None = None, width: int = 3, layer: Callable = nn.Linear) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(layer(4, width), nn.Tanh(), layer(width, 1)).to(device, F64)
+
+
+def normal_likelihood(output: Tensor) -> dist.Normal:
+    return dist.Normal(output.squeeze(-1), 0.5)
+
+
+def precise_likelihood(output: Tensor) -> dist.Normal:
+    return dist.Normal(output.squeeze(-1), 0.1)
+
+
+def categorical_likelihood(output: Tensor) -> dist.Categorical:
+    return dist.Categorical(logits=torch.cat([output, -output, 2 * output], -1))
+
+
+def small_model(
+    device: torch.device | None = None,
+    likelihood: Callable = normal_likelihood,
+    width: int = 3,
+    layer: Callable = nn.Linear,
+    **options: Any,
+) -> Supervised:
+    return Supervised(bayesianize(small_network(device, width, layer), **options), likelihood, NUM_DATA)
+
+
+def regression_data(device: torch.device | None = None, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Inputs of the small network and targets that have nothing to do with them."""
+    generator = torch.Generator().manual_seed(2)
+    device = torch.get_default_device() if device is None else device
+    x = torch.randn(size, 4, generator=generator, dtype=F64, device="cpu")
+    return x.to(device), torch.randn(size, generator=generator, dtype=F64, device="cpu").to(device)
+
+
+def smooth_data(device: torch.device, size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+    """Inputs of the small network and targets that are a smooth function of them."""
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(2), dtype=F64)
+    return x.to(device, dtype), x.sum(1).tanh().to(device, dtype)
+
+
+def loss_of(
+    net: nn.Module,
+    likelihood: Callable = normal_likelihood,
+    num_data: int = NUM_DATA,
+    log_variance: float = -4.0,
+    **options: Any,
+) -> Any:
+    """The loss, as a module, of a network with the default prior and a guide of it."""
+    model = Supervised(bayesianize(net), likelihood, num_data)
+    return SparseVD_ELBO(**options)(model, AutoSparseNormal(model, init_log_variance=log_variance))
+
+
+def model_and_guide(
+    device: torch.device, log_variance: float = -2.0, **options: Any
+) -> tuple[Supervised, AutoSparseNormal]:
+    model = small_model(device, **options)
+    return model, AutoSparseNormal(model, init_log_variance=log_variance)
+
+
+# Divergences by hand.
+
+
+EULER = 0.5772156649015329
+
+
+def normal_to_normal(loc: Tensor, variance: Tensor) -> Tensor:
+    return 0.5 * (loc**2 + variance - 1 - variance.log()).sum()
+
+
+def exact_kl(loc: Tensor, variance: Tensor) -> Tensor:
+    halves = (loc**2 / (2 * variance)).reshape(-1).tolist()
+    return loc.new_tensor(sum(float(u * mpmath.hyper([1, 1], [1.5, 2], -u)) for u in halves))
+
+
+def approximate_kl(loc: Tensor, variance: Tensor) -> Tensor:
+    log_alpha = variance.log() - 2 * loc.abs().log()
+    kl = 0.5 * torch.log1p(1 / log_alpha.exp()) + 0.63576 * (1 - torch.sigmoid(1.87320 + 1.48695 * log_alpha))
+    return kl.sum()
+
+
+LOG_RATIO = 2 * math.log(1e30)
+
+
+def log_normaliser(loc: Tensor) -> float:
+    return loc.numel() * (math.log(LOG_RATIO) - 0.5 * (1 + EULER + math.log(math.pi)))
+
+
+# Models and guides whose loss Pyro's own losses know.
+
+
+class Twin(NamedTuple):
+    """A model, a guide of it, and the arguments of both."""
+
+    model: Callable
+    guide: Callable
+    args: tuple
+
+
+def network_twin(device: torch.device) -> Twin:
+    model, guide = model_and_guide(device, prior=dist.Normal(0.0, 1.0))
+    return Twin(model, guide, regression_data(device))
+
+
+def bounded_twin(device: torch.device) -> Twin:
+    model, guide = model_and_guide(device, prior=LogUniform(1e-30, 1e30))
+    return Twin(model, guide, regression_data(device))
+
+
+def function_twin(device: torch.device, subsample: bool = False) -> Twin:
+    zero = torch.zeros((), dtype=F64, device=device)
+    data = torch.linspace(-1, 2, NUM_DATA, dtype=F64, device=device)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(zero.expand(3), 1.0).to_event(1))
+        with pyro.plate("data", NUM_DATA, subsample_size=4 if subsample else None) as indices:
+            z = pyro.sample("z", dist.Normal(w.sum(), 2.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=data[indices])
+
+    return Twin(model, AutoSparseNormal(model, init_log_variance=-1.0), ())
+
+
+def student_twin(device: torch.device) -> Twin:
+    zero = torch.zeros((), dtype=F64, device=device)
+
+    def model():
+        w = pyro.sample("w", dist.StudentT(3 + zero, zero.expand(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=zero)
+
+    return Twin(model, AutoSparseNormal(model, init_log_variance=-1.0), ())
+
+
+class HandMadeRecurrent(nn.Module):
+    """A recurrent network by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(1, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 3)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.inner(x[:, t, None]) + self.outer(h))
+        return h.sum(-1, keepdim=True)
+
+
+def model_and_guide_of(make: Callable, device: torch.device) -> tuple[Supervised, AutoSparseNormal]:
+    torch.manual_seed(1)
+    model = Supervised(bayesianize(make().to(device).double()), normal_likelihood, NUM_DATA)
+    guide = AutoSparseNormal(model, init_log_variance=-2.0)
+    guide(*regression_data(device))
+    return model, guide
+
+
+class Trained(NamedTuple):
+    model: Supervised
+    guide: AutoSparseNormal
+    svi: SVI
+    loss: nn.Module
+    data: tuple[Tensor, Tensor]
+
+
+def trained_once(device: torch.device, task: str, **options: Any) -> Trained:
+    likelihood = normal_likelihood if task == "regression" else categorical_likelihood
+    model, guide = model_and_guide(device, likelihood=likelihood)
+    elbo = SparseVD_ELBO(**options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    x, y = regression_data(device)
+    y = y if task == "regression" else (y > 0).double()
+    svi.step(x, y)
+    return Trained(model, guide, svi, elbo(model, guide), (x.clone(), y.clone()))
+
+
+# A network, a function and both in one.
+
+
+class Case(NamedTuple):
+    """A model, the arguments of its training, and the sites that have a log-uniform prior, of all its sites."""
+
+    model: Callable
+    data: tuple[Tensor, ...]
+    sparse: tuple[str, ...]
+    sites: tuple[str, ...]
+
+
+def module_case(device: torch.device) -> Case:
+    sites = ("0.weight", "2.weight")
+    return Case(small_model(device, precise_likelihood), regression_data(device), sites, sites)
+
+
+def function_case(device: torch.device) -> Case:
+    zeros, ones = torch.zeros(4, dtype=F64, device=device), torch.ones((), dtype=F64, device=device)
+
+    def model(x, y=None):
+        w = pyro.sample("w", LogUniform(1e-6 * ones, ones).expand([4]).to_event(1))
+        b = pyro.sample("b", dist.Normal(0 * ones, 1.0))
+        scale = pyro.sample("net.scale", dist.LogNormal(zeros[0], 1.0))
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            pyro.sample("y", dist.Normal(x @ w + b, scale), obs=y)
+
+    return Case(model, regression_data(device), ("w",), ("w", "b", "net.scale"))
+
+
+def module_with_function_case(device: torch.device) -> Case:
+    """A module whose sites are its attributes in part."""
+
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            ones = torch.ones(4, dtype=F64, device=device)
+            self.w = PyroSample(LogUniform(1e-6 * ones, ones).to_event(1))
+            self.scaled = PyroSample(lambda self: dist.Normal(ones[:2], 1.0).to_event(1))
+
+        def forward(self, x, y=None):
+            mean = x @ self.w + self.scaled.sum()
+            scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0, dtype=F64, device=device), 1.0))
+            with pyro.plate("data", NUM_DATA, subsample=x):
+                pyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+    return Case(Model(), regression_data(device), ("w",), ("w", "scaled", "scale"))
+
+
+CASES = [
+    pytest.param(module_case, id="module"),
+    pytest.param(function_case, id="function"),
+    pytest.param(module_with_function_case, id="both"),
+]
+
+
+def local_model(indices=None, *, device):
+    """A latent of one dimension, one of two and a constrained one for each of 20 data."""
+    zero = torch.zeros((), dtype=F64, device=device)
+    plate = pyro.plate("data", 20, subsample_size=4) if indices is None else pyro.plate("data", 20, subsample=indices)
+    with plate as indices:
+        z = pyro.sample("z", dist.Normal(zero, 1.0))
+        pyro.sample("v", dist.Normal(zero.expand(2), 1.0).to_event(1))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3, dtype=F64, device=device)))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.arange(20, dtype=F64, device=device)[indices])
+
+
+def model_with_batch_norm(device: torch.device) -> Supervised:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1)).to(device).double()
+    return Supervised(bayesianize(net), precise_likelihood, NUM_DATA)
+
+
+# AutoNormal and AutoSparseNormal side by side.
+
+
+INIT_SCALE = 0.1
+
+
+def auto_normal(model: Callable, **options: Any) -> AutoNormal:
+    return AutoNormal(model, init_scale=INIT_SCALE, **options)
+
+
+def auto_sparse_normal(model: Callable, **options: Any) -> AutoSparseNormal:
+    return AutoSparseNormal(model, init_log_variance=2 * math.log(INIT_SCALE), **options)
+
+
+GUIDES = [
+    pytest.param(auto_normal, id="AutoNormal"),
+    pytest.param(auto_sparse_normal, id="AutoSparseNormal"),
+]
+
+
+class Broadcasting(nn.Module):
+    """A linear layer whose weight may have dimensions in front, one of them against the data."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x.unsqueeze(-2)).sum(-1) + self.bias
+
+
+PROPER = pytest.param(LogUniform(1e-4, 10.0), id="proper")
+IMPROPER = pytest.param(None, id="improper")
+SMALL_WEIGHTS = ("0.weight", "2.weight")
+
+
+def mixed_model(y: Tensor) -> None:
+    w = pyro.sample("w", LogUniform(1e-4, 10.0).expand([3]).to_event(1))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    s = pyro.sample("s", dist.LogNormal(torch.zeros(2), 0.1).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(w.sum() + b, s.sum()), obs=y)
+
+
+def two_weights(y: Tensor) -> Tensor:
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+    scale = pyro.param("scale", lambda: torch.tensor(0.7), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(y)):
+        return pyro.sample("y", dist.Normal(a.sum() + b, scale), obs=y)
+
+
+TWO_WEIGHTS_Y = [0.3, 0.9, 1.4, 1.1]
+
+
+# Models of every kind.
+
+
+def shapes_model() -> None:
+    pyro.sample("scalar", dist.Normal(0.5, 1.0))
+    pyro.sample("vector", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("matrix", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    rows, columns = pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1)
+    with rows:
+        pyro.sample("row", dist.Normal(0.0, 1.0))
+    with columns:
+        pyro.sample("column", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with rows, columns:
+        pyro.sample("cell", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+
+
+def supports_model() -> None:
+    pyro.sample("positive", dist.LogNormal(0.0, 1.0))
+    pyro.sample("gamma", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
+    pyro.sample("unit", dist.Beta(2.0, 3.0))
+    pyro.sample("interval", dist.Uniform(-1.0, 3.0))
+    pyro.sample("heavy", dist.HalfCauchy(torch.tensor(1.0)))
+    pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    pyro.sample("cholesky", dist.LKJCholesky(3))
+    with pyro.plate("plate", 2):
+        pyro.sample("rate", dist.Exponential(1.0))
+        pyro.sample("shares", dist.Dirichlet(torch.ones(4)))
+
+
+def log_uniforms_model() -> None:
+    pyro.sample("bounded", LogUniform(1e-6, 1e3).expand([2, 3]).to_event(2))
+    pyro.sample("free", LogUniform(1e-6, 1e3))
+    with pyro.plate("plate", 4):
+        pyro.sample("each", LogUniform(1e-6, 1e3))
+
+
+def hierarchy_model() -> None:
+    centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("groups", 3, dim=-2):
+        group = pyro.sample("group", dist.Normal(centre, width))
+        with pyro.plate("data", 4, dim=-1):
+            pyro.sample("y", dist.Normal(group, 1.0), obs=torch.arange(12.0).reshape(3, 4) / 6)
+
+
+def subsampled_model() -> None:
+    with pyro.plate("data", 12, subsample_size=5) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.arange(12.0)[index])
+
+
+def subsampled_twice_model() -> None:
+    rows = pyro.plate("rows", 6, subsample_size=3, dim=-2)
+    columns = pyro.plate("columns", 4, subsample_size=2, dim=-1)
+    with rows:
+        row = pyro.sample("row", dist.Normal(0.0, 1.0))
+    with columns:
+        column = pyro.sample("column", dist.Normal(0.0, 1.0))
+    with rows as i, columns as j:
+        cell = pyro.sample("cell", dist.Normal(row + column, 1.0))
+        pyro.sample("y", dist.Normal(cell, 1.0), obs=torch.arange(24.0).reshape(6, 4)[i][:, j] / 12)
+
+
+def masked_and_scaled_model() -> None:
+    with pyro.plate("plate", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+        pyro.sample("part", dist.Normal(0.0, 1.0))
+    with poutine.scale(scale=2.5):
+        pyro.sample("heavy", dist.LogNormal(0.0, 1.0))
+    with poutine.mask(mask=False):
+        pyro.sample("free", dist.Normal(0.0, 1.0))
+
+
+def markov_model() -> None:
+    x: Any = 0.0
+    for t in pyro.markov(range(3)):
+        x = pyro.sample(f"x{t}", dist.Normal(x, 1.0))
+        pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=torch.tensor(float(t)))
+
+
+def factors_model() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("once", -(z**2))
+    with pyro.plate("plate", 3):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("each", -w.abs())
+
+
+def partly_observed_model() -> None:
+    with pyro.plate("plate", 3):
+        mask = torch.tensor([True, False, True])
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.ones(3), obs_mask=mask)
+
+
+def module_model() -> PyroModule:
+    class Layer(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = PyroSample(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            self.width = PyroSample(lambda self: dist.LogNormal(0.0, 1.0))
+
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+            self.scale = PyroParam(torch.tensor(0.8), dist.constraints.positive)
+
+        def forward(self) -> None:
+            mean = self.layer.weight.sum(-1) + self.layer.width
+            pyro.sample("y", dist.Normal(mean, self.scale), obs=torch.tensor(1.0))
+
+    return Model()
+
+
+ZOO = [
+    pytest.param(lambda model=model: model, id=model.__name__.removesuffix("_model"))
+    for model in (
+        shapes_model, supports_model, log_uniforms_model, hierarchy_model, subsampled_model, subsampled_twice_model,
+        masked_and_scaled_model, markov_model, factors_model, partly_observed_model,
+    )
+] + [pytest.param(module_model, id="module")]  # fmt: skip
+
+
+# Networks with priors.
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's, as in language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 3)
+        self.output = nn.Linear(3, 6)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.output(self.embedding(tokens))
+
+
+def some_tokens():
+    return torch.tensor([[1, 2, 5], [0, 0, 3]])
+
+
+MLP_NAMES = ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", "head.weight", "head.bias"]
+
+
+def normal_rows(output):
+    return dist.Normal(output, 0.5).to_event(1)
+
+
+def regression_model(device, num_data=100, likelihood=normal_rows, net=None):
+    net = nn.Linear(4, 3) if net is None else net
+    return svd.Supervised(svd.bayesianize(net.to(device), svd.LogUniform(1e-3, 1.0)), likelihood, num_data)
+
+
+# Distributions.
+
+
+def tensor64(value, device):
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def bounded(low, high, device):
+    return LogUniform(tensor64(low, device), tensor64(high, device))
+
+
+BOUNDS = [(1e-3, 1.0), (0.5, 0.6), (1e-8, 1e4), (2.0, 300.0)]
+
+
+def normal_of(q):
+    return dist.Normal(q.loc, (0.5 * q.log_variance).exp())
