@@ -41,10 +41,10 @@ from .nn.supervised import Supervised as Supervised
 from .ops import divergence as divergence
 from .poutine.local_reparam import local_reparam as local_reparam
 from .poutine.trace import checkpoint_contexts as checkpoint_contexts
+from .shrink.report import shrink_report as shrink_report
 from .shrink.shrink import shrink as shrink
-from .shrink.shrink import shrink_with_report as shrink_with_report
 from .shrink.sparse_linear import to_sparse as to_sparse
-from .sparsity.pruning import masks_held as masks_held
+from .sparsity.pruning import fixed_sparsity as fixed_sparsity
 from .sparsity.pruning import prune as prune
 from .sparsity.quantization import quantization_steps as quantization_steps
 from .sparsity.summary import SparsitySummary as SparsitySummary

@@ -4,7 +4,7 @@ __all__ = ["check_finite", "check_plain", "copied", "evaluation_mode", "random_s
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -87,11 +87,12 @@ def random_state(model: Any = None) -> Callable[[], None]:
     return restore
 
 
-def copied(net: nn.Module) -> nn.Module:
+def copied(net: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """Copies a network in depth, with what its forward pass or hooks computed and left in its modules.
 
     Args:
         net: The network.
+        replaced: Modules of the network, and what the copy has in their place, wherever they are referred to.
 
     Returns:
         The copy.
@@ -103,7 +104,8 @@ def copied(net: nn.Module) -> nn.Module:
         True
     """
     tensors = (v for module in net.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
-    return copy.deepcopy(net, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
+    return copy.deepcopy(net, memo | {id(old): new for old, new in (replaced or {}).items()})
 
 
 def check_plain(net: Any) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 import pyro_sparsevd as svd
 from pyro_sparsevd.storage import container, sparse_file
 from pyro_sparsevd.storage.container import Entry
-from pyro_sparsevd.storage.models import code_array
+from pyro_sparsevd.storage.context_models import code_array
 from pyro_sparsevd.storage.range_coder import Encoder
 from pyro_sparsevd.storage.rounding import quantized
 from pyro_sparsevd.storage.sparse_file import StorageError, load_sparse, register_architecture, save_sparse

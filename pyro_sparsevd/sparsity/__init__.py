@@ -1,8 +1,8 @@
 """From a posterior to a sparse network."""
 
-__all__ = ["SparsitySummary", "masks_held", "prune", "quantization_steps", "sparsify", "threshold_sweep"]
+__all__ = ["SparsitySummary", "fixed_sparsity", "prune", "quantization_steps", "sparsify", "threshold_sweep"]
 
-from .pruning import masks_held, prune
+from .pruning import fixed_sparsity, prune
 from .quantization import quantization_steps
 from .summary import SparsitySummary, sparsify
 from .threshold import threshold_sweep

@@ -1,7 +1,8 @@
 """The file of a sparse network: a preamble, a table of its tensors, and bytes; written whole or not at all.
 
 All integers are little-endian. The preamble is ``magic, version, table length, payload words, payload CRC-32, CRC-32 of
-all before and of the table``; the table is compressed by zlib, the payload is left to :mod:`~.models`. A checksum finds
+all before and of the table``; the table is compressed by zlib, the payload is left to
+:mod:`~.context_models`. A checksum finds
 damage, not intent: every number in the table is checked against a limit before anything is made of it.
 """
 

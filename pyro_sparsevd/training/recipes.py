@@ -19,7 +19,7 @@ from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from ..infer.schedules import LinearWarmup
 from ..nn.supervised import Supervised
-from ..sparsity.pruning import masks_held, prune
+from ..sparsity.pruning import fixed_sparsity, prune
 from ..sparsity.summary import sparsify
 from ..sparsity.threshold import smoothed_threshold
 from .checkpoints import Checkpoint
@@ -229,7 +229,7 @@ def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int,
     Args:
         network: A plain sparse network; it is not changed.
         split: The training data, with classes for labels: a regression needs a loss of its own, given to
-            :func:`~.fit.fit` within :func:`~.pruning.masks_held`.
+            :func:`~.fit.fit` within :func:`~.pruning.fixed_sparsity`.
         epochs: How many times to go through the data.
         batch_size: The number of data of a step.
         lr: The learning rate, as for :func:`train_dense`.
@@ -245,7 +245,7 @@ def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int,
         >>> split = Split(torch.rand(20, 1, 28, 28), torch.zeros(20, dtype=torch.long))
         >>> tuned = fine_tune(network, split, epochs=1, batch_size=10)
     """
-    with masks_held(copy.deepcopy(network)) as tuned:
+    with fixed_sparsity(copy.deepcopy(network)) as tuned:
         train_dense(tuned, split, epochs=epochs, batch_size=batch_size, lr=lr)
     return tuned
 
