@@ -10,9 +10,20 @@ References:
     | https://arxiv.org/abs/2201.01741
 """
 
-__all__ = ["WHOLE", "Coder", "Decoder", "Encoder", "StorageError", "code_choices", "code_symbols", "code_uniform"]
+__all__ = [
+    "WHOLE",
+    "Coder",
+    "Decoder",
+    "Encoder",
+    "StorageError",
+    "code_choices",
+    "code_symbols",
+    "code_uniform",
+    "imported",
+]
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,8 +44,8 @@ class Encoder:
     """Writes integers with the probabilities of a model."""
 
     def __init__(self) -> None:
-        self.models: Any = _stream().model
-        self._coder = _stream().queue.RangeEncoder()
+        self.models: Any = imported("constriction").stream.model
+        self._coder = imported("constriction").stream.queue.RangeEncoder()
 
     def code(self, values: np.ndarray | None, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
         """Writes integers by a model of constriction, or by a family of models with parameters for each integer."""
@@ -53,8 +64,8 @@ class Decoder:
     """Reads what an :class:`Encoder` wrote."""
 
     def __init__(self, data: bytes) -> None:
-        self.models: Any = _stream().model
-        self._coder = _stream().queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        self.models: Any = imported("constriction").stream.model
+        self._coder = imported("constriction").stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
     def code(self, values: np.ndarray | None, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
         """Reads so many integers, with the model and the parameters that they were written with."""
@@ -120,9 +131,10 @@ def _blocks(count: int) -> Iterator[slice]:
         start = stop
 
 
-def _stream() -> Any:
+def imported(name: str) -> Any:
+    """Imports a module of the packages that are optional."""
     try:
-        from constriction import stream
+        return import_module(name)
     except ImportError as error:
-        raise ImportError('storage: expected constriction; pip install "pyro-sparsevd[storage]" installs it') from error
-    return stream
+        package = name.partition(".")[0]
+        raise ImportError(f'storage: expected {package}; pip install "pyro-sparsevd[storage]" installs it') from error

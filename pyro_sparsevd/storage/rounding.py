@@ -1,6 +1,6 @@
 """Weights rounded to multiples of a step."""
 
-__all__ = ["check_steps", "from_multiples", "quantized", "to_multiples"]
+__all__ = ["as_float32", "check_steps", "from_multiples", "quantized", "to_multiples"]
 
 import math
 from collections.abc import Mapping
@@ -50,11 +50,11 @@ def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
 
 def from_multiples(multiples: Tensor, step: float, dtype: torch.dtype) -> Tensor:
     """Returns multiples of a step, which is rounded to float32 as in a file; the products are rounded once."""
-    return (multiples.double() * _as_float32(step)).to(dtype)
+    return (multiples.double() * as_float32(step)).to(dtype)
 
 
 def _checked_step(name: str, step: float) -> float:
-    step = _as_float32(step)
+    step = as_float32(step)
     if not 0 < step < math.inf:
         raise ValueError(
             f"{name}: expected a positive and finite step, but got {step}; leave the name out to keep its values"
@@ -62,5 +62,6 @@ def _checked_step(name: str, step: float) -> float:
     return step
 
 
-def _as_float32(number: float) -> float:
+def as_float32(number: float) -> float:
+    """Returns a number rounded to float32; infinity if it is too large."""
     return torch.tensor(number, dtype=torch.float32).item()

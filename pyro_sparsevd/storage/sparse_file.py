@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .._modules import check_plain
 from ..shrink.sparse_linear import check_indices
-from .container import DTYPES, Entry, read_payload, read_table, write_file
+from .container import DTYPES, Entry, open_file, read_payload, read_table, write_file
 from .range_coder import StorageError
 from .rounding import check_steps
 from .tensors import decode_tensors, encode_tensors
@@ -41,7 +41,7 @@ def save_sparse(
             network. Then the file can be loaded without a network.
 
     Raises:
-        ImportError: If constriction is not installed.
+        ImportError: If constriction or safetensors is not installed.
         TypeError: If ``net`` is not a deterministic module, ``values`` is not one of these kinds, or the state holds
             more than tensors.
         ValueError: If a parameter is not finite or cannot be stored like this, or the network is not of the
@@ -82,7 +82,7 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
         The network.
 
     Raises:
-        ImportError: If constriction is not installed.
+        ImportError: If constriction or safetensors is not installed.
         TypeError: If ``net`` is neither a deterministic module nor None.
         FileNotFoundError: If there is no such file.
         StorageError: If the file is damaged, of an unknown format or architecture, or of another network: one whose
@@ -102,7 +102,7 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     if path.exists() and not path.is_file():
         raise StorageError(f"{path}: expected a file, but it is a folder or a device")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             architecture, entries = read_table(file)
             net = _build(architecture) if net is None else net
             state = _state(net)
