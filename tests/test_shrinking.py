@@ -967,6 +967,12 @@ def test_modules_with_hooks_parametrisations_or_of_subclasses_stay(device):
     close(smaller(x), net(x))
 
 
+def test_the_report_refuses_a_network_of_other_layers(device):
+    net, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).to(device), torch.randn(5, 3, device=device)
+    with pytest.raises(ValueError, match="after: expected a smaller network of the 2 layers of before, but got 1"):
+        shrink_report(net, nn.Linear(3, 1).to(device), x)
+
+
 def test_the_report_counts_units_parameters_and_multiply_adds(device):
     make, weights, shape, _ = CASES["constants of constants"]
     net, x = with_weights(make(), *weights).to(device), torch.randn(shape, device=device)

@@ -63,7 +63,7 @@ def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Nod
     """Returns the operation of a node, which calls ``module`` or a function; ``None`` if units cannot be followed."""
     if not node.op.startswith("call_"):
         return None
-    # A subclass may do anything.
+    # The exact type, since a subclass may compute anything.
     what: Any = node.target if module is None else type(module)
     if isinstance(module, Layer) and what in _LAYERS:
         return WeightedSum(module)
@@ -153,7 +153,7 @@ _RESHAPINGS = {torch.reshape, "view", "reshape"}
 
 
 def _is_number_division(node: fx.Node) -> bool:
-    # What nothing needs may become zero, and must not divide.
+    # Division by a number only: a divisor that is a unit might be removed, and so become zero.
     divides = node.op != "call_module" and node.target in (operator.truediv, torch.div, "div")
     return divides and len(node.args) == 2 and isinstance(node.args[1], int | float) and not node.kwargs
 

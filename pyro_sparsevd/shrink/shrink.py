@@ -111,14 +111,14 @@ def shrink_with_notes(net: nn.Module, example_input: Tensor) -> tuple[nn.Module,
 
 
 def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
-    # Rounding is far below this bound, an error of structure far above it.
+    # Rounding errors are far below this bound; a wrong structure makes errors far above it.
     tolerance = math.sqrt(torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
     expected = reference(x.clone())
     try:
         torch.testing.assert_close(
             copied(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
         )
-    except Exception:  # as above; also where an output is of a type that cannot be compared
+    except Exception:  # the network's own code again, or an output that cannot be compared
         return False
     return True
 

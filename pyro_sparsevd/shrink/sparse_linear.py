@@ -46,7 +46,7 @@ class SparseLinear(nn.Module):
         """Returns the outputs, of shape ``(..., out_features)``, for inputs of shape ``(..., in_features)``."""
         if (dtype := _half_precision(x, self.values)) is None:
             return self._multiplied(x, self.values, self.bias)
-        # Autocast does not know such weights, and CPUs have no kernels for them in half precision.
+        # Autocast does not support sparse weights, and CPUs have no half-precision kernels for them.
         inner = torch.float32 if x.device.type == "cpu" else dtype
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(inner)
@@ -61,14 +61,14 @@ class SparseLinear(nn.Module):
         _warn_silently()
 
     def _multiplied(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        # Rows of sparse weights times columns of dense inputs, each whole in memory, are the fast way round.
+        # Sparse rows times contiguous dense columns is the fast order of the product.
         columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).T.contiguous()
         weight = self._csr(values)
         y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
         return y.T.reshape(*x.shape[:-1], self.out_features).contiguous()
 
     def _csr(self, values: Tensor) -> Tensor:
-        # Made at each call, in microseconds: torch neither copies nor converts a module that holds one.
+        # Created at each call, which takes microseconds: torch cannot copy or convert modules with CSR tensors.
         size = self.out_features, self.in_features
         return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, values, size, check_invariants=False)
 

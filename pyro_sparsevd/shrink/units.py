@@ -42,14 +42,11 @@ class UnionFind:
 class Units:
     """What is known of a tensor between two operations."""
 
-    # The tensor for a batch of one, in double precision; NaN for each number that depends on the network's input.
-    constant: Tensor
-    # The dimension that the units are along; None if the tensor is kept whole.
-    dim: int | None
-    # One for each unit, as three tensors of the same length:
-    ids: Tensor
-    live: Tensor  # whether the output of the network depends on it
-    position_dependent: Tensor  # whether padding makes its values differ, so that they hold for this size alone
+    constant: Tensor  # its values for a batch of one, in double precision; NaN where they depend on the network's input
+    dim: int | None  # the dimension that the units are along; None if the tensor is kept whole
+    ids: Tensor  # of each unit, for :class:`UnionFind`
+    live: Tensor  # whether the output of the network depends on a unit
+    position_dependent: Tensor  # whether padding makes a unit's values differ, so that they hold for this size alone
 
     @classmethod
     def whole(cls, shape: Sequence[int], device: torch.device) -> "Units":

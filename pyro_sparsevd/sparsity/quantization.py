@@ -79,7 +79,7 @@ def quantization_steps(
 
 @torch.no_grad()
 def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
-    """Returns what the steps of the parameters are proportional to."""
+    """Returns the scales that the steps of the parameters are proportional to."""
     posteriors: dict[str, SparseNormal] = {}
     for part in sparse_normal_parts(guide):
         posteriors.update(part.posteriors)
@@ -119,5 +119,5 @@ def _width(name: str, weight: Tensor, posterior: SparseNormal) -> float:
 
 
 def _floor(weight: Tensor) -> float:
-    """Returns what keeps every weight within 2^24 of the narrowest steps."""
+    """Returns the smallest scale at which even the narrowest steps reach each weight within 2^24 steps."""
     return float(weight.abs().max()) / 2**15 if weight.numel() else 0.0

@@ -53,7 +53,7 @@ class Entry:
 
 
 def write_file(path: str | Path, architecture: str, entries: Sequence[Entry], payload: bytes) -> None:
-    """Writes a file, see :func:`~._files.replacing`; the payload is a multiple of four bytes."""
+    """Writes a file, complete or not at all; the payload is a multiple of four bytes."""
     table = _pack_table(architecture, entries)
     data = payload + _checksum(table.encode()) + _checksum(payload)
     tensors = {"payload": np.frombuffer(data, np.uint8)}
@@ -66,7 +66,7 @@ def open_file(path: Path) -> Iterator[Any]:
     """Opens a file of :func:`write_file` with safetensors; only its header is read."""
     safetensors = imported("safetensors")
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")  # of the header, as safetensors has it
+        length = int.from_bytes(file.read(8), "little")  # of the header: the start of each safetensors file
     if length > _HEADER_LIMIT:
         raise StorageError(f"expected a file of save_sparse, with a header of at most {_HEADER_LIMIT} bytes")
     try:
@@ -104,7 +104,7 @@ def read_payload(file: Any, limit: int) -> bytes:
 
 _KEY, _VERSION = "pyro_sparsevd", 2
 _TABLE_LIMIT = 2**20  # characters; a thousand tensors take some 50,000
-_HEADER_LIMIT = 8 * _TABLE_LIMIT  # bytes, of which a character takes at most four
+_HEADER_LIMIT = 8 * _TABLE_LIMIT  # bytes; a character takes at most four, and quotes are escaped
 _MOST_TENSORS, _MOST_DIMS, _MOST_ELEMENTS = 2**15, 16, 2**40
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 

@@ -151,7 +151,7 @@ class _Phase:
     def __init__(self, columns: np.ndarray, shifts: tuple[int, ...], width: int) -> None:
         self.columns = columns
         self._beside = [width + columns + shift for shift in shifts]
-        # Both start as after four elements, all as expected.
+        # Both start as if four elements had been found, as expected.
         self._found: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
         self._expected: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
 
