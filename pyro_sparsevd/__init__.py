@@ -31,17 +31,17 @@ __all__ = [
     "divergence",
     "export_onnx",
     "fit",
+    "fixed_sparsity",
     "group_normal_jeffreys",
     "horseshoe",
     "init_to_weights",
     "load_sparse",
     "local_reparam",
-    "masks_held",
     "prune",
     "recompute_contexts",
     "save_sparse",
     "shrink",
-    "shrink_with_report",
+    "shrink_report",
     "sparsify",
     "threshold_sweep",
     "to_sparse",
@@ -55,7 +55,7 @@ from .infer import AutoSparseNormal, LinearWarmup, SparseVD_ELBO, init_to_weight
 from .nn import GaussianLikelihood, Supervised, bayesianize, choose, group_normal_jeffreys, horseshoe
 from .ops import divergence
 from .poutine import local_reparam, recompute_contexts
-from .shrink import shrink, shrink_with_report, to_sparse
-from .sparsity import masks_held, prune, sparsify, threshold_sweep
+from .shrink import shrink, shrink_report, to_sparse
+from .sparsity import fixed_sparsity, prune, sparsify, threshold_sweep
 from .storage import export_onnx, load_sparse, save_sparse
 from .training.posterior import fit

@@ -8,17 +8,25 @@ __all__ = [
     "PyroContext",
     "WeakTensorKeyDictionary",
     "call_context",
+    "declare_param",
     "forget_on_state_dict",
     "forget_params",
+    "forget_place",
     "in_backward_pass",
     "in_function_transform",
     "is_untraced",
     "is_zero_tensor",
     "keystr",
+    "leave_pyro",
     "mask_of",
+    "move",
     "not_compiled",
     "on_state_dict",
     "operations_are_watched",
+    "path_of",
+    "rename",
+    "set_place",
+    "set_sites",
     "site_name",
     "sites_of",
     "store_param",
@@ -28,6 +36,7 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "validation_kept",
+    "version_of",
     "without_torch_function",
 ]
 
@@ -224,3 +233,78 @@ def call_context(module: nn.Module) -> Any:
     Pyro 1.9.2. It has no public reader. Missing: the call fails.
     """
     return module.__dict__["_pyro_context"]
+
+
+def path_of(module: Any) -> str:
+    """Returns the path of a ``PyroModule`` below the outermost one, which the names of its sites begin with.
+
+    Pyro 1.9.2. It has no public reader. Missing: the call fails.
+    """
+    return module.__dict__["_pyro_name"]
+
+
+def rename(module: Any, path: str) -> None:
+    """Gives a ``PyroModule`` another path.
+
+    Pyro 1.9.2. Publicly, only assigning it to another module does. Missing: the call fails.
+    """
+    module._pyro_name = path
+
+
+def set_place(module: Any, path: str, context: Any, on_move: Callable[[str, Any], None]) -> None:
+    """Gives a ``PyroModule`` a path and a context, and what to call when another module takes it in.
+
+    Pyro 1.9.2. Publicly, only assigning it to another module sets the first two. Missing: names change in a call.
+    """
+    module._pyro_name, module._pyro_context = path, context
+    module.__dict__["_pyro_set_supermodule"] = on_move
+
+
+def move(module: Any, path: str, context: Any) -> None:
+    """Gives a ``PyroModule`` and those in it the paths and the context that another module's has for them.
+
+    Pyro 1.9.2. It is what assigning a module calls. Missing: the call fails.
+    """
+    type(module)._pyro_set_supermodule(module, path, context)
+
+
+def forget_place(module: nn.Module) -> None:
+    """Undoes what :func:`set_place` says of being taken in."""
+    module.__dict__.pop("_pyro_set_supermodule", None)
+
+
+def set_sites(module: Any, sites: MutableMapping[str, Any]) -> None:
+    """Sets what Pyro samples where an attribute of a ``PyroModule`` is read, by attribute.
+
+    Pyro 1.9.2. Publicly, attributes are set one by one, in a dictionary of Pyro's. Missing: the call fails.
+    """
+    module._pyro_samples = sites
+
+
+def declare_param(module: Any, attribute: str, event_dim: int) -> None:
+    """Declares an unconstrained parameter of a ``PyroModule``, whose value is there already, as a ``PyroParam``.
+
+    Pyro 1.9.2. The public assignment of a ``PyroParam`` sets the value, too. Missing: the call fails.
+    """
+    module._pyro_params[attribute] = constraints.real, event_dim
+
+
+def leave_pyro(module: Any, original: type[nn.Module]) -> None:
+    """Makes a ``PyroModule`` without sites one of its original class again.
+
+    Pyro 1.9.2, torch 2.13. The public ``to_pyro_module_`` has no inverse; layers of torch that keep a list of their
+    weights renew it by a private method. Missing: Pyro's attributes stay, or the call fails.
+    """
+    module.__class__ = original
+    for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples", "_pyro_set_supermodule"):
+        module.__dict__.pop(name, None)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def version_of(tensor: Tensor) -> int:
+    """Returns a number that counts the changes of a tensor in place.
+
+    torch 2.13. torch's notes on autograd name it; there is no public one. Missing: the call fails.
+    """
+    return tensor._version

@@ -12,7 +12,7 @@ __all__ = [
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+
+from ._compat import sites_of
 
 
 @contextmanager
@@ -68,10 +70,14 @@ def random_state(model: Any = None) -> Callable[[], None]:
     return restore
 
 
-def copied(net: nn.Module) -> nn.Module:
-    """Copies a network in depth, also where a module has a tensor with a graph, which ``copy.deepcopy`` refuses."""
+def copied(net: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """Copies a network in depth, also where a module has a tensor with a graph, which ``copy.deepcopy`` refuses.
+
+    Modules that are keys of ``replaced`` are not copied: their values take their place wherever they are referred to.
+    """
     tensors = (v for module in net.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
-    return copy.deepcopy(net, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
+    return copy.deepcopy(net, memo | {id(old): new for old, new in (replaced or {}).items()})
 
 
 def require_deterministic(net: Any) -> None:
@@ -79,7 +85,7 @@ def require_deterministic(net: Any) -> None:
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected an nn.Module, but got {type(net).__name__}")
     bayesian = [(name, module) for name, module in net.named_modules() if isinstance(module, PyroModule)]
-    if any(module._pyro_samples for _, module in bayesian):
+    if any(sites_of(module) for _, module in bayesian):
         raise TypeError(
             f"net: expected a deterministic network, but {bayesian[0][0] or 'it'} is Bayesian; prune it first"
         )

@@ -56,12 +56,48 @@ def _imports_of_modules():
 
 
 def test_imports_point_one_way_through_the_rooms():
-    rooms = ["_compat", "_modules", "_tables", *re.findall(r"^    (\w+)  +\w", pyro_sparsevd.__doc__, re.M), "__init__"]
+    below = ["_compat", "_files", "_modules", "_tables"]
+    rooms = [*below, *re.findall(r"^    (\w+)  +\w", pyro_sparsevd.__doc__, re.M), "__init__", "__main__"]
     imports = _imports_of_modules()
     graphlib.TopologicalSorter(imports).prepare()  # raises where there is a circle
     for module, imported in imports.items():
-        place, *others = [name.split(".")[0] for name in (module, *imported)]
-        assert place not in rooms or all(rooms.index(r) <= rooms.index(place) for r in others if r in rooms), module
+        place = rooms.index(module.split(".")[0])
+        assert all(rooms.index(name.split(".")[0]) <= place for name in imported), (module, imported)
+
+
+# What torch and Pyro have subclasses override or call, and the dictionaries of a module.
+PROTOCOLS = {
+    *("_buffers", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),  # nn.Module
+    *("_extended_shape", "_get_checked_instance", "_validate_args", "_validate_sample"),  # Distribution
+    *("_get_traces", "_model"),  # ELBO and AutoGuide
+}
+
+
+def test_private_names_of_others_are_in_compat_alone():
+    used, own = {}, set(PROTOCOLS)
+    for path in (ROOT / "pyro_sparsevd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and path.name != "_compat.py":
+                own.add(node.attr)
+            elif isinstance(node, ast.Attribute) and path.name != "_compat.py":
+                used.setdefault(node.attr, path.name)
+            elif isinstance(node, ast.ImportFrom) and not node.level and path.name != "_compat.py":
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                used.update((name, path.name) for name in names if name != "__future__")
+    private = {name: file for name, file in used.items() if re.match("_[^_]", name)}
+    assert {name: file for name, file in private.items() if name not in own} == {}
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [ROOT / "pyro_sparsevd" / path for path in re.findall(r"`(\w+/(?:\w+\.py)?|\w+\.py)`", text)]
+    paths += [ROOT / path for path in re.findall(r"^pytest (\S+/\S+)", text, re.M)]
+    assert len(paths) > 20
+    assert [path for path in paths if not path.exists()] == []
 
 
 def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):

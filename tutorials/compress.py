@@ -155,7 +155,8 @@ def main() -> None:
     steps = quantization_steps(guide, held, lambda net: negative_log_likelihood(net, data.validation), args.tolerance)
     dense, tuned = dense.cpu().eval(), tuned.cpu().eval()
     x = data.test.images[:1000].cpu()
-    tiny, report = sparsevd.shrink_with_report(tuned, x[:2])
+    tiny = sparsevd.shrink(tuned, x[:2])
+    report = sparsevd.shrink_report(tuned, tiny, x[:2])
     print(f"\n{summary}\n\n{report}")
 
     with TemporaryDirectory() as name:

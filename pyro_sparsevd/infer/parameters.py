@@ -14,6 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._compat import declare_param
 from .latents import Latent
 
 Parameterization = Literal["additive", "multiplicative"]
@@ -104,7 +105,7 @@ class GaussianParameters(AutoGuide):
             )
         if known is not None:
             for module, attribute in self._leaves(name):
-                module._pyro_params[attribute] = constraints.real, event_dim
+                declare_param(module, attribute, event_dim)
         if known == loc.shape:
             return
         with torch.inference_mode(False):  # inference tensors could not be trained

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro.nn import PyroModule
 
-from .._compat import HANDLER_STACK, PyroContext, call_context
+from .._compat import HANDLER_STACK, PyroContext, call_context, move, set_place
 from ..poutine.param_store import IsolateParamsMessenger
 
 
@@ -30,8 +30,7 @@ class NetworkContext(PyroContext):
 
 def join_network(module: PyroModule, path: str, context: NetworkContext) -> None:
     """Gives a module its name and context in a network."""
-    module._pyro_name, module._pyro_context = path, context
-    module.__dict__["_pyro_set_supermodule"] = _SetSupermodule(module)
+    set_place(module, path, context, on_move=_SetSupermodule(module))
 
 
 class _SetSupermodule:
@@ -45,4 +44,4 @@ class _SetSupermodule:
 
     def __call__(self, name: str, context: PyroContext) -> None:
         if not call_context(self.module).active:
-            type(self.module)._pyro_set_supermodule(self.module, name, context)
+            move(self.module, name, context)

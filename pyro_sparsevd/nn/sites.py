@@ -24,7 +24,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .._compat import call_context, in_backward_pass, site_name, sites_of
+from .._compat import call_context, in_backward_pass, set_sites, site_name, sites_of
 from ..distributions.util import map_tensors
 
 
@@ -157,7 +157,7 @@ def take_parameter(module: Any, attribute: str) -> nn.Parameter:
     # Not by setattr: that of nn.LSTM would read, and so sample, its other weights. None keeps the place in the order.
     parameter, module._parameters[attribute] = module._parameters[attribute], None
     if not isinstance(sites_of(module), SampledAttributes):
-        module._pyro_samples = SampledAttributes(module._parameters)
+        set_sites(module, SampledAttributes(module._parameters))
     return parameter
 
 

@@ -58,7 +58,12 @@ def is_reparametrised(net: nn.Module, name: str) -> bool:
 
 _LAYERS = (
     nn.Linear,
-    nn.modules.conv._ConvNd,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .._compat import HANDLER_STACK, WeakTensorKeyDictionary, forget_params, store_param, stored_params
+from .._compat import HANDLER_STACK, WeakTensorKeyDictionary, forget_params, path_of, rename, store_param, stored_params
 
 
 class IsolateParamsMessenger(Messenger):
@@ -63,10 +63,10 @@ def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
     their names below the guide's; if it is empty, the store must hold no other guide's below the guide's name.
     """
     stored = stored_params()
-    mine = {f"{guide._pyro_name}.{name}": value for name, value in own.items()}
+    mine = {f"{path_of(guide)}.{name}": value for name, value in own.items()}
     if mine and all(stored.get(key) is value for key, value in mine.items()):
         return
-    below = {key: value for key, value in stored.items() if key.startswith(f"{guide._pyro_name}.")}
+    below = {key: value for key, value in stored.items() if key.startswith(f"{path_of(guide)}.")}
     others = {key: value for key, value in below.items() if value in _OF_GUIDES}
     if mine:
         others = {key: value for key, value in others.items() if key in mine and value is not mine[key]}
@@ -82,7 +82,7 @@ def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
 
 def register_guide_params(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
     """Notes that parameters, by their names below the guide's, are a guide's, with which they leave the store."""
-    for parameter in _register(guide, {f"{guide._pyro_name}.{name}": value for name, value in parameters.items()}):
+    for parameter in _register(guide, {f"{path_of(guide)}.{name}": value for name, value in parameters.items()}):
         _OF_GUIDES[parameter] = True
 
 
@@ -106,13 +106,13 @@ def _leave_store(own: Mapping[str, Callable[[], Tensor | None]]) -> None:
 
 
 def _add_number(guide: PyroModule) -> None:
-    old, number = guide._pyro_name, 2
+    old, number = path_of(guide), 2
     start = f"{old}_"
     taken = {key[len(start) :].split(".")[0] for key in pyro.get_param_store() if key.startswith(start)}
     while str(number) in taken:
         number += 1
     for module in guide.modules():
-        module._pyro_name = f"{old}_{number}{module._pyro_name[len(old) :]}"
+        rename(module, f"{old}_{number}{path_of(module)[len(old) :]}")
 
 
 _OF_GUIDES: Any = WeakTensorKeyDictionary()

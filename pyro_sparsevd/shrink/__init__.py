@@ -1,6 +1,7 @@
 """From a network with zeros to a smaller one. torch only."""
 
-__all__ = ["shrink", "shrink_with_report", "to_sparse"]
+__all__ = ["ShrinkReport", "shrink", "shrink_report", "to_sparse"]
 
-from .shrink import shrink, shrink_with_report
+from .report import ShrinkReport, shrink_report
+from .shrink import shrink
 from .sparse_linear import to_sparse

@@ -1,4 +1,4 @@
-"""Which node of a traced network is which operation for its units: torch only."""
+"""Which operation a node of a traced network is."""
 
 __all__ = ["Recorder", "WeightUses", "operation_of", "reads_batch_size", "sources"]
 
@@ -12,21 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from .._compat import version_of
 from .flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
 
 
 class Recorder(fx.Interpreter):
-    """Runs a traced network and keeps the shapes and dtypes of its tensors.
-
-    Args:
-        graph: The traced network.
-
-    Example:
-        >>> recorder = Recorder(fx.symbolic_trace(nn.Sequential(nn.Flatten())))
-        >>> output = recorder.run(torch.zeros(5, 2, 2))
-        >>> list(recorder.shapes.values())
-        [(5, 2, 2), (5, 4), (5, 4)]
-    """
+    """Runs a traced network and keeps the shapes and dtypes of its tensors."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=False)
@@ -37,28 +28,18 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node; its name goes to ``stale`` if it reads a tensor that was changed in place before."""
-        if any(self.env[i]._version != self._versions[i] for i in n.all_input_nodes if i in self._versions):
+        if any(version_of(self.env[i]) != self._versions[i] for i in n.all_input_nodes if i in self._versions):
             self.stale.append(n.name)
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
             self.dtypes[n] = result.dtype
-            self._versions[n] = result._version
+            self._versions[n] = version_of(result)
         return result
 
 
 class WeightUses:
-    """Which modules of a traced network have something to do with more than one place in it.
-
-    Args:
-        graph: The traced network.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> graph = fx.symbolic_trace(nn.Sequential(layer, layer))
-        >>> WeightUses(graph).reason_against(layer)
-        'called more than once'
-    """
+    """Which modules of a traced network are used, or share parameters, in more than one place."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         called = [graph.get_submodule(n.target) for n in graph.graph.nodes if n.op == "call_module"]
@@ -67,7 +48,7 @@ class WeightUses:
         self._owners.update(id(operator.attrgetter(n.target)(graph)) for n in graph.graph.nodes if n.op == "get_attr")
 
     def reason_against(self, module: nn.Module) -> str:
-        """Returns why a module must stay as it is; nothing if there is no reason."""
+        """Returns why a module must be left as it is; an empty string if there is no reason."""
         if isinstance(module, Layer) and not module.weight.numel():
             return "has no weights"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -80,24 +61,10 @@ class WeightUses:
 
 
 def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Node, Sequence[int]]) -> Operation | None:
-    """Returns what a node does to units.
-
-    Args:
-        node: The node.
-        module: The module that it calls, if it calls one.
-        shapes: The shapes of the tensors.
-
-    Returns:
-        The operation; ``None`` if it is none that units are followed through.
-
-    Example:
-        >>> graph = fx.symbolic_trace(nn.Sequential(nn.Flatten())).graph
-        >>> type(operation_of(list(graph.nodes)[1], nn.Flatten(), {})).__name__
-        'Flattening'
-    """
+    """Returns the operation of a node, which calls ``module`` or a function; ``None`` if units cannot be followed."""
     if not node.op.startswith("call_"):
         return None
-    # A subclass may do anything.
+    # The exact type, since a subclass may compute anything.
     what: Any = node.target if module is None else type(module)
     if isinstance(module, Layer) and what in _LAYERS:
         return WeightedSum(module)
@@ -121,19 +88,7 @@ def operation_of(node: fx.Node, module: nn.Module | None, shapes: Mapping[fx.Nod
 
 
 def sources(node: fx.Node) -> list[fx.Node]:
-    """Returns the nodes whose units a node gets, in order.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Its inputs; of a concatenation with repetitions, of a change of shape without the sizes.
-
-    Example:
-        >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU())).graph
-        >>> sources(list(graph.nodes)[1])
-        [input_1]
-    """
+    """Returns the nodes whose units a node gets, in order: with repetitions, but without sizes of a reshape."""
     if node.op == "call_module":
         return node.all_input_nodes
     if node.target in _CONCATENATIONS and node.args and isinstance(node.args[0], list | tuple):
@@ -142,21 +97,7 @@ def sources(node: fx.Node) -> list[fx.Node]:
 
 
 def reads_batch_size(node: fx.Node) -> bool:
-    """Returns whether a node has to do with the number of data in a batch alone.
-
-    Args:
-        node: The node.
-
-    Returns:
-        Whether it is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``, or a part of one.
-
-    Example:
-        >>> class Net(nn.Module):
-        ...     def forward(self, x):
-        ...         return x.view(x.shape[0], -1)
-        >>> [node.name for node in fx.symbolic_trace(Net()).graph.nodes if reads_batch_size(node)]
-        ['getattr_1', 'getitem']
-    """
+    """Returns whether a node only computes the batch size: ``x.size(0)``, ``x.shape[0]``, ``x.size()[0]``."""
     if node.target is operator.getitem:
         return bool(node.args[1] == 0) and isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
     if _is_size(node):
@@ -165,7 +106,7 @@ def reads_batch_size(node: fx.Node) -> bool:
 
 
 class _Run:
-    """Does what a node does, with other inputs, in double precision."""
+    """Does what a node does, with other inputs and in double precision."""
 
     def __init__(self, node: fx.Node, module: nn.Module | None) -> None:
         self._node = node
@@ -213,7 +154,7 @@ _RESHAPINGS = {torch.reshape, "view", "reshape"}
 
 
 def _is_number_division(node: fx.Node) -> bool:
-    # What nothing needs may become zero, and must not divide.
+    # Division by a number only: a divisor that is a unit might be removed, and so become zero.
     divides = node.op != "call_module" and node.target in (operator.truediv, torch.div, "div")
     return divides and len(node.args) == 2 and isinstance(node.args[1], int | float) and not node.kwargs
 

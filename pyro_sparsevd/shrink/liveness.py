@@ -1,4 +1,4 @@
-"""Which units of a network make no difference: forwards for those that are constant, backwards for those unread."""
+"""Which units the output depends on: forwards for those that are constant, backwards for those that are not read."""
 
 __all__ = ["LayerUnits", "Liveness", "liveness"]
 
@@ -10,79 +10,42 @@ from torch import Tensor, fx, nn
 
 from .flow import Layer, Operation, WeightedSum
 from .graph import Recorder, WeightUses, operation_of, reads_batch_size, sources
-from .units import Ties, Units
+from .units import UnionFind, Units
 
 
 @dataclass(frozen=True, eq=False)
 class LayerUnits:
-    """What is left of a linear layer or a convolution.
-
-    Args:
-        inputs: Which units come in.
-        reads: Which of them the layer needs.
-        constants: The number that a unit has which can stand in the bias as well; NaN for the others.
-        outputs: Which units go out.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).eval()
-        >>> net[1].weight.data[:, 1] = 0
-        >>> liveness(net, torch.rand(5, 2)).layers["1"].reads
-        tensor([ True, False,  True])
-    """
+    """Which units of a linear layer or a convolution are kept."""
 
     inputs: Tensor
-    reads: Tensor
-    constants: Tensor
+    reads: Tensor  # which of the inputs the layer needs
+    constants: Tensor  # the number of an input that can be folded into the bias; NaN for the others
     outputs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Liveness:
-    """What :func:`liveness` found.
-
-    Args:
-        layers: The layers to cut down, by name.
-        norms: Which channels of batch normalisations are left, by name.
-        notes: What could not be followed, and why: its inputs and outputs stay whole.
-
-    Example:
-        >>> liveness(nn.Sequential(nn.Linear(2, 2), nn.Softmax(1)).eval(), torch.rand(5, 2)).notes
-        ('1 (Softmax): units cannot be followed through it; left whole',)
-    """
+    """What :func:`liveness` found."""
 
     layers: dict[str, LayerUnits]
-    norms: dict[str, Tensor]
-    notes: tuple[str, ...]
+    norms: dict[str, Tensor]  # the channels of a batch normalisation that are kept
+    notes: tuple[str, ...]  # what could not be followed, and why: its inputs and outputs stay whole
 
 
 @torch.no_grad()
 def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
-    """Finds the units that a network can do without, as it is in evaluation mode.
+    """Finds the units that a network in evaluation mode can do without; it is left as it is.
 
-    A unit can go if it is constant wherever it is read with a weight that is not zero, and that constant can stand in
-    a bias; or if it is not read. Units that meet in a sum, such as a residual one, go together or not at all. Of each
-    tensor at least one unit stays.
-
-    Args:
-        net: A network in evaluation mode, which stays as it is.
-        example_input: An input that it accepts, with a batch first.
-
-    Returns:
-        What is left.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval()
-        >>> net[0].weight.data[0] = 0
-        >>> net[2].weight.data[:, 1] = 0
-        >>> liveness(net, torch.rand(5, 2)).layers["0"].outputs
-        tensor([False, False,  True])
+    A unit can go if it is constant wherever it is read with a weight that is not zero, and can be folded into a bias
+    there; or if it is not read. Units that meet in a sum, such as a residual one, go together or not at all. At least
+    one unit of each tensor is kept.
     """
     try:
         graph = fx.symbolic_trace(net)
         recorder = Recorder(graph)
         actual, expected = recorder.run(example_input.clone()), net(example_input.clone())
         torch.testing.assert_close(actual, expected, equal_nan=True)
-    except Exception as error:  # tracing runs the network's own code on what are no tensors: it may raise anything
+    except Exception as error:  # the network's own code, run on proxies, may raise anything
         reason = str(error).strip().partition("\n")[0]
         return Liveness({}, {}, (f"the network: torch.fx cannot follow it ({reason}); all of it is left whole",))
     if recorder.stale:
@@ -107,7 +70,7 @@ class _Walk:
         self._dtypes = recorder.dtypes
         self._device = device
         self._uses = WeightUses(graph)
-        self._ties = Ties()
+        self._sets = UnionFind()
         self._units: dict[fx.Node, Units] = {}
         self._notes: list[str] = []
         self._steps = [self._forward(node) for node in graph.graph.nodes if not reads_batch_size(node)]
@@ -116,7 +79,7 @@ class _Walk:
                 operation.backward(inputs, output)
             else:
                 for units in inputs:
-                    units.need(torch.ones_like(units.needed))
+                    units.mark_live(torch.ones_like(units.live))
 
     def liveness(self) -> Liveness:
         """Returns what was found."""
@@ -126,12 +89,12 @@ class _Walk:
         for node, operation, inputs, output in self._steps:
             if node.op != "call_module" or operation is None or output is None or output.dim is None:
                 continue
-            name, outputs = str(node.target), kept[self._ties.roots(output.ids)]
+            name, outputs = str(node.target), kept[self._sets.find(output.ids)]
             if isinstance(operation, WeightedSum):
                 (units,) = inputs
                 layers[name] = LayerUnits(
-                    inputs=kept[self._ties.roots(units.ids_along(operation.dim(units)))],
-                    reads=operation.reads(units, output.needed),
+                    inputs=kept[self._sets.find(units.ids_along(operation.dim(units)))],
+                    reads=operation.reads(units, output.live),
                     constants=operation.constants(units),
                     outputs=outputs,
                 )
@@ -141,11 +104,11 @@ class _Walk:
 
     def _kept(self) -> Tensor:
         followed = [units for units in self._units.values() if units.dim is not None]
-        roots = [self._ties.roots(units.ids) for units in followed]
+        roots = [self._sets.find(units.ids) for units in followed]
         kept = torch.zeros(1 + max((int(r.max()) for r in roots), default=0), dtype=torch.bool)
         kept[0] = True
         for r, units in zip(roots, followed, strict=True):
-            kept[r[units.needed]] = True
+            kept[r[units.live]] = True
         for r in roots:
             if not kept[r].any():
                 kept[r[0]] = True
@@ -159,14 +122,14 @@ class _Walk:
         operation = None if reason else operation_of(node, module, self._shapes)
         output = None
         if operation is not None and shape is not None and len(inputs) == len(sources(node)):
-            output = operation.forward(inputs, shape, self._ties)
+            output = operation.forward(inputs, shape, self._sets)
         if output is None:
             operation = None
             self._leave_whole(node, module, inputs, reason or "units cannot be followed through it")
             output = None if shape is None else Units.whole(shape, self._device)
         if output is not None:
-            # What is too large for the network's own precision is not for double precision.
-            output.known[output.known.to(self._dtypes[node]).isinf()] *= torch.inf
+            # Numbers that overflow in the network's own precision may not do so in double precision.
+            output.constant[output.constant.to(self._dtypes[node]).isinf()] *= torch.inf
             self._units[node] = output
         return _Step(node, operation, inputs, output)
 

@@ -1,6 +1,6 @@
 """The size of each layer of a network, before and after units were removed."""
 
-__all__ = ["LayerSize", "ShrinkReport", "layer_sizes"]
+__all__ = ["LayerSize", "ShrinkReport", "layer_sizes", "shrink_report"]
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,21 +11,12 @@ from torch import Tensor, nn
 from .. import _tables as tables
 from .._modules import copied
 from .flow import Layer
+from .shrink import shrink_with_notes
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The size of a linear layer or a convolution.
-
-    Args:
-        units: Features or channels that come out.
-        parameters: Weights and biases.
-        multiply_adds: One for each use of a weight, for one datum.
-
-    Example:
-        >>> layer_sizes(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.rand(5, 1, 6, 6))
-        {'0': LayerSize(units=2, parameters=20, multiply_adds=288)}
-    """
+    """Output units, parameters, and multiply-adds per example of a linear layer or a convolution."""
 
     units: int
     parameters: int
@@ -40,8 +31,8 @@ class ShrinkReport:
         names: The names of the linear layers and convolutions, in the network before.
         before: Their sizes.
         after: Their sizes in the network after.
-        parameters_before: The number of all parameters.
-        parameters_after: The number of them after.
+        parameters_before: The number of all parameters of the network before.
+        parameters_after: The number of all parameters of the network after.
         notes: What was left whole, and why.
 
     Example:
@@ -67,15 +58,11 @@ class ShrinkReport:
 
     @property
     def multiply_adds_after(self) -> int:
-        """The number of them after."""
+        """The number of multiply-adds of all layers after."""
         return sum(layer.multiply_adds for layer in self.after)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the table as plain numbers, for a file.
-
-        Returns:
-            A dictionary with the layers, the totals and the notes.
-        """
+        """Returns the layers, the totals and the notes as a dictionary of numbers and strings, for a file."""
         rows = zip(self.names, self.before, self.after, strict=True)
         return {
             "layers": {name: {"before": asdict(before), "after": asdict(after)} for name, before, after in rows},
@@ -96,20 +83,54 @@ class ShrinkReport:
         return "\n".join([tables.as_text(cells), *(f"note: {note}" for note in self.notes)])
 
 
-@torch.no_grad()
-def layer_sizes(net: nn.Module, example_input: Tensor) -> dict[str, LayerSize]:
-    """Counts units, parameters and multiply-adds of the linear layers and convolutions that a network uses.
+def shrink_report(before: nn.Module, after: nn.Module, example_input: Tensor) -> ShrinkReport:
+    """Returns what :func:`~.shrink.shrink` removed from a network, layer by layer, and what it left whole.
+
+    The notes on what was left whole are found by shrinking ``before`` once more.
 
     Args:
-        net: The network.
-        example_input: An input that it accepts, with a batch first.
+        before: The network that was shrunk.
+        after: The smaller network.
+        example_input: An input that both accept.
 
     Returns:
-        The sizes, by the name of the layer; multiply-adds are zero for a layer that no module call reaches.
+        The report, which is a table when printed.
+
+    Raises:
+        TypeError: See :func:`~.shrink.shrink`.
+        ValueError: See :func:`~.shrink.shrink`; or if ``after`` has not the layers of ``before``.
 
     Example:
-        >>> layer_sizes(nn.Sequential(nn.Linear(3, 2)), torch.rand(5, 3))
-        {'0': LayerSize(units=2, parameters=8, multiply_adds=6)}
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> net[0].weight.data[0] = 0
+        >>> x = torch.rand(5, 2)
+        >>> print(shrink_report(net, svd.shrink(net, x), x))
+        layer     units  parameters  multiply-adds
+        0        3 -> 2      9 -> 6         6 -> 4
+        2        1 -> 1      4 -> 3         3 -> 2
+        network             13 -> 9         9 -> 6
+    """
+    notes = shrink_with_notes(before, example_input)[1]
+    sizes_before, sizes_after = layer_sizes(before, example_input), layer_sizes(after, example_input)
+    if len(sizes_after) != len(sizes_before):
+        raise ValueError(
+            f"after: expected a smaller network of the {len(sizes_before)} layers of before, but got {len(sizes_after)}"
+        )
+    return ShrinkReport(
+        names=tuple(sizes_before),
+        before=tuple(sizes_before.values()),
+        after=tuple(sizes_after.values()),
+        parameters_before=sum(p.numel() for p in before.parameters()),
+        parameters_after=sum(p.numel() for p in after.parameters()),
+        notes=notes,
+    )
+
+
+@torch.no_grad()
+def layer_sizes(net: nn.Module, example_input: Tensor) -> dict[str, LayerSize]:
+    """Counts the sizes of the linear layers and convolutions of a network, by name.
+
+    The multiply-adds are zero for a layer that no module call reaches.
     """
     net = copied(net).eval()
     layers = {name: module for name, module in net.named_modules() if isinstance(module, Layer)}

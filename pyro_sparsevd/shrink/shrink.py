@@ -1,6 +1,6 @@
-"""A sparse network without the units that make no difference: smaller, dense, and of the same classes."""
+"""Removes the units of a sparse network that make no difference: smaller, dense, and of the same classes."""
 
-__all__ = ["SelectFeatures", "shrink", "shrink_with_report"]
+__all__ = ["SelectFeatures", "shrink", "shrink_with_notes"]
 
 import math
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from .._modules import check_finite, copied
 from .flow import Layer, by_group, folded
 from .liveness import LayerUnits, Liveness, liveness
-from .report import ShrinkReport, layer_sizes
 
 
 def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
     """Returns a smaller network with the outputs of a sparse one.
 
-    Hidden features and channels go if all their incoming weights are zero, so that they are constant, or if all their
-    outgoing weights are; and so on, until there are none. A constant is taken through activations, pooling and batch
-    normalisation, exactly, to the bias of the layer that reads it, which gets a bias if it had none. Outputs of the
-    network stay, and so do its inputs: those that a layer does not read are left out by :class:`SelectFeatures` where
-    this costs less than it saves.
+    Hidden features and channels are removed if all their incoming weights are zero, so that they are constant, or if
+    all their outgoing weights are; and so on, until there are none. A constant is taken through activations, pooling
+    and batch normalisation, exactly, and added to the bias of the layer that reads it, which gets a bias if it had
+    none. Outputs of the network stay, and so do its inputs: :class:`SelectFeatures` skips those that a layer does not
+    read where this costs less than it saves.
 
-    These are followed: ``nn.Linear``, convolutions (of groups, whole ones go; of the last group, channels), batch
-    normalisation, pooling, elementwise activations and arithmetic, dropout, concatenation, means over positions, and
-    flattening by ``nn.Flatten``, ``torch.flatten``, or ``view`` and ``reshape`` with ``-1`` last. A constant that
-    zero padding makes inconstant at the border stays, unless it is flattened. Whatever else a network has, such as
+    Units are followed through ``nn.Linear``, convolutions (groups are removed whole; of the last group, channels),
+    batch normalisation, pooling, elementwise activations and arithmetic, dropout, concatenation, means over positions,
+    and flattening by ``nn.Flatten``, ``torch.flatten``, or ``view`` and ``reshape`` with ``-1`` last. A unit that would
+    be constant but for zero padding at the border stays, unless it is flattened. Whatever else a network has, such as
     layer normalisation, attention or weights used twice, stays whole, with all units that go into it and come out of
-    it; so does all of a network that ``torch.fx`` cannot trace. At least one unit of every layer stays.
+    it; so does all of a network that ``torch.fx`` cannot trace. At least one unit of every layer stays. What was
+    removed and what was left whole is said by :func:`~.report.shrink_report`.
 
     Args:
-        net: A plain network, as :func:`~.pruning.prune` returns it. It is read as it is in evaluation mode.
+        net: A deterministic network, such as :func:`~.pruning.prune` returns; it is taken as it is in evaluation mode.
         example_input: An input that it accepts, with a batch first, on the device and of the dtype of the network.
 
     Returns:
@@ -54,58 +54,11 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
           (2): Linear(in_features=1, out_features=1, bias=True)
         )
     """
-    return _shrink(net, example_input)[0]
-
-
-def shrink_with_report(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, ShrinkReport]:
-    """Returns what :func:`shrink` does, and what was removed and left whole.
-
-    Args:
-        net: A plain network; see :func:`shrink`.
-        example_input: An input that it accepts.
-
-    Returns:
-        The smaller network and the report, which is a table when printed.
-
-    Raises:
-        TypeError: See :func:`shrink`.
-        ValueError: See :func:`shrink`.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> net[0].weight.data[0] = 0
-        >>> print(shrink_with_report(net, torch.rand(5, 2))[1])
-        layer     units  parameters  multiply-adds
-        0        3 -> 2      9 -> 6         6 -> 4
-        2        1 -> 1      4 -> 3         3 -> 2
-        network             13 -> 9         9 -> 6
-    """
-    smaller, notes = _shrink(net, example_input)
-    before, after = layer_sizes(net, example_input), layer_sizes(smaller, example_input)
-    report = ShrinkReport(
-        names=tuple(before),
-        before=tuple(before.values()),
-        after=tuple(after.values()),
-        parameters_before=sum(p.numel() for p in net.parameters()),
-        parameters_after=sum(p.numel() for p in smaller.parameters()),
-        notes=notes,
-    )
-    return smaller, report
+    return shrink_with_notes(net, example_input)[0]
 
 
 class SelectFeatures(nn.Module):
-    """A layer on some of the features or channels of its input.
-
-    Args:
-        index: The positions of the features that the layer gets, int64.
-        layer: A linear layer or a convolution.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> weight = nn.init.ones_(layer.weight)
-        >>> SelectFeatures(torch.tensor([0, 2]), layer)(torch.tensor([[1.0, 2.0, 3.0]])).item()
-        4.0
-    """
+    """A layer on some of the features or channels of its input, at the positions ``index`` (int64)."""
 
     index: Tensor
 
@@ -116,18 +69,19 @@ class SelectFeatures(nn.Module):
         self.dim = -1 if isinstance(layer, nn.Linear) else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns what the layer makes of its features."""
+        """Returns the outputs of the layer for the selected features."""
         output: Tensor = self.layer(x.index_select(self.dim, self.index))
         return output
 
 
-# What it costs to copy a feature and to call one more module, in multiply-adds, as measured with torch's CPU kernels.
+# The cost of copying a feature and of calling one more module, in multiply-adds, measured with torch's CPU kernels.
 _COPY_COST, _CALL_COST = 8, 4_000
 
 
-@torch.inference_mode(False)  # which would not tell of changes in place
+@torch.inference_mode(False)  # tensors of inference mode do not count their changes in place
 @torch.no_grad()
-def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+def shrink_with_notes(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+    """Returns what :func:`shrink` does, and notes on what was left whole."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected a torch module, but got {type(net).__name__}")
     if not isinstance(example_input, Tensor):
@@ -147,7 +101,7 @@ def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str
         return smaller, notes
     while _leaves_one_group(smaller, found):
         _cut(smaller, found, select=False)
-        # Of the last group the channels are there one by one.
+        # Once a single group is left, its channels can be removed one by one.
         found = liveness(copied(smaller).eval(), example_input)
     _cut(smaller, found, select=True)
     if _agree(reference, smaller, example_input):
@@ -157,14 +111,14 @@ def _shrink(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str
 
 
 def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
-    # Rounding is far below this bound, an error of structure far above it.
+    # Rounding errors are far below this bound; a wrong structure makes errors far above it.
     tolerance = math.sqrt(torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
     expected = reference(x.clone())
     try:
         torch.testing.assert_close(
             copied(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
         )
-    except Exception:  # as above; also where an output is of a type that cannot be compared
+    except Exception:  # the network's own code again, or an output that cannot be compared
         return False
     return True
 
@@ -207,7 +161,7 @@ def _inputs_to_take(layer: Layer, units: LayerUnits) -> Tensor:
 
 
 def _cut_layer(layer: Layer, units: LayerUnits, inputs: Tensor) -> None:
-    """Leaves the columns of some inputs, with zeros for those that are not read, and the rows of the outputs."""
+    """Keeps the columns of ``inputs``, with zeros for those that are not read, and the rows of the outputs."""
     weight, kernel = by_group(layer), layer.weight.shape[2:]
     groups = len(weight)
     weight = torch.where(units.reads.to(weight.device).view(groups, 1, -1, 1), weight, 0)

@@ -14,16 +14,10 @@ from .._modules import copied, require_deterministic
 
 
 class SparseLinear(nn.Module):
-    """An ``nn.Linear`` whose weight is stored in compressed sparse rows (CSR), for inference: nothing of it is trained.
+    """An ``nn.Linear`` whose weight is stored in compressed sparse rows (CSR); for inference only.
 
-    It holds dense buffers, so it is copied, converted and saved as any module; a state fits as many weights left.
-
-    Args:
-        linear: The layer whose non-zero weights to take.
-
-    Example:
-        >>> SparseLinear(nn.Linear(4, 3))
-        SparseLinear(4, 3, bias=True, kept=12)
+    Its buffers are dense, so that it is copied, converted and saved as any module. A state loads if it has as many
+    weights left.
     """
 
     crow_indices: Tensor
@@ -33,10 +27,10 @@ class SparseLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        _warn_unheard()
+        _warn_silently()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().to_sparse_csr()
-        # What multiplies them has 32-bit indices, and would convert others at each call.
+        # The kernels take 32-bit indices, and would convert others at each call.
         self.register_buffer("crow_indices", weight.crow_indices().int())
         self.register_buffer("col_indices", weight.col_indices().int())
         self.register_buffer("values", weight.values().clone())
@@ -45,14 +39,14 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew, for modules that read that of a layer of theirs."""
+        """The dense weight, computed at each access, for modules that read the weight of one of their layers."""
         return self._csr(self.values).to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the outputs, of shape ``(..., out_features)``, for inputs of shape ``(..., in_features)``."""
         if (dtype := _half_precision(x, self.values)) is None:
             return self._multiplied(x, self.values, self.bias)
-        # Autocast does not know such weights, and CPUs have no kernels for them in half precision.
+        # Autocast does not support sparse weights, and CPUs have no half-precision kernels for them.
         inner = torch.float32 if x.device.type == "cpu" else dtype
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(inner)
@@ -64,17 +58,17 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _warn_unheard()
+        _warn_silently()
 
     def _multiplied(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        # Rows of sparse weights times columns of dense inputs, each whole in memory, are the fast way round.
+        # Sparse rows times contiguous dense columns is the fast order of the product.
         columns = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).T.contiguous()
         weight = self._csr(values)
         y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
         return y.T.reshape(*x.shape[:-1], self.out_features).contiguous()
 
     def _csr(self, values: Tensor) -> Tensor:
-        # Made at each call, in microseconds: torch neither copies nor converts a module that holds one.
+        # Created at each call, which takes microseconds: torch cannot copy or convert modules with CSR tensors.
         size = self.out_features, self.in_features
         return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, values, size, check_invariants=False)
 
@@ -84,12 +78,12 @@ class SparseLinear(nn.Module):
         try:
             self._check_state(state_dict, prefix)
         except ValueError as error:
-            lists[-1].append(str(error))  # of which load_state_dict makes an error
+            lists[-1].append(str(error))  # load_state_dict raises an error with it
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def _check_state(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Refuses indices out of bounds, which torch would read and write at."""
+        """Refuses indices out of bounds, at which torch would read and write."""
         own = {name: self.get_buffer(name) for name in ("crow_indices", "col_indices", "values")}
         parts = {name: state.get(prefix + name, buffer) for name, buffer in own.items()}
         for name, part in parts.items():
@@ -115,14 +109,14 @@ def to_sparse(net: nn.Module, layout: str = "csr") -> nn.Module:
     with hooks, or of classes derived from ``nn.Linear``, stay as they are, as all others do.
 
     Args:
-        net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
-        layout: How to store weights; ``"csr"`` is what there is.
+        net: A deterministic network, such as :func:`~.pruning.prune` returns; it is not changed.
+        layout: How to store weights; only ``"csr"`` is supported.
 
     Returns:
         The copy, in which each ``nn.Linear`` is a :class:`SparseLinear`.
 
     Raises:
-        TypeError: If ``net`` is not a plain module.
+        TypeError: If ``net`` is not a deterministic module.
         ValueError: If ``layout`` is another.
 
     Example:
@@ -134,42 +128,19 @@ def to_sparse(net: nn.Module, layout: str = "csr") -> nn.Module:
     require_deterministic(net)
     if layout != "csr":
         raise ValueError(f'layout: expected "csr", but got {layout!r}')
-    net = copied(net)
-    for module in net.modules():
-        if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
-            _to_sparse_(module)
-    return net
+    layers = [module for module in net.modules() if type(module) is nn.Linear]
+    return copied(net, {m: SparseLinear(m) for m in layers if not (m._forward_hooks or m._forward_pre_hooks)})
 
 
 def check_indices(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuses a state whose sparse layers point outside of their weights, as ``load_state_dict`` does when it loads it.
-
-    Args:
-        net: The network.
-        state: The state, whole or in part.
-
-    Raises:
-        ValueError: If a layer does, which the message names.
-
-    Example:
-        >>> net = to_sparse(nn.Linear(4, 3))
-        >>> check_indices(net, {"col_indices": net.col_indices + 1})
-        Traceback (most recent call last):
-            ...
-        ValueError: col_indices: expected indices within a weight of 3 x 4, but ...
-    """
+    """Refuses a state, whole or in part, with indices out of bounds, as ``load_state_dict`` does when it loads it."""
     for name, module in net.named_modules():
         if isinstance(module, SparseLinear):
             module._check_state(state, f"{name}." if name else "")
 
 
-def _to_sparse_(layer: Any) -> None:
-    """Makes a sparse layer of a dense one in place, so that all of a network that refers to it gets the sparse one."""
-    layer.__dict__, layer.__class__ = SparseLinear(layer).__dict__, SparseLinear
-
-
 def _half_precision(x: Tensor, values: Tensor) -> torch.dtype | None:
-    """Returns the half precision that a dense layer would compute in, if it has to be dealt with here."""
+    """Returns the half precision that a dense layer would compute in, if it needs handling here."""
     device, dtypes = x.device.type, {x.dtype, values.dtype}
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if dtypes <= {torch.float32, *_HALVES} else None
@@ -179,8 +150,8 @@ def _half_precision(x: Tensor, values: Tensor) -> torch.dtype | None:
 _HALVES = torch.float16, torch.bfloat16
 
 
-def _warn_unheard() -> None:
-    """Makes torch's first CSR tensor of a process, of which it warns, where nobody hears the warning."""
+def _warn_silently() -> None:
+    """Triggers torch's warning about CSR tensors being in beta, once per process, where it is not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.zeros(1, 1).to_sparse_csr()

@@ -1,6 +1,6 @@
-"""From the posterior to a plain sparse network."""
+"""The sparse network of a posterior, and its training with zeros that stay zero."""
 
-__all__ = ["masks_held", "prune"]
+__all__ = ["fixed_sparsity", "prune"]
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .._compat import forget_on_state_dict
+from .._compat import forget_on_state_dict, forget_place, leave_pyro, site_name, sites_of
 from .._modules import copied
 from ..infer.masked import check_masks
 from ..nn.scales import ScaleSite
@@ -26,9 +26,9 @@ from .summary import SparsitySummary, sparse_normal_parts
 def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Module:
     """Returns the network of the posterior means with the dropped weights at zero.
 
-    Its modules are of the classes that they had before :func:`~.bayesianize.bayesianize`, with nothing of Pyro left but
-    where the class is itself a ``PyroModule``; its state has the original names. Zeros stored densely save neither
-    memory nor time.
+    Its modules are of the classes that they had before :func:`~.bayesianize.bayesianize`, with nothing of Pyro left
+    unless the class is itself a ``PyroModule``; its state has the original names. Zeros stored densely save neither
+    memory nor time: see :func:`~.shrink.shrink.shrink` and :func:`~.sparse_file.save_sparse`.
 
     Args:
         bnn: The Bayesian network.
@@ -36,7 +36,7 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
         summary: What :func:`~.summary.sparsify` found in the guide.
 
     Returns:
-        The plain network, on the device and of the dtype of the guide, in the mode that ``bnn`` is in.
+        The deterministic network, on the device and of the dtype of the guide, in the mode that ``bnn`` is in.
 
     Raises:
         TypeError: If ``bnn`` is not a ``PyroModule``, or the guide has no factorised Gaussian part.
@@ -61,20 +61,20 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
             _set_weights(module, weights)
     for module in net.modules():
         if isinstance(module, PyroModule):
-            _to_plain_module_(module)
+            _restore_class(module)
     return net
 
 
 @contextmanager
-def masks_held(net: nn.Module) -> Iterator[nn.Module]:
-    """Keeps weights that are zero at zero while a sparse network is trained on.
+def fixed_sparsity(net: nn.Module) -> Iterator[nn.Module]:
+    """Keeps weights that are zero at zero while a sparse network is trained further.
 
-    Their gradients are zero, and after each step of any torch optimiser, one with a momentum from before, too, so are
-    they. Of the parameters of two or more dimensions, those that are no weights by :func:`~.selection.choose`, such as
-    class tokens, are left alone where they are zero as a whole.
+    Their gradients are masked, and they are set to zero after each step of any torch optimiser, which may have momentum
+    from before. This holds for all parameters of two or more dimensions, but for those that are not weights by
+    :func:`~.selection.choose`, such as class tokens, and are zero as a whole.
 
     Args:
-        net: A plain network, as :func:`prune` returns it.
+        net: A deterministic network, such as :func:`prune` returns.
 
     Yields:
         The network.
@@ -82,7 +82,7 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> net.weight.data = torch.tensor([[0.0, 1.0]])
-        >>> with masks_held(net):
+        >>> with fixed_sparsity(net):
         ...     optimizer = torch.optim.SGD(net.parameters(), 0.1)
         ...     net(torch.ones(1, 2)).sum().backward()
         ...     optimizer.step()
@@ -91,17 +91,17 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
         tensor([[0.0000, 0.9000]], requires_grad=True)
     """
     weights = weights_of(net)
-    held = [p for name, p in net.named_parameters() if p.dim() > 1 and (name in weights or p.any())]
-    zeros: dict[Tensor, Tensor] = {weight: weight.detach() == 0 for weight in held}
+    sparse = [p for name, p in net.named_parameters() if p.dim() > 1 and (name in weights or p.any())]
+    zeros: dict[Tensor, Tensor] = {weight: weight.detach() == 0 for weight in sparse}
 
     @torch.no_grad()
-    def hold(weights: Iterable[Tensor]) -> None:
+    def set_zeros(weights: Iterable[Tensor]) -> None:
         for weight in weights:
             if weight in zeros:
-                weight.masked_fill_(zeros[weight], 0)  # a product would leave NaN as it is
+                weight.masked_fill_(zeros[weight], 0)  # a product with the mask would keep NaN
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        hold(weight for group in optimizer.param_groups for weight in group["params"])
+        set_zeros(weight for group in optimizer.param_groups for weight in group["params"])
 
     trained = [(weight, mask) for weight, mask in zeros.items() if weight.requires_grad]
     hooks = [w.register_hook(partial(torch.masked_fill, mask=mask, value=0)) for w, mask in trained]
@@ -111,17 +111,16 @@ def masks_held(net: nn.Module) -> Iterator[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-        hold(zeros)
+        set_zeros(zeros)
 
 
 def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
-    for attribute, prior in module._pyro_samples.items():
+    for attribute, prior in sites_of(module).items():
         if isinstance(prior, ScaleSite):
-            del module._buffers[prior.buffer]
-            module._non_persistent_buffers_set.discard(prior.buffer)
+            delattr(module, prior.buffer)
             continue
         owner, name = (prior.owner, prior.attribute) if isinstance(prior, SharedSite) else (module, attribute)
-        site = f"{owner._pyro_name}.{name}" if owner._pyro_name else name
+        site = site_name(owner, name)
         if site not in weights:
             known = ", ".join(weights) or "none"
             raise ValueError(
@@ -130,25 +129,21 @@ def _set_weights(module: PyroModule, weights: dict[str, nn.Parameter]) -> None:
             )
         module._parameters[attribute] = weights[site]
         if isinstance(prior, SitePrior):
-            shape = module._buffers.pop(prior.buffer).shape
+            shape = module.get_buffer(prior.buffer).shape
             if weights[site].shape != shape:
                 raise ValueError(
                     f"{site}: expected a posterior of shape {tuple(shape)}, but the guide has "
                     f"{tuple(weights[site].shape)}; is it the guide of another network?"
                 )
-            module._non_persistent_buffers_set.discard(prior.buffer)
+            delattr(module, prior.buffer)
 
 
-def _to_plain_module_(module: PyroModule) -> None:
-    """Undoes ``to_pyro_module_`` for one module; one that was a PyroModule before stays one, without sites."""
+def _restore_class(module: PyroModule) -> None:
+    """Undoes ``to_pyro_module_``; a module whose own class is a PyroModule stays one, without sites."""
     original = next((base for base in type(module).__bases__ if PyroModule[base] is type(module)), None)
     forget_on_state_dict(module, without_sites)
-    module.__dict__.pop("_pyro_set_supermodule", None)
+    sites_of(module).clear()
     if original is None:
-        module._pyro_samples.clear()
-        return
-    module.__class__ = original
-    for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples"):
-        del module.__dict__[name]
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+        forget_place(module)
+    else:
+        leave_pyro(module, original)

@@ -1,4 +1,4 @@
-"""Steps as wide as the posterior."""
+"""Quantisation steps in proportion to the posterior's standard deviation."""
 
 __all__ = ["quantization_steps"]
 
@@ -17,7 +17,7 @@ from .summary import sparse_normal_parts
 def quantization_steps(
     guide: AutoGuide, net: nn.Module, nll: Callable[[nn.Module], float], tolerance: float
 ) -> dict[str, float]:
-    r"""Returns the widest steps, in proportion to the posterior's σ, that held-out data do not mind.
+    r"""Returns the widest steps, in proportion to the posterior's σ, at which held-out data are predicted as well.
 
     A weight that is known only to ±σ needs no more bits than that. The step of a tensor is
 
@@ -25,7 +25,7 @@ def quantization_steps(
 
     over its :math:`K` weights that are not zero; its rounding error is :math:`\Delta / \sqrt{12}`. The factor
     :math:`c`, common to all, is the largest of 4, 4/2^¼, 4/2^½, …, 4/2^10 for which, and for the next of them,
-    ``nll(quantised)`` is at most ``nll(net) + tolerance``: the roundings of one alone may be lucky. A parameter that
+    ``nll(quantised)`` is at most ``nll(net) + tolerance``: one factor alone may be right by luck. A parameter that
     has no posterior, such as a bias, has twice the smallest step of the weights of its module that have one: it adds
     one error to a unit to which each of its weights adds another. Without such weights, as in normalisation layers, it
     has no step, and is stored as it is.
@@ -37,8 +37,9 @@ def quantization_steps(
     Args:
         guide: The guide that the network was pruned from.
         net: The network, as :func:`~.pruning.prune` returns it; it may have been fine-tuned since.
-        nll: The negative log likelihood of held-out data, of a network; it is called some fifteen times.
-        tolerance: How much larger it may get.
+        nll: A function of a network that returns the negative log likelihood of held-out data, in nats; it is called
+            some fifteen times.
+        tolerance: How much larger that may get, in nats.
 
     Returns:
         A step for each parameter to quantise, for :func:`~.sparse_file.save_sparse`.
@@ -78,7 +79,7 @@ def quantization_steps(
 
 @torch.no_grad()
 def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
-    """Returns what the steps of the parameters are proportional to."""
+    """Returns the scales that the steps of the parameters are proportional to."""
     posteriors: dict[str, SparseNormal] = {}
     for part in sparse_normal_parts(guide):
         posteriors.update(part.posteriors)
@@ -98,7 +99,7 @@ def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
 
 
 def _by_parameter(posteriors: dict[str, SparseNormal], parameters: dict[str, nn.Parameter]) -> dict[str, SparseNormal]:
-    """Returns the posteriors by the names of parameters, without what a module around the network put before them."""
+    """Returns the posteriors by names of parameters, without the prefix of a module around the network."""
     fits = ((site, name) for site, q in posteriors.items() for name, p in parameters.items() if q.loc.shape == p.shape)
     ends = {site[: -len(name)] for site, name in fits if site.endswith(f".{name}")}
     found = [{n: posteriors[p + n] for n in parameters if p + n in posteriors} for p in ("", *sorted(ends))]
@@ -118,5 +119,5 @@ def _width(name: str, weight: Tensor, posterior: SparseNormal) -> float:
 
 
 def _floor(weight: Tensor) -> float:
-    """Returns what keeps every weight within 2^24 of the narrowest steps."""
+    """Returns the smallest scale at which even the narrowest steps reach each weight within 2^24 steps."""
     return float(weight.abs().max()) / 2**15 if weight.numel() else 0.0

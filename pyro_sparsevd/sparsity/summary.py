@@ -1,4 +1,4 @@
-"""Which weights matter: sparsification as a step of reading off the posterior."""
+"""Which weights the posterior keeps, as masks and a table."""
 
 __all__ = ["SiteSparsity", "SparsitySummary", "sparse_normal_parts", "sparsify"]
 
@@ -18,18 +18,7 @@ from ..nn.selection import first_match
 
 @dataclass(frozen=True)
 class SiteSparsity:
-    """How many weights of a site are kept.
-
-    Args:
-        name: The name of the site.
-        shape: Its shape.
-        kept: The number of weights kept.
-        threshold: The log α above which a weight was dropped; ∞ where none was.
-
-    Example:
-        >>> SiteSparsity("w", (10, 10), kept=20, threshold=3.0).compression
-        5.0
-    """
+    """How many weights of a site are kept: those with log α up to the threshold; it is ∞ where none are dropped."""
 
     name: str
     shape: tuple[int, ...]
@@ -99,23 +88,14 @@ class SparsitySummary:
         return self.num_parameters - self.total + self.kept
 
     def masked(self, site: str, value: Tensor) -> Tensor:
-        """Returns a value of a site with its dropped weights at zero.
-
-        Args:
-            site: The name of the site; one without a mask is returned as it is.
-            value: The value.
-
-        Returns:
-            The masked value.
-        """
+        """Returns a value of a site with its dropped weights at zero; of a site without a mask, as it is."""
         return torch.where(self.masks[site], value, 0) if site in self.masks else value
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the table as plain numbers, for a file.
+        """Returns the sites and both totals as a dictionary of numbers, for a file.
 
-        Returns:
-            A dictionary with an entry for each site and for both totals. What is infinite, which JSON cannot hold, is
-            None: a threshold, and the compression where nothing is kept.
+        What may be infinite, which JSON cannot hold, is then None: a threshold, and the compression where nothing is
+        kept.
 
         Example:
             >>> SparsitySummary((), {}, num_parameters=110).to_dict()["all_parameters"]
@@ -151,7 +131,7 @@ class SparsitySummary:
 def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> SparsitySummary:
     r"""Reads off the posterior which weights to keep: those with log α ≤ threshold.
 
-    The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, see
+    The paper's threshold, 3, is a binary dropout rate of 0.95. It is a knob: choose it on validation data, with
     :func:`~.threshold.threshold_sweep`. The signal-to-noise ratio \|θ\|/σ, by which weights with other priors are
     commonly dropped, is α to the power of -½: one below 1 is log α > 0. Where the prior has groups, as that of
     :func:`~.priors.group_normal_jeffreys`, a group is kept or dropped as a whole, by log Σσ² - log Σθ².
@@ -190,28 +170,13 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
                 masks[name] = ~(log_alpha > thresholds[name])
                 kept = int(masks[name].sum())
                 sites.append(SiteSparsity(name, tuple(log_alpha.shape), kept, thresholds[name]))
-    of_model = [part.num_model_parameters for part in parts]  # which is one, whatever handlers hide of it
+    of_model = [part.num_model_parameters for part in parts]  # the same model, some of which handlers may hide
     num_parameters = sum(part.num_parameters for part in parts) - sum(of_model) + max(of_model)
     return SparsitySummary(tuple(sites), masks, num_parameters)
 
 
 def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
-    """Returns the factorised Gaussian parts of a guide.
-
-    Args:
-        guide: An :class:`~.autoguide.AutoSparseNormal`, or an ``AutoGuideList`` with such parts.
-
-    Returns:
-        The guide itself, or its parts.
-
-    Raises:
-        TypeError: If there is none.
-
-    Example:
-        >>> guide = svd.AutoSparseNormal(lambda: None)
-        >>> sparse_normal_parts(guide) == [guide]
-        True
-    """
+    """Returns the guide itself, or the :class:`~.autoguide.AutoSparseNormal` parts of an ``AutoGuideList``."""
     parts = [m for m in guide.modules() if isinstance(m, AutoSparseNormal)] if isinstance(guide, nn.Module) else []
     if not parts:
         raise TypeError(f"guide: expected an AutoSparseNormal or a list with one, but got {type(guide).__name__}")
@@ -219,7 +184,7 @@ def sparse_normal_parts(guide: AutoGuide) -> list[AutoSparseNormal]:
 
 
 def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, float]) -> dict[str, float]:
-    """Returns a threshold for each site to sparsify: those of a sparsifying prior, and those that are named."""
+    """Returns a threshold for each site to sparsify: those with a sparsifying prior, and those that are named."""
     sparse = [name for part in parts for name in part.sparse_sites]
     real = [name for part in parts for name in part.real_sites]
     if not isinstance(threshold, Mapping | SupportsFloat):

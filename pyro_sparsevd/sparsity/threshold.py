@@ -1,4 +1,4 @@
-"""Error, likelihood and compression against the threshold."""
+"""Error, likelihood and compression at each of several thresholds, and the choice of one."""
 
 __all__ = ["SweepPoint", "choose_threshold", "smoothed_threshold", "threshold_grid", "threshold_sweep"]
 
@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from .._compat import mask_of
 from .._modules import evaluation_mode
 from ..distributions.util import unwrap_independent
 from ..infer.autoguide import AutoSparseNormal
@@ -27,13 +28,13 @@ from .summary import sparse_normal_parts, sparsify
 
 
 class SweepPoint(NamedTuple):
-    """A threshold and what it costs.
+    """A threshold and the error, likelihood and compression at it.
 
     Args:
         threshold: The log α above which weights are dropped, as it was given.
         error: The fraction of targets that are not the mode of their prediction, a vector such as a one-hot one as a
             whole, or for continuous targets the mean squared error; NaN for a prediction without mode or mean.
-        nll: The mean negative log likelihood of a datum, in nats; what several sites observe of it counts as several.
+        nll: The mean negative log likelihood of an example, in nats; one observed at several sites counts as several.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
     """
@@ -46,19 +47,9 @@ class SweepPoint(NamedTuple):
 
 
 def threshold_grid(guide: AutoSparseNormal) -> list[float]:
-    """Returns thresholds at which ever fewer weights are kept: all, then a tenth fewer each time, at last none.
+    """Returns thresholds that keep all weights, then a tenth fewer each time, at last none.
 
-    Args:
-        guide: A guide with weights that are real numbers.
-
-    Returns:
-        The thresholds of all its weights together, whatever their prior, to be given as ``{"*": threshold}``.
-
-    Example:
-        >>> guide = svd.AutoSparseNormal(lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1)))
-        >>> samples = guide()
-        >>> [svd.sparsify(guide, {"*": t}).masks["w"].sum().item() for t in threshold_grid(guide)]
-        [3, 3, 2, 1, 0]
+    They are those of all real sites together, whatever their prior, to be given as ``{"*": threshold}``.
     """
     log_alphas = torch.cat([guide.site_log_alphas[name].detach().flatten() for name in guide.real_sites]).sort().values
     steps = range(1 + math.ceil(math.log(len(log_alphas)) / -math.log(0.9)))
@@ -70,27 +61,11 @@ def threshold_grid(guide: AutoSparseNormal) -> list[float]:
 def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> float:
     """Returns the smallest threshold at which a smooth curve through noisy likelihoods is close to its minimum.
 
-    The curve is a quadratic in the threshold, by least squares, or a line where the quadratic would bend downwards.
-    The best of several noisy likelihoods is the best in part by luck; the curve has less of that. The tolerance says
-    how much likelihood to give for compression. Thresholds whose likelihood is infinite or NaN are left out, of the
-    curve and of the choice.
-
-    Args:
-        nlls: The mean negative log likelihood of held-out data at each threshold.
-        tolerance: How far above its minimum over the thresholds the curve may be, as a fraction of that minimum.
-
-    Returns:
-        The threshold, one of those given.
-
-    Warns:
-        UserWarning: If it is the smallest or the largest of several, beyond which a better one may lie.
-
-    Raises:
-        ValueError: If no likelihood is finite, a threshold is not, or the tolerance is negative or not finite.
-
-    Example:
-        >>> smoothed_threshold({-1.0: 0.088, 0.0: 0.074, 1.0: 0.070, 2.0: 0.068, 3.0: 0.071})
-        1.0
+    ``nlls`` is the mean negative log likelihood of held-out data at each threshold; the best of several noisy ones is
+    the best in part by luck. The curve is a quadratic in the threshold, by least squares, or a line where the quadratic
+    would bend downwards. ``tolerance`` is how far above its minimum over the thresholds the curve may be, as a fraction
+    of that minimum: likelihood given up for compression. Infinite and NaN likelihoods are left out. It warns if the
+    threshold is the smallest or the largest of several, beyond which a better one may lie.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
@@ -177,14 +152,14 @@ def threshold_sweep(
     data: Iterable[Sequence[Any]],
     thresholds: Iterable[float | Mapping[str, float]],
 ) -> list[SweepPoint]:
-    """Evaluates the sparse network of the posterior means at each of several thresholds.
+    """Evaluates the sparse network of the posterior means at each threshold.
 
     Args:
         model: The model, such as a :class:`~.supervised.Supervised`, with an observed site. A module is evaluated in
             evaluation mode and left in the mode it was in.
         guide: Its guide.
-        data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Take data that were not
-            trained on.
+        data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Use data that the guide was
+            not trained on.
         thresholds: The log α above which weights are dropped, each as for :func:`~.summary.sparsify`: one for all
             sites of a sparsifying prior, or by site.
 
@@ -229,7 +204,7 @@ def _evaluate(
             fn, value = site["fn"], site["value"]
             mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
             if isinstance(fn, dist.MaskedDistribution):
-                fn, mask = fn.base_dist, mask & torch.as_tensor(fn._mask, device=value.device)
+                fn, mask = fn.base_dist, mask & torch.as_tensor(mask_of(fn), device=value.device)
             log_prob = density(site["name"], fn, value, site["cond_indep_stack"]).double()
             mask = mask.expand_as(log_prob)
             error += float(_errors(fn, value)[mask].sum())
@@ -252,20 +227,20 @@ def _observed(trace: Any, latents: Mapping[str, Tensor]) -> list[Any]:
 
 
 def _errors(fn: Any, value: Tensor) -> Tensor:
-    """Returns the error of each datum, of the batch shape."""
+    """Returns the error of each example, of the batch shape."""
     event_dim = len(fn.event_shape)
     base: Any = unwrap_independent(fn)
     try:
         errors = _wrong(_mode(fn), value) if fn.support.is_discrete else (fn.mean - value).double() ** 2
     except NotImplementedError:
         return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
-    if own_dim := len(base.event_shape):  # the elements of one value, of which a discrete one is right or wrong whole
+    if own_dim := len(base.event_shape):  # a discrete vector is right or wrong as a whole
         elements = errors.flatten(errors.dim() - own_dim)
         errors = elements.amax(-1) if fn.support.is_discrete else elements.mean(-1)
         event_dim -= own_dim
     if not event_dim:
         return errors
-    counted = base._mask if isinstance(base, dist.MaskedDistribution) else True
+    counted = mask_of(base) if isinstance(base, dist.MaskedDistribution) else True
     counted = torch.as_tensor(counted, device=errors.device).expand_as(errors).flatten(errors.dim() - event_dim)
     errors = errors.flatten(errors.dim() - event_dim)
     return torch.where(counted, errors, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
@@ -273,16 +248,16 @@ def _errors(fn: Any, value: Tensor) -> Tensor:
 
 def _mode(fn: Any) -> Tensor:
     base: Any = unwrap_independent(fn)
-    return _mode(base.base_dist) if isinstance(base, dist.MaskedDistribution) else fn.mode  # Pyro gives these none
+    return _mode(base.base_dist) if isinstance(base, dist.MaskedDistribution) else fn.mode  # Pyro has no mode for these
 
 
 def _wrong(mode: Tensor, value: Tensor) -> Tensor:
-    # Torch's mode of a Bernoulli distribution with p = 1/2 is NaN: of equals, the first counts, as for a categorical.
+    # Torch's mode of a Bernoulli distribution with p = 1/2 is NaN; take the first of equals, as a categorical does.
     return (torch.where(mode.isnan(), 0, mode) != value).double()
 
 
 class _LatentsMessenger(Messenger):
-    """Conditions a model on latents, of which a plate that is subsampled takes its part."""
+    """Conditions a model on values of its latents, subsampled where a plate is."""
 
     def __init__(self, latents: dict[str, Tensor]) -> None:
         super().__init__()

@@ -1,26 +1,30 @@
-"""The file of a sparse network: a preamble, a table of its tensors, and bytes; written whole or not at all.
+"""The file of a sparse network: a safetensors file with a table of the network's tensors and their coded values.
 
-All integers are little-endian. The preamble is ``magic, version, table length, payload words, payload CRC-32, CRC-32 of
-all before and of the table``; the table is compressed by zlib, the payload is left to :mod:`~.models`. A checksum finds
-damage, not intent: every number in the table is checked against a limit before anything is made of it.
+The only metadata, ``pyro_sparsevd``, is the table as JSON: a version, an architecture, and for each tensor of the
+network ``[name, dtype, shape]``, followed by the dtype that it is stored in or the step that it is a multiple of; or
+``[name, index]`` for an earlier tensor under another name. The only tensor, ``payload``, holds the bytes of
+:mod:`~.tensors`, then the CRC-32 of the table and that of these bytes. A checksum finds damage, not intent: every
+number of the table is checked before memory is allocated for it.
 """
 
-__all__ = ["DTYPES", "Entry", "read_payload", "read_table", "write_file"]
+__all__ = ["DTYPES", "Entry", "open_file", "read_payload", "read_table", "write_file"]
 
 import dataclasses
+import json
 import math
-import os
-import secrets
-import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 
-from .range_coder import StorageError
+from .._files import replacing
+from .range_coder import StorageError, imported
+from .rounding import as_float32
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -28,27 +32,14 @@ DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uin
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in the table.
-
-    Args:
-        name: Its name in the network's state.
-        dtype: Its dtype in the network.
-        shape: Its shape.
-        stored: The dtype that its values were stored in; of a quantised one, an integer dtype.
-        step: What the integers of a quantised tensor are multiples of; else 0.
-        same_as: The index of the earlier tensor that this one is tied to, or -1.
-
-    Example:
-        >>> Entry("weight", torch.float32, (3, 4)).size
-        12
-    """
+    """A tensor of the network's state in the table."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stored: torch.dtype = torch.float32
-    step: float = 0.0
-    same_as: int = -1
+    stored: torch.dtype = torch.float32  # the dtype that its values are stored in; int32 for multiples of a step
+    step: float = 0.0  # what the values are multiples of; else 0
+    same_as: int = -1  # the index of the earlier tensor that this one is tied to, or -1
 
     @property
     def size(self) -> int:
@@ -62,231 +53,140 @@ class Entry:
 
 
 def write_file(path: str | Path, architecture: str, entries: Sequence[Entry], payload: bytes) -> None:
-    """Writes a file. The path holds what it held before or all of the new file, whenever the process ends.
-
-    Args:
-        path: Where; links are followed.
-        architecture: The name of the architecture, or "".
-        entries: The tensors.
-        payload: Their values, a multiple of four bytes.
-
-    Raises:
-        ValueError: If there are more values, or more, longer or stranger names, than a file can hold.
-        OSError: If the file cannot be written; nothing is left behind.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_file(f"{folder}/net.svd", "", [Entry("weight", torch.float32, (3, 4))], bytes(8))
-        ...     with open(f"{folder}/net.svd", "rb") as file:
-        ...         architecture, entries = read_table(file)
-        ...         data = read_payload(file, limit=100)
-        >>> entries[0].name, len(data)
-        ('weight', 8)
-    """
+    """Writes a file, complete or not at all; the payload is a multiple of four bytes."""
     table = _pack_table(architecture, entries)
-    if len(payload) >= 2**34:
-        raise ValueError(f"expected values that take less than 16 GiB in a file, but they take {len(payload)} bytes")
-    start = _PREAMBLE.pack(_MAGIC, _VERSION, len(table), len(payload) // 4, zlib.crc32(payload))
-    checksum = zlib.crc32(table, zlib.crc32(start))
-    target = Path(os.path.realpath(path))
-    new = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
+    data = payload + _checksum(table.encode()) + _checksum(payload)
+    tensors = {"payload": np.frombuffer(data, np.uint8)}
+    with replacing(path) as new:
+        new.write_bytes(imported("safetensors.numpy").save(tensors, {_KEY: table}))
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """Opens a file of :func:`write_file` with safetensors; only its header is read."""
+    safetensors = imported("safetensors")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # of the header: the start of each safetensors file
+    if length > _HEADER_LIMIT:
+        raise StorageError(f"expected a file of save_sparse, with a header of at most {_HEADER_LIMIT} bytes")
     try:
-        with new.open("xb") as file:
-            file.write(start + _CHECKSUM.pack(checksum) + table + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, target)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+        with safetensors.safe_open(path, framework="np") as opened:
+            yield opened
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"expected a file of save_sparse, but safetensors cannot read it: {error}") from error
 
 
-def read_table(file: BinaryIO) -> tuple[str, list[Entry]]:
-    r"""Reads all but the payload.
-
-    Args:
-        file: A file, open at its start.
-
-    Returns:
-        The name of the architecture, or "", and the tensors.
-
-    Raises:
-        StorageError: If it is not such a file, of another version, or damaged.
-
-    Example:
-        >>> import io
-        >>> read_table(io.BytesIO(b"GIF89a"))
-        Traceback (most recent call last):
-        ...
-        pyro_sparsevd.storage.range_coder.StorageError: expected a file of save_sparse, which begins with b'\x89SVD'
-    """
-    start = file.read(_PREAMBLE.size + _CHECKSUM.size)
-    if start[:4] != _MAGIC:
-        raise StorageError(f"expected a file of save_sparse, which begins with {_MAGIC!r}")
-    if len(start) > 4 and start[4] != _VERSION:
-        raise StorageError(f"expected format version {_VERSION}, but got {start[4]}; use the release that wrote it")
-    if len(start) < _PREAMBLE.size + _CHECKSUM.size:
-        raise StorageError(f"expected a preamble, but the file ends after {len(start)} bytes")
-    _, _, table_length, words, _ = _PREAMBLE.unpack_from(start)
-    length = file.seek(0, os.SEEK_END)
-    expected = len(start) + table_length + 4 * words
-    if length != expected or table_length > _TABLE_LIMIT:
-        raise StorageError(f"expected {expected} bytes, as the file says, but it has {length}: it is damaged")
-    file.seek(len(start))
-    table = file.read(table_length)
-    if zlib.crc32(table, zlib.crc32(start[: _PREAMBLE.size])) != _CHECKSUM.unpack_from(start, _PREAMBLE.size)[0]:
+def read_table(file: Any) -> tuple[str, list[Entry]]:
+    """Returns the name of the architecture, or "", and the tensors of an open file."""
+    table = (file.metadata() or {}).get(_KEY)
+    if table is None or list(file.keys()) != ["payload"]:
+        raise StorageError("expected a file of save_sparse, but it is another safetensors file")
+    values = file.get_slice("payload")
+    shape, dtype = values.get_shape(), values.get_dtype()
+    if dtype != "U8" or len(shape) != 1 or shape[0] < 8 or shape[0] % 4:
+        raise StorageError(f"expected values as words of four bytes, but got {dtype} of shape {shape}")
+    if values[shape[0] - 8 : shape[0] - 4].tobytes() != _checksum(table.encode()):
         raise StorageError("expected the checksum of the table, but the file is damaged")
     return _unpack_table(table)
 
 
-def read_payload(file: BinaryIO, limit: int) -> bytes:
-    """Reads the payload, after :func:`read_table`.
-
-    Args:
-        file: The file.
-        limit: The largest number of bytes that may be right.
-
-    Returns:
-        The payload.
-
-    Raises:
-        StorageError: If it is longer, or damaged.
-
-    Example:
-        See :func:`write_file`.
-    """
-    file.seek(0)
-    _, _, table_length, words, checksum = _PREAMBLE.unpack(file.read(_PREAMBLE.size))
-    if 4 * words > limit:
-        raise StorageError(f"expected at most {limit} bytes of values for such tensors, but got {4 * words}")
-    file.seek(_PREAMBLE.size + _CHECKSUM.size + table_length)
-    payload = file.read(4 * words)
-    if zlib.crc32(payload) != checksum:
+def read_payload(file: Any, limit: int) -> bytes:
+    """Returns the payload of an open file, after :func:`read_table`; it may have at most so many bytes."""
+    size = file.get_slice("payload").get_shape()[0] - 8
+    if size > limit:
+        raise StorageError(f"expected at most {limit} bytes of values for such tensors, but got {size}")
+    data: bytes = file.get_tensor("payload").tobytes()
+    payload = data[:size]
+    if data[size + 4 :] != _checksum(payload):
         raise StorageError("expected the checksum of the values, but the file is damaged")
     return payload
 
 
-_MAGIC, _VERSION = b"\x89SVD", 1
-_PREAMBLE, _CHECKSUM = struct.Struct("<4sBIII"), struct.Struct("<I")
-_STEP = struct.Struct("<f")
-_TABLE_LIMIT = 2**20  # bytes, packed or not; a thousand tensors take some 50,000
+_KEY, _VERSION = "pyro_sparsevd", 2
+_TABLE_LIMIT = 2**20  # characters; a thousand tensors take some 50,000
+_HEADER_LIMIT = 8 * _TABLE_LIMIT  # bytes; a character takes at most four, and quotes are escaped
 _MOST_TENSORS, _MOST_DIMS, _MOST_ELEMENTS = 2**15, 16, 2**40
-_TIED = 255
-# What zlib looks for before there is anything else; part of the format.
-_DICTIONARY = (
-    b"embeddings.conv.encoder.layers.layer.downsample.attention.in_proj_out_proj.norm.running_mean\nrunning_var\n"
-    b"num_batches_tracked\nfeatures.classifier.fc.0.weight\n1.weight\n1.bias\n"
-)
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
-def _pack_table(architecture: str, entries: Sequence[Entry]) -> bytes:
-    lines = [architecture, *(entry.name for entry in entries)]
-    for line in lines:
-        if not line.isprintable():
-            raise ValueError(f"{line!r}: expected a printable name, to store it")
-    names = "".join(f"{line}\n" for line in lines).encode()
-    plain = b"".join([_pack_size(len(entries)), names, *map(_pack_entry, entries)])
-    packer = zlib.compressobj(9, wbits=-15, zdict=_DICTIONARY)
-    table = packer.compress(plain) + packer.flush()
-    if len(entries) > _MOST_TENSORS or max(len(plain), len(table)) > _TABLE_LIMIT:
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little")
+
+
+def _pack_table(architecture: str, entries: Sequence[Entry]) -> str:
+    for name in (architecture, *(entry.name for entry in entries)):
+        if not name.isprintable():
+            raise ValueError(f"{name!r}: expected a printable name, to store it")
+    content = {"version": _VERSION, "architecture": architecture, "tensors": [_row(entry) for entry in entries]}
+    table = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    if len(entries) > _MOST_TENSORS or len(table) > _TABLE_LIMIT:
         raise ValueError(
             f"expected at most {_MOST_TENSORS} tensors, with names and shapes of at most {_TABLE_LIMIT} bytes, but got "
-            f"{len(entries)} tensors, which take {max(len(plain), len(table))}"
+            f"{len(entries)} tensors, which take {len(table)}"
         )
     return table
 
 
-def _pack_entry(entry: Entry) -> bytes:
+def _row(entry: Entry) -> list[Any]:
     if entry.is_tied:
-        return bytes([_TIED]) + _pack_size(entry.same_as)
-    kinds = bytes([DTYPES.index(entry.dtype), DTYPES.index(entry.stored), len(entry.shape)])
-    return kinds + b"".join(map(_pack_size, entry.shape)) + (_STEP.pack(entry.step) if entry.step else b"")
+        return [entry.name, entry.same_as]
+    row = [entry.name, str(entry.dtype).removeprefix("torch."), list(entry.shape)]
+    if entry.step:
+        return [*row, float(str(np.float32(entry.step)))]  # the shortest number that is the step as float32
+    return row if entry.stored == entry.dtype else [*row, str(entry.stored).removeprefix("torch.")]
 
 
-def _pack_size(size: int) -> bytes:
-    """Returns an integer as groups of seven bits, the lowest first, each but the last with a high bit set."""
-    result = bytearray()
-    while size >= 128:
-        result.append(size & 127 | 128)
-        size >>= 7
-    return bytes([*result, size])
-
-
-def _unpack_table(table: bytes) -> tuple[str, list[Entry]]:
-    unpacker = zlib.decompressobj(wbits=-15, zdict=_DICTIONARY)
+def _unpack_table(table: str) -> tuple[str, list[Entry]]:
+    if len(table) > _TABLE_LIMIT:
+        raise StorageError(f"expected a table of at most {_TABLE_LIMIT} characters, but got {len(table)}")
     try:
-        fields = _Fields(unpacker.decompress(table, _TABLE_LIMIT))
-        if not unpacker.eof or unpacker.unused_data:
-            raise StorageError(f"expected a table of at most {_TABLE_LIMIT} bytes, and nothing after it")
-        if (count := fields.size()) > _MOST_TENSORS:
-            raise StorageError(f"expected at most {_MOST_TENSORS} tensors, but got {count}")
-        architecture, *names = (fields.line() for _ in range(count + 1))
-    except (zlib.error, UnicodeDecodeError) as error:
+        content = json.loads(table)
+    except (ValueError, RecursionError) as error:
         raise StorageError("expected a table of tensors, but it cannot be unpacked") from error
-    if not all(map(str.isprintable, [architecture, *names])):
-        raise StorageError("expected printable names in the table")
-    if len(set(names)) < len(names):
-        raise StorageError("expected each name once, but the table has one of them twice")
+    match content:
+        case {"version": int(version)} if version != _VERSION:
+            raise StorageError(f"expected format version {_VERSION}, but got {version}; use the release that wrote it")
+        case {"version": int(), "architecture": str(architecture), "tensors": list(rows)} if len(content) == 3:
+            pass
+        case _:
+            raise StorageError("expected a table with a version, an architecture and tensors, and nothing else")
+    if len(rows) > _MOST_TENSORS:
+        raise StorageError(f"expected at most {_MOST_TENSORS} tensors, but got {len(rows)}")
     entries: list[Entry] = []
-    for name in names:
-        entries.append(_unpack_entry(name, entries, fields))
-    if fields.left:
-        raise StorageError(f"expected nothing after the table, but there are {fields.left} bytes")
+    for row in rows:
+        entries.append(_unpack_row(row, entries))
+    if not architecture.isprintable():
+        raise StorageError("expected printable names in the table")
+    if len({entry.name for entry in entries}) < len(entries):
+        raise StorageError("expected each name once, but the table has one of them twice")
     return architecture, entries
 
 
-def _unpack_entry(name: str, earlier: Sequence[Entry], fields: "_Fields") -> Entry:
-    number = fields.take(1)[0]
-    if number == _TIED:
-        index = fields.size()
-        if not (index < len(earlier) and not earlier[index].is_tied):
-            raise StorageError(f"{name}: expected to be tied to an earlier tensor, but got number {index}")
-        return dataclasses.replace(earlier[index], name=name, same_as=index)
-    stored_number, dims = fields.take(2)
-    if max(number, stored_number) >= len(DTYPES) or dims > _MOST_DIMS:
-        raise StorageError(f"{name}: expected dtypes and dimensions in use, but got {number, stored_number, dims}")
-    dtype, stored = DTYPES[number], DTYPES[stored_number]
-    if stored not in ((*_FLOATS, torch.int32) if dtype in _FLOATS else (dtype,)):
+def _unpack_row(row: Any, earlier: Sequence[Entry]) -> Entry:
+    if not (isinstance(row, list) and row and isinstance(row[0], str) and row[0].isprintable()):
+        raise StorageError("expected printable names in the table")
+    name, *fields = row
+    match fields:
+        case [int(index)]:
+            if not (0 <= index < len(earlier) and not earlier[index].is_tied):
+                raise StorageError(f"{name}: expected to be tied to an earlier tensor, but got number {index}")
+            return dataclasses.replace(earlier[index], name=name, same_as=index)
+        case [str(dtype_name), list(sizes)]:
+            dtype, stored, step = _BY_NAME.get(dtype_name), _BY_NAME.get(dtype_name), 0.0
+        case [str(dtype_name), list(sizes), str(stored_name)]:
+            dtype, stored, step = _BY_NAME.get(dtype_name), _BY_NAME.get(stored_name), 0.0
+        case [str(dtype_name), list(sizes), float(number)]:
+            dtype, stored, step = _BY_NAME.get(dtype_name), torch.int32, as_float32(number)
+            if not 0 < step < math.inf:
+                raise StorageError(f"{name}: expected a positive step, but got {number}")
+        case _:
+            raise StorageError(f"{name}: expected a dtype, a shape and what is stored, or a number, but got others")
+    if dtype is None or stored is None or len(sizes) > _MOST_DIMS:
+        raise StorageError(f"{name}: expected dtypes and at most {_MOST_DIMS} dimensions in use, but got others")
+    if (dtype not in _FLOATS) if step else (stored not in (_FLOATS if dtype in _FLOATS else (dtype,))):
         raise StorageError(f"{name}: expected values for {dtype}, but got {stored}")
-    shape = tuple(fields.size() for _ in range(dims))
-    if math.prod(max(size, 1) for size in shape) > _MOST_ELEMENTS:
-        raise StorageError(f"{name}: expected at most {_MOST_ELEMENTS} elements, but its shape is {shape}")
-    if dtype == stored or stored in _FLOATS:
-        return Entry(name, dtype, shape, stored)
-    (step,) = _STEP.unpack(fields.take(_STEP.size))
-    if not 0 < step < math.inf:
-        raise StorageError(f"{name}: expected a positive step, but got {step}")
-    return Entry(name, dtype, shape, stored, step)
-
-
-class _Fields:
-    """What is left of a table."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._start = data, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._start
-
-    def take(self, count: int) -> bytes:
-        if count > self.left:
-            raise StorageError(f"expected {count} more bytes in the table, but there are {self.left}")
-        self._start += count
-        return self._data[self._start - count : self._start]
-
-    def line(self) -> str:
-        stop = self._data.find(b"\n", self._start)
-        if stop < 0:
-            raise StorageError("expected one more name in the table, but there is none")
-        return self.take(stop + 1 - self._start)[:-1].decode()
-
-    def size(self) -> int:
-        result = 0
-        for shift in range(0, 63, 7):
-            byte = self.take(1)[0]
-            result |= (byte & 127) << shift
-            if byte < 128:
-                return result
-        raise StorageError("expected an integer below 2^63 in the table")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise StorageError(f"{name}: expected sizes in its shape, but got others")
+    if math.prod(max(size, 1) for size in sizes) > _MOST_ELEMENTS:
+        raise StorageError(f"{name}: expected at most {_MOST_ELEMENTS} elements, but its shape is {tuple(sizes)}")
+    return Entry(name, dtype, tuple(sizes), stored, step)

@@ -1,21 +1,20 @@
-"""A plain network as an ONNX file, for runtimes without torch."""
+"""A network as an ONNX file, for runtimes without torch."""
 
 __all__ = ["export_onnx"]
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import validation_kept
+from .._files import replacing
 from .._modules import check_finite, evaluation_mode, require_deterministic
 from ..shrink.sparse_linear import SparseLinear
 
@@ -31,7 +30,7 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
         | Open Neural Network Exchange, https://onnx.ai
 
     Args:
-        net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
+        net: A deterministic network, such as :func:`~.pruning.prune` returns; it is not changed.
         path: The file, which is replaced if it is there, in a folder that is there.
         example_input: A batch of one or more inputs; only its type and its shape after the first dimension count.
 
@@ -40,12 +39,13 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
         ImportError: If onnxscript is not installed.
         RuntimeError: If torch cannot trace the network for batches of any size, such as one with branches on the values
             of its inputs.
-        TypeError: If ``net`` is not a plain module, or ``example_input`` or the output of the network not a tensor.
+        TypeError: If ``net`` is not a deterministic module, or ``example_input`` or the network's output not a tensor.
         ValueError: If a weight is not finite or not dense, the network fails on ``example_input``, twice as long, or
             does something else with a batch of one.
 
     Example:
-        >>> with TemporaryDirectory() as folder:
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_onnx(nn.Linear(4, 3), Path(folder) / "net.onnx", torch.zeros(1, 4))
         ...     print(os.listdir(folder))
         ['net.onnx']
@@ -62,8 +62,7 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
         raise ImportError(
             'export_onnx: expected onnxscript; pip install "pyro-sparsevd[export]" installs it'
         ) from error
-    with evaluation_mode(net), TemporaryDirectory(dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with evaluation_mode(net), replacing(path) as new:
         batch = _checked_batch(net, example_input)
         with _silence(), validation_kept():
             program = _traced(net, batch)
@@ -79,7 +78,6 @@ def export_onnx(net: nn.Module, path: str | Path, example_input: Tensor) -> None
                 external_data=False,
                 verbose=False,
             )
-        os.replace(new, path)
 
 
 def _check_dense(net: nn.Module) -> None:
@@ -98,7 +96,7 @@ def _checked_batch(net: nn.Module, example_input: Any) -> Tensor:
         raise TypeError(f"example_input: expected a tensor, but got {type(example_input).__name__}")
     if example_input.dim() == 0 or len(example_input) == 0:
         raise ValueError(f"example_input: expected one or more inputs, but got shape {tuple(example_input.shape)}")
-    batch = torch.cat([example_input, example_input])  # so that another batch size is seen to work, and none is 1
+    batch = torch.cat([example_input, example_input])  # checks another batch size, and is never of size 1
     shape = tuple(batch.shape)
     try:
         output = net(batch)
@@ -113,7 +111,7 @@ def _checked_batch(net: nn.Module, example_input: Any) -> Tensor:
 
 def _traced(net: nn.Module, batch: Tensor) -> torch.export.ExportedProgram:
     """Traces for batches of any size; torch.onnx would fix the size where a first try fails."""
-    for strict in (False, True):  # the first knows more of Python, the second the length of a tensor
+    for strict in (False, True):  # the first supports more of Python, the second the length of a tensor
         try:
             return torch.export.export(net, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
         except Exception as error:
@@ -125,7 +123,7 @@ def _traced(net: nn.Module, batch: Tensor) -> torch.export.ExportedProgram:
 
 
 def _check_a_batch_of_one(net: nn.Module, program: torch.export.ExportedProgram, batch: Tensor) -> None:
-    """Refuses what differs for a batch of one, which torch takes for a batch of any size."""
+    """Refuses a network that differs for a batch of one; torch.export takes it for a batch of any size."""
     one = batch[:1]
     if one.is_floating_point():
         one = torch.rand(one.shape, generator=torch.Generator().manual_seed(0)).to(one)
@@ -146,7 +144,7 @@ def _check_a_batch_of_one(net: nn.Module, program: torch.export.ExportedProgram,
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps what the exporter says about itself from the user."""
+    """Silences the logging and the warnings of the exporter."""
     logger, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     logger.setLevel(logging.ERROR)
     try:

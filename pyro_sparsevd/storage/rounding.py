@@ -1,6 +1,6 @@
-"""Weights as multiples of a step."""
+"""Weights rounded to multiples of a step."""
 
-__all__ = ["check_steps", "from_multiples", "quantized", "to_multiples"]
+__all__ = ["as_float32", "check_steps", "from_multiples", "quantized", "to_multiples"]
 
 import math
 from collections.abc import Mapping
@@ -13,26 +13,7 @@ from .._modules import copied, require_deterministic
 
 @torch.no_grad()
 def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
-    """Returns the network with its parameters rounded to multiples of their steps: what a quantised file will hold.
-
-    Args:
-        net: A plain network; it is not changed.
-        steps: The step of each parameter to round, by its name.
-
-    Returns:
-        The rounded network.
-
-    Raises:
-        TypeError: If ``net`` is not a plain module.
-        ValueError: If a name is not that of a floating-point parameter, a step not positive and finite, or a
-            parameter not finite or more than 2^24 steps from zero.
-
-    Example:
-        >>> net = nn.Linear(2, 1, bias=False)
-        >>> net.weight.data = torch.tensor([[0.3, -1.1]])
-        >>> quantized(net, {"weight": 0.25}).weight.data
-        tensor([[ 0.2500, -1.0000]])
-    """
+    """Returns a copy of a network with parameters rounded to multiples of their steps, as a quantised file has them."""
     require_deterministic(net)
     check_steps(net, steps)
     net = copied(net)
@@ -43,19 +24,7 @@ def quantized(net: nn.Module, steps: Mapping[str, float]) -> nn.Module:
 
 
 def check_steps(net: nn.Module, steps: Mapping[str, float]) -> None:
-    """Refuses steps that are no steps, or for what is not a parameter of a network.
-
-    Args:
-        net: The network.
-        steps: The steps by the names of the parameters.
-
-    Raises:
-        ValueError: If a name is not that of a parameter; of one that modules share, the first name counts. Or if a
-            step is not positive and finite, as float32.
-
-    Example:
-        >>> check_steps(nn.Linear(2, 1), {"weight": 0.25})
-    """
+    """Refuses steps that are not positive and finite as float32, or not of a parameter by its first name."""
     known = dict(net.named_parameters())
     for name, step in steps.items():
         if name not in known:
@@ -65,23 +34,7 @@ def check_steps(net: nn.Module, steps: Mapping[str, float]) -> None:
 
 
 def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
-    """Returns the nearest multiples of a step.
-
-    Args:
-        name: The name of the tensor, for errors.
-        values: The tensor.
-        step: The step; it is rounded to float32, as in a file.
-
-    Returns:
-        The multiples, int64.
-
-    Raises:
-        ValueError: As for :func:`quantized`.
-
-    Example:
-        >>> to_multiples("weight", torch.tensor([0.3, -1.1]), 0.25)
-        tensor([ 1, -4])
-    """
+    """Returns the nearest multiples (int64) of a step, which is rounded to float32 as in a file."""
     if not values.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor to quantise, but got {values.dtype}")
     step = _checked_step(name, step)
@@ -96,25 +49,12 @@ def to_multiples(name: str, values: Tensor, step: float) -> Tensor:
 
 
 def from_multiples(multiples: Tensor, step: float, dtype: torch.dtype) -> Tensor:
-    """Returns multiples of a step.
-
-    Args:
-        multiples: The multiples.
-        step: The step; it is rounded to float32, as in a file.
-        dtype: The dtype of the result.
-
-    Returns:
-        The products, rounded once.
-
-    Example:
-        >>> from_multiples(torch.tensor([1, -4]), 0.25, torch.float32)
-        tensor([ 0.2500, -1.0000])
-    """
-    return (multiples.double() * _as_float32(step)).to(dtype)
+    """Returns multiples of a step, which is rounded to float32 as in a file; the products are rounded once."""
+    return (multiples.double() * as_float32(step)).to(dtype)
 
 
 def _checked_step(name: str, step: float) -> float:
-    step = _as_float32(step)
+    step = as_float32(step)
     if not 0 < step < math.inf:
         raise ValueError(
             f"{name}: expected a positive and finite step, but got {step}; leave the name out to keep its values"
@@ -122,5 +62,6 @@ def _checked_step(name: str, step: float) -> float:
     return step
 
 
-def _as_float32(number: float) -> float:
+def as_float32(number: float) -> float:
+    """Returns a number rounded to float32; infinity if it is too large."""
     return torch.tensor(number, dtype=torch.float32).item()

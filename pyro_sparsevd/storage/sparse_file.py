@@ -1,4 +1,4 @@
-"""A sparse network as one small file, and back: no pickle, no code."""
+"""A sparse network as one small file, and back, without pickle."""
 
 __all__ = ["StorageError", "load_sparse", "register_architecture", "save_sparse"]
 
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .._modules import require_deterministic
 from ..shrink.sparse_linear import check_indices
-from .container import DTYPES, Entry, read_payload, read_table, write_file
+from .container import DTYPES, Entry, open_file, read_payload, read_table, write_file
 from .range_coder import StorageError
 from .rounding import check_steps
 from .tensors import decode_tensors, encode_tensors
@@ -27,11 +27,12 @@ def save_sparse(
 ) -> None:
     """Writes the state of a sparse network to a small file, whole or not at all.
 
-    Stored are all tensors of ``net.state_dict()``, buffers too; one that two modules share is stored once. What is
-    not zero is stored with its position, as :mod:`~.models` does it. By default nothing but the sign of a zero is lost.
+    Stored are all tensors of ``net.state_dict()``, buffers too; one that two modules share is stored once. Positions
+    and values of what is not zero are entropy-coded, see :mod:`~.context_models`. By default nothing but the sign of a
+    zero is lost.
 
     Args:
-        net: A plain network, such as :func:`~.pruning.prune` returns; it is not changed.
+        net: A deterministic network, such as :func:`~.pruning.prune` returns; it is not changed.
         path: The file. It holds its old content or all of the new at any moment.
         values: How the parameters are stored: as they are; rounded to float16, bfloat16, float32 or float64, where
             theirs is wider; or rounded to multiples of steps, a number for each name, as from
@@ -40,8 +41,9 @@ def save_sparse(
             network. Then the file can be loaded without a network.
 
     Raises:
-        ImportError: If constriction is not installed.
-        TypeError: If ``net`` is not a plain module, ``values`` not of these kinds, or the state has more than tensors.
+        ImportError: If constriction or safetensors is not installed.
+        TypeError: If ``net`` is not a deterministic module, ``values`` is not one of these kinds, or the state holds
+            more than tensors.
         ValueError: If a parameter is not finite or cannot be stored like this, or the network is not of the
             architecture. The message names the tensor.
         OSError: If the file cannot be written.
@@ -80,8 +82,8 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
         The network.
 
     Raises:
-        ImportError: If constriction is not installed.
-        TypeError: If ``net`` is neither a plain module nor None.
+        ImportError: If constriction or safetensors is not installed.
+        TypeError: If ``net`` is neither a deterministic module nor None.
         FileNotFoundError: If there is no such file.
         StorageError: If the file is damaged, of an unknown format or architecture, or of another network: one whose
             dtypes cannot hold its values, or that has one tensor where the file has several, is another. The message
@@ -100,7 +102,7 @@ def load_sparse(path: str | Path, net: nn.Module | None = None) -> nn.Module:
     if path.exists() and not path.is_file():
         raise StorageError(f"{path}: expected a file, but it is a folder or a device")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             architecture, entries = read_table(file)
             net = _build(architecture) if net is None else net
             state = _state(net)
@@ -140,7 +142,7 @@ def register_architecture(name: str, factory: Callable[[], nn.Module]) -> None:
 
 _ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {}
 _FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
-_SLACK = 2**16  # bytes: what tiny tensors may take more than four times their size
+_SLACK = 2**16  # bytes: the values of tiny tensors may take this more than four times their size
 _ADVICE = "load into a network like the one that was saved"
 
 

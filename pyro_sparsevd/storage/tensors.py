@@ -1,4 +1,4 @@
-"""Tensors of every dtype as bytes, and back."""
+"""Tensors of every dtype as entropy-coded bytes, and back."""
 
 __all__ = ["decode_tensors", "encode_tensors"]
 
@@ -10,32 +10,13 @@ import torch
 from torch import Tensor
 
 from .container import Entry
-from .models import code_array
+from .context_models import code_array
 from .range_coder import Coder, Decoder, Encoder, StorageError
 from .rounding import from_multiples, to_multiples
 
 
 def encode_tensors(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> bytes:
-    """Returns tensors as bytes.
-
-    Args:
-        state: The tensors by their names.
-        entries: How to store each.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        ImportError: If constriction is not installed.
-        ValueError: If a tensor has values that its entry cannot hold.
-
-    Example:
-        >>> from pyro_sparsevd.storage.container import Entry
-        >>> state = {"weight": torch.tensor([[0.0, 0.0, 0.0, -0.5]])}
-        >>> data = encode_tensors(state, [entry := Entry("weight", torch.float32, (1, 4))])
-        >>> decode_tensors(data, [entry])
-        {'weight': tensor([[ 0.0000,  0.0000,  0.0000, -0.5000]])}
-    """
+    """Returns the tensors of a state as bytes, each stored as its entry says."""
     encoder = Encoder()
     for _ in _code(encoder, entries, lambda entry: _to_codes(entry, state[entry.name])):
         pass
@@ -43,22 +24,7 @@ def encode_tensors(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> byt
 
 
 def decode_tensors(data: bytes, entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Returns the tensors that :func:`encode_tensors` made bytes of.
-
-    Args:
-        data: The bytes.
-        entries: The same entries.
-
-    Returns:
-        The tensors by their names; those that are tied are one.
-
-    Raises:
-        ImportError: If constriction is not installed.
-        StorageError: If the bytes are not those of such tensors.
-
-    Example:
-        See :func:`encode_tensors`.
-    """
+    """Returns the tensors that :func:`encode_tensors` made the bytes of, by name; tied ones are one."""
     decoder = Decoder(data)
     tensors = {entry.name: _from_codes(entry, codes) for entry, codes in _code(decoder, entries, lambda entry: None)}
     if not decoder.is_at_end():
@@ -73,7 +39,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _code(
     coder: Coder, entries: Sequence[Entry], given: Callable[[Entry], np.ndarray | None]
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    units: np.ndarray | None = None  # of the layer before: which have weights
+    units: np.ndarray | None = None  # which units of the layer before have weights
     for entry in entries:
         if entry.is_tied:
             continue
@@ -94,7 +60,7 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _side(size: int) -> int:
-    """Returns the side of a square image, of one or three channels, of this size; 1 if it is none."""
+    """Returns the side of a square image with one or three channels and so many numbers; 1 if there is none."""
     return next((side for c in (1, 3) if (side := math.isqrt(size // c)) ** 2 * c == size), 1)
 
 

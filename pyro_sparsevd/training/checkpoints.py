@@ -2,7 +2,6 @@
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "save"]
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._files import replacing
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,8 @@ def save(checkpoint: Checkpoint, parts: dict[str, Any], history: list[dict[str, 
     """Writes atomically the states of ``parts`` and random number generators, and the numbers of each epoch."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"history": history, "settings": dict(checkpoint.settings), **_random_states(device)}
-    path = Path(checkpoint.path)
-    new = path.with_name(path.name + ".new")
-    torch.save(state, new)
-    os.replace(new, path)
+    with replacing(checkpoint.path) as new:
+        torch.save(state, new)
 
 
 def load(checkpoint: Checkpoint, parts: dict[str, Any], device: torch.device, epochs: int) -> list[dict[str, float]]:

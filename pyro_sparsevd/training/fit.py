@@ -54,7 +54,7 @@ def _classes(labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         raise TypeError(
             f"labels: expected the classes of a classifier as integers, but got {labels.dtype}; "
-            "for a regression, give training.fit a loss of its own, within masks_held for a sparse network"
+            "for a regression, give training.fit a loss of its own, within fixed_sparsity for a sparse network"
         )
     return labels
 

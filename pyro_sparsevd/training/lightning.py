@@ -40,9 +40,8 @@ class SparseVDModule(lightning.LightningModule):
 
     Example:
         >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1)), svd.GaussianLikelihood(), num_data=20)
-        >>> module = SparseVDModule(model, svd.AutoSparseNormal(model))
-        >>> module.training_step((torch.randn(10, 4), torch.randn(10, 1)), 0).shape
-        torch.Size([])
+        >>> SparseVDModule(model, svd.AutoSparseNormal(model)).model is model
+        True
     """
 
     def __init__(
@@ -86,13 +85,12 @@ class SparseVDModule(lightning.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss of a batch, in nats over the data set."""
-        steps = self.trainer.estimated_stepping_batches if self._trainer else 1
+        steps = self.trainer.estimated_stepping_batches
         schedule = LinearWarmup(steps / 40, self.warm_up * steps) if self.warm_up else lambda step: 1.0
         self.elbo.kl_weight = schedule(self.global_step)
         loss = loss_of(self.loss, batch)
-        if self._trainer:
-            options: Any = {"on_step": False, "on_epoch": True, "batch_size": size_of(batch)}
-            self.log_dict(dict(self.elbo.terms), prog_bar=True, **options)
+        options: Any = {"on_step": False, "on_epoch": True, "batch_size": size_of(batch)}
+        self.log_dict(dict(self.elbo.terms), prog_bar=True, **options)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -21,7 +21,8 @@ from problems import (
     normal_likelihood,
     regression_data,
 )
-from pyro_sparsevd import AutoSparseNormal, SparseNormal, SparseVD_ELBO, Supervised, bayesianize, local_reparam_gap
+from pyro_sparsevd import AutoSparseNormal, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd.infer import local_reparam_gap
 from pyro_sparsevd.poutine.local_reparam import local_reparam
 from pyro_sparsevd.poutine.unsampled_weight import RepeatedUseError, UnsampledWeight
 

@@ -27,8 +27,8 @@ from operations import (
 )
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.ops import divergence
+from pyro_sparsevd.poutine.kl import kl_log_uniform_total
 from pyro_sparsevd.poutine.local_reparam import local_reparam
-from pyro_sparsevd.poutine.unsampled_weight import kl_log_uniform_total
 
 # Torch's own plain operation says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -12,8 +12,9 @@ from lab import nets
 from torch import nn
 
 from pyro_sparsevd.shrink.flow import Channelwise
-from pyro_sparsevd.shrink.shrink import SelectFeatures, shrink, shrink_with_report
-from pyro_sparsevd.shrink.units import Ties, Units
+from pyro_sparsevd.shrink.report import shrink_report
+from pyro_sparsevd.shrink.shrink import SelectFeatures, shrink
+from pyro_sparsevd.shrink.units import UnionFind, Units
 
 
 class Block(nn.Module):
@@ -261,7 +262,8 @@ def close(actual, expected):
 def test_its_outputs_are_the_same(name, density, whole_units, device):
     for seed in range(1 if name in ("vgg-like", "lenet-300-100", "lenet-5") else 3):
         net, x = made(name, device, density, whole_units, seed)
-        smaller, report = shrink_with_report(net, x)
+        smaller = shrink(net, x)
+        report = shrink_report(net, smaller, x)
         # A copy of the network would also have its outputs.
         assert not any("the network" in note for note in report.notes)
         for inputs in (x, 3 * torch.randn_like(x), torch.randn_like(x[:1])):
@@ -524,7 +526,8 @@ def test_of_groups_nothing_is_selected(device):
     with torch.no_grad():
         net[0].weight[:, ::2] = 0
     x = torch.randn(2, 256, 8, device=device)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert (smaller[0].weight.shape, report.notes) == ((64, 128, 3), ())
     close(smaller(x), net(x))
 
@@ -558,7 +561,7 @@ def test_the_network_is_left_as_it_was(name, device):
 def test_the_example_input_is_left_as_it_was(device):
     net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)).to(device)
     x = torch.tensor([[-1.0, 0.0, 1.0]], device=device)
-    shrink_with_report(net, x)
+    shrink_report(net, shrink(net, x), x)
     assert x.tolist() == [[-1, 0, 1]]
 
 
@@ -568,7 +571,8 @@ def test_it_shrinks_in_inference_mode(inside, device):
     with torch.inference_mode(inside):
         net, x = with_weights(make(), *weights).to(device), torch.randn(shape, device=device)
     with torch.inference_mode():
-        smaller, report = shrink_with_report(net, x)
+        smaller = shrink(net, x)
+        report = shrink_report(net, smaller, x)
         assert (widths(smaller), report.notes) == (expected, ())
         close(smaller(x), net(x))
     smaller(x.clone()).sum().backward()
@@ -583,7 +587,8 @@ def test_a_network_that_keeps_what_it_computes(device):
     net, x = Keeping(nn.Linear(3, 4), nn.Linear(4, 2)).to(device), torch.randn(5, 3, device=device)
     mask(net, 0.0, 0.0)
     net(x)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert (widths(smaller), report.notes) == ([1, 2], ())
     assert net.last.requires_grad
     close(smaller(x), net(x))
@@ -594,7 +599,8 @@ def test_a_network_that_keeps_what_it_computes(device):
 def test_layers_without_weights_stay(sizes, device):
     net = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes))).to(device)
     x = torch.rand(2, sizes[0], device=device)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert widths(smaller) == list(sizes[1:])
     assert report.notes[0] == "0 (Linear): has no weights; left whole"
     assert torch.equal(smaller(x), net(x))
@@ -619,7 +625,8 @@ def test_inputs_and_buffers_have_any_name(name, device):
     net = Net().eval()
     net.register_buffer(name, torch.ones(1, 3))
     net, x = mask(net, 1.0, 0.3).to(device), torch.rand(4, 3, device=device)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert (widths(smaller), report.notes) == ([3, 3, 2], ())
     close(smaller(x), net(x))
 
@@ -633,7 +640,8 @@ def test_modules_have_any_name(name, device):
     net = Net()
     net.add_module(name, nn.Bilinear(3, 3, 3))
     net, x = net.to(device), torch.rand(4, 3, device=device)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert not any("the network" in note for note in report.notes)
     assert widths(smaller) == [3, 3, 2]
     close(smaller(x), net(x))
@@ -742,7 +750,8 @@ NOTES = {
 @pytest.mark.parametrize("name", NOTES)
 def test_what_stays_whole_is_noted(name, device):
     net, x = made(name, device, density=0.0)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert list(report.notes) == NOTES[name]
     assert all(f"note: {note}" in str(report) for note in NOTES[name])
     close(smaller(x), net(x))
@@ -782,7 +791,8 @@ ODD = {
 def test_functions_that_are_not_followed_are_noted(name, device):
     between, noted = ODD[name]
     net = mask(Odd(between).eval(), 1.0, 0.2).to(device)
-    smaller, report = shrink_with_report(net, torch.randn(4, 2, 8, device=device))
+    smaller = shrink(net, torch.randn(4, 2, 8, device=device))
+    report = shrink_report(net, smaller, torch.randn(4, 2, 8, device=device))
     assert [note.split(":")[0] for note in report.notes] == noted
     assert len(smaller.first.weight) == 8
 
@@ -812,8 +822,8 @@ def test_numbers_too_large_for_half_precision_are_so_in_between(device):
 def test_constants_are_so_up_to_rounding():
     known = torch.tensor([[[0.1, 0.1 + 1e-15], [0.1, 0.1 + 1e-6]]], dtype=torch.float64)
     units = Units.along(1, known, torch.tensor([1, 2]))
-    assert units.known[0, 0, 0] != units.known[0, 0, 1]
-    assert units.constants(1).isnan().tolist() == [False, True]
+    assert units.constant[0, 0, 0] != units.constant[0, 0, 1]
+    assert units.unit_constants(1).isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -845,7 +855,8 @@ def test_half_precision_beside_what_is_not_followed(dtype, device):
             return self.last(self.norm(self.fc(x) + x))
 
     net, x = Net().to(device, dtype).eval(), torch.randn(4, 3, device=device, dtype=dtype)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert report.notes == ()
     assert torch.equal(smaller(x), net(x))
 
@@ -872,7 +883,7 @@ def test_what_pools_over_units_stays_whole(pool, shape, device):
 
 def test_a_function_cannot_make_a_constant_of_the_unknown():
     units = Units.along(1, torch.tensor([[torch.nan, 0.1]]), torch.tensor([0, 0]))
-    known = Channelwise(torch.nan_to_num, None).forward([units], (4, 2), Ties()).known
+    known = Channelwise(torch.nan_to_num, None).forward([units], (4, 2), UnionFind()).constant
     assert known.isnan().tolist() == [[True, False]]
 
 
@@ -928,7 +939,8 @@ def test_a_network_that_cannot_be_followed_is_copied(make, note, device):
     net, x = make().to(device).eval(), torch.randn(4, 3, device=device)
     if make is Sized:
         mask(net, 0.0, 0.0)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert note in report.notes[-1]
     assert smaller is not net
     state = smaller.state_dict()
@@ -948,16 +960,24 @@ def test_modules_with_hooks_parametrisations_or_of_subclasses_stay(device):
     for i in (0, 1, 3, 4):
         mask(net[i], 0.4, 0.3)
     net, x = net.to(device), torch.randn(5, 4, device=device)
-    smaller, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert [note.split(":")[0] for note in report.notes] == ["linear", "2 (ParametrizedLinear)", "3 (Linear)"]
     assert widths(smaller) == [4, 4, 4, 4, 2]
     close(smaller(x), net(x))
 
 
+def test_the_report_refuses_a_network_of_other_layers(device):
+    net, x = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).to(device), torch.randn(5, 3, device=device)
+    with pytest.raises(ValueError, match="after: expected a smaller network of the 2 layers of before, but got 1"):
+        shrink_report(net, nn.Linear(3, 1).to(device), x)
+
+
 def test_the_report_counts_units_parameters_and_multiply_adds(device):
     make, weights, shape, _ = CASES["constants of constants"]
     net, x = with_weights(make(), *weights).to(device), torch.randn(shape, device=device)
-    _, report = shrink_with_report(net, x)
+    smaller = shrink(net, x)
+    report = shrink_report(net, smaller, x)
     assert str(report).split("\n")[-1].split() == ["network", "20", "->", "7", "14", "->", "4"]
     assert report.to_dict() == {
         "layers": {

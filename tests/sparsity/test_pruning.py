@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import masks_held
+from pyro_sparsevd import fixed_sparsity
 
 
 class Tied(nn.Module):
@@ -212,7 +212,7 @@ def test_held_weights_stay_zero_and_others_learn(make, device):
             weight.mul_(torch.rand_like(weight) < 0.5)
     names, before = list(net.state_dict()), [w.detach().clone() for w in weights]
     x = torch.randn(5, 2, 4, device=device) if isinstance(net, nn.Sequential) else torch.randn(5, weights[0].shape[1])
-    with masks_held(net) as held:
+    with fixed_sparsity(net) as held:
         assert held is net
         optimizer = torch.optim.Adam(net.parameters(), 0.1, weight_decay=0.1)
         for _ in range(3):
@@ -227,7 +227,7 @@ def test_held_weights_stay_zero_and_others_learn(make, device):
 
 def test_masks_are_let_go_when_training_fails(device):
     net = nn.Linear(2, 2).to(device)
-    with pytest.raises(RuntimeError, match="diverged"), masks_held(net):
+    with pytest.raises(RuntimeError, match="diverged"), fixed_sparsity(net):
         raise RuntimeError("diverged")
     assert sorted(net.state_dict()) == ["bias", "weight"]
 
@@ -237,7 +237,7 @@ def test_held_weights_are_zero_even_where_training_left_no_number(value, device)
     net = nn.Linear(2, 2).to(device)
     net.weight.data[0, 0] = 0
     before = net.weight.detach().clone()
-    with masks_held(net):
+    with fixed_sparsity(net):
         net.weight.data[0, 0] = value
     assert torch.equal(net.weight, before)
 
@@ -285,7 +285,7 @@ def test_masks_are_held_whoever_reads_the_weights(device):
         if weight.dim() > 1:
             weight.data[::2] = 0
     before = {name: p.clone() for name, p in net.named_parameters() if p.dim() > 1}
-    with masks_held(net):
+    with fixed_sparsity(net):
         optimizer = torch.optim.Adam(net.parameters(), 0.1)
         for _ in range(3):
             optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_masks_are_held_against_the_momentum_of_an_earlier_optimizer(device):
     net(x).sum().backward()
     optimizer.step()
     net.weight.data[0, :2] = 0
-    with masks_held(net):
+    with fixed_sparsity(net):
         optimizer.zero_grad()
         net(x).sum().backward()
         optimizer.step()
@@ -320,7 +320,7 @@ def test_masks_are_held_of_weights_only_and_class_tokens_of_zeros_learn():
     net.dropped, net.position = nn.Linear(4, 2), nn.Parameter(torch.ones(1, 2, 4))
     with torch.no_grad():
         net.layer.weight[0] = net.dropped.weight[:] = net.position[:, 0] = 0
-    with masks_held(net):
+    with fixed_sparsity(net):
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
         sum((p - 1).square().sum() for p in net.parameters()).backward()
         optimizer.step()
@@ -356,7 +356,7 @@ def test_a_step_of_another_optimiser_leaves_held_weights_to_backward(device):
     net.weight.data[0] = 0
     steps = torch.optim.SGD(other.parameters(), 0.1)
     x = torch.ones(1, 3, device=device, requires_grad=True)
-    with masks_held(net):
+    with fixed_sparsity(net):
         loss = net(x).square().sum()
         other(x).sum().backward()
         steps.step()

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from pyro_sparsevd.storage.models import code_array, code_numbers, code_positions
+from pyro_sparsevd.storage.context_models import code_array, code_numbers, code_positions
 from pyro_sparsevd.storage.range_coder import (
     WHOLE,
     Decoder,

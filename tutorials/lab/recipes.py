@@ -14,7 +14,7 @@ from pyro_sparsevd.infer.autoguide import AutoSparseNormal
 from pyro_sparsevd.infer.elbo import SparseVD_ELBO
 from pyro_sparsevd.infer.kl import KL
 from pyro_sparsevd.nn.supervised import Supervised
-from pyro_sparsevd.sparsity.pruning import masks_held, prune
+from pyro_sparsevd.sparsity.pruning import fixed_sparsity, prune
 from pyro_sparsevd.sparsity.summary import sparsify
 from pyro_sparsevd.training.checkpoints import Checkpoint
 from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, fit_posterior
@@ -117,6 +117,6 @@ def _warn_of_collapse(at_zero_kl_weight: float, last: dict[str, float], count: i
 
 def fine_tune(network: nn.Module, split: Split, *, epochs: int, batch_size: int, lr: float = 1e-3) -> nn.Module:
     """Returns a copy of a sparse classifier whose remaining weights are fitted as by :func:`train_dense`."""
-    with masks_held(copy.deepcopy(network)) as tuned:
+    with fixed_sparsity(copy.deepcopy(network)) as tuned:
         train_dense(tuned, split, epochs=epochs, batch_size=batch_size, lr=lr)
     return tuned

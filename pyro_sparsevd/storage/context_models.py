@@ -1,9 +1,9 @@
-"""Models of where the weights of a sparse matrix are and how large: arrays of integers as few bits.
+"""Adaptive probability models of the positions and the values of the weights of a sparse matrix, for the range coder.
 
-The models adapt to what was coded before, so that little but the numbers themselves is stored. A function that takes a
-coder is its own inverse: with an :class:`~.range_coder.Encoder` it codes the array that it is given, with a
-:class:`~.range_coder.Decoder`, which is given ``None`` instead, it returns that array. Probabilities are computed from
-integers, with no operation but those that IEEE 754 rounds exactly: they are the same on every machine.
+The models adapt to what was coded before, so that nothing but the numbers is stored. Each function encodes the array
+that it is given with an :class:`~.range_coder.Encoder`; given ``None`` and a :class:`~.range_coder.Decoder`, it returns
+that array. Probabilities are computed from integers, by operations that IEEE 754 rounds exactly: they are the same on
+every machine.
 """
 
 __all__ = ["code_array", "code_numbers", "code_positions"]
@@ -23,29 +23,9 @@ def code_array(
     width: int = 1,
     expected: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Codes a matrix: the positions of what is not zero, if there are enough zeros to be worth it, and the numbers.
+    """Codes a matrix: the positions of what is not zero, if enough zeros make it worthwhile, and the numbers.
 
-    Args:
-        coder: The coder.
-        values: int64 of shape ``shape``, or None to decode.
-        shape: Rows and columns.
-        mantissa: As for :func:`code_numbers`.
-        width: As for :func:`code_positions`.
-        expected: As for :func:`code_positions`.
-
-    Returns:
-        The matrix.
-
-    Raises:
-        StorageError: If no encoder wrote this.
-
-    Example:
-        >>> from pyro_sparsevd import range_coder
-        >>> weight = np.array([[0, 0, 0, 5], [0, 0, 0, 0], [0, -3, 0, 4]])
-        >>> encoder = range_coder.Encoder()
-        >>> coded = code_array(encoder, weight, (3, 4))
-        >>> bool((code_array(range_coder.Decoder(encoder.to_bytes()), None, (3, 4)) == weight).all())
-        True
+    The arguments are those of :func:`code_positions` and :func:`code_numbers`.
     """
     size = shape[0] * shape[1]
     has_zeros = None if values is None else np.array([8 * np.count_nonzero(values) < 7 * size])
@@ -67,37 +47,16 @@ def code_positions(
 ) -> np.ndarray:
     r"""Codes which elements of a matrix are not zero.
 
-    Weights vanish by the unit, and what is left of a unit's weights is side by side. A class for the number of
-    elements in each row, two classes to an octave, is coded first. The odds of the positions in a row with :math:`n`
-    elements are proportional to a weight of each column, and scaled to :math:`n` expected elements. The weight is
+    Zeros fill whole rows, and what is left of a row is close together. A class for the number of elements in each row,
+    two classes to an octave, is coded first. The odds of the positions in a row with :math:`n` elements are
+    proportional to a weight of each column, and scaled to :math:`n` expected elements. The weight is
 
     .. math:: v_j = e_j (10 c_j + 3 c_{j-1} + 3 c_{j+1} + 2)
 
-    with the numbers :math:`c` of elements above, and :math:`e_j` 32 for a column that is ``expected``, else 1.
-    Each row is an image: its pixels of even row and column are coded first, then those between, whose odds are
+    with the numbers :math:`c` of elements above, and :math:`e_j` 32 for a column that is ``expected``, else 1. That may
+    be wrong; it says, for example, that the layer before has this unit. Each row is an image of ``width`` columns, such
+    as a convolution's kernel: its pixels of even row and column are coded first, then those between, whose odds are
     multiplied by how much more often than expected an element was found where as many neighbours were.
-
-    Args:
-        coder: The coder.
-        positions: bool of shape ``shape``, or None to decode.
-        shape: Rows and columns.
-        width: The width of the image that a row is, such as of a convolution's kernel; 1 if it is none.
-        expected: bool, one for each column: whether the column is likely to be used, such as that the layer before
-            has this unit. It may be wrong.
-
-    Returns:
-        The positions.
-
-    Raises:
-        StorageError: If no encoder wrote this.
-
-    Example:
-        >>> from pyro_sparsevd import range_coder
-        >>> positions = np.eye(3, 200) > 0
-        >>> encoder = range_coder.Encoder()
-        >>> coded = code_positions(encoder, positions, (3, 200))
-        >>> bool((code_positions(range_coder.Decoder(encoder.to_bytes()), None, (3, 200)) == positions).all())
-        True
     """
     rows, columns = shape
     per_row = None if positions is None else positions.sum(1)
@@ -128,31 +87,12 @@ def code_positions(
 
 
 def code_numbers(coder: Coder, values: np.ndarray | None, count: int, mantissa: int = 0) -> np.ndarray:
-    """Codes integers or, as integers, floating-point numbers.
+    """Codes integers, or floating-point numbers with a ``mantissa`` of so many bits.
 
     An integer is a class (itself where it is small; else its length and its three bits after the first), the other
-    bits, and a sign. A floating-point number is an exponent, a mantissa and a sign. The frequencies of classes and
-    signs are learnt, the other bits are taken to be random; zeros that all mantissas end with cost nothing.
-
-    Args:
-        coder: The coder.
-        values: int64 of shape ``(count,)``, or None to decode. A floating-point number is its bits without the
-            sign, negated for a negative one.
-        count: How many.
-        mantissa: The number of bits of the mantissa of a floating-point number; 0 for integers.
-
-    Returns:
-        The integers.
-
-    Raises:
-        StorageError: If no encoder wrote this.
-
-    Example:
-        >>> from pyro_sparsevd import range_coder
-        >>> encoder = range_coder.Encoder()
-        >>> coded = code_numbers(encoder, np.arange(-500, 500), 1000)
-        >>> len(encoder.to_bytes())
-        1600
+    bits, and a sign. A floating-point number is given as its bits without the sign, negated for a negative one, and
+    coded as an exponent, a mantissa and a sign. The frequencies of classes and signs are learnt, the other bits are
+    taken to be random; zeros that all mantissas end with cost nothing.
     """
     magnitudes = None if values is None else np.abs(values).view(np.uint64)
     result = _floats(coder, magnitudes, count, mantissa) if mantissa else _integers(coder, magnitudes, count)
@@ -206,12 +146,12 @@ def _random_bits(coder: Coder, values: np.ndarray | None, widths: np.ndarray) ->
 
 
 class _Phase:
-    """Columns that are coded together, with what is known of the columns beside."""
+    """Columns that are coded together, with what is known of the columns beside them."""
 
     def __init__(self, columns: np.ndarray, shifts: tuple[int, ...], width: int) -> None:
         self.columns = columns
         self._beside = [width + columns + shift for shift in shifts]
-        # Both start as after four elements, all as expected.
+        # Both start as if four elements had been found, as expected.
         self._found: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
         self._expected: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
 
@@ -235,7 +175,7 @@ def _phases(columns: int, width: int) -> list[_Phase]:
 
 
 def _odds(weights: np.ndarray, density: np.ndarray) -> np.ndarray:
-    """Returns odds in proportion to the weights of the columns, with probabilities that sum up to the densities."""
+    """Returns odds in proportion to the weights of the columns, whose probabilities sum to the densities."""
     odds = weights * (density / weights.sum())
     for _ in range(3):
         odds *= density * WHOLE / np.maximum(np.floor(WHOLE * (odds / (1 + odds))).sum(1, keepdims=True), 1)
@@ -248,7 +188,7 @@ def _chances(odds: np.ndarray) -> np.ndarray:
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yields slices of rows likewise, of a bounded number of elements."""
+    """Yields slices of rows that grow with what came before, of a bounded number of elements."""
     start = 0
     while start < rows:
         stop = min(rows, start + max(1, min(start // 4, 2**16 // columns)))
