@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import pyro_sparsevd as svd
+import pyro_sparsevd as sparsevd
 
 
 def pytest_addoption(parser):
@@ -29,7 +29,7 @@ def _isolated():
 
 @pytest.fixture(autouse=True)
 def _names_of_examples(doctest_namespace):
-    doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, sparsevd=svd, svd=svd, torch=torch)
+    doctest_namespace.update(dist=dist, nn=nn, pyro=pyro, sparsevd=sparsevd, torch=torch)
 
 
 @pytest.fixture

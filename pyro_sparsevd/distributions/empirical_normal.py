@@ -38,7 +38,7 @@ class EmpiricalBayesNormal(dist.TorchDistribution):
 
     Example:
         >>> prior = EmpiricalBayesNormal((0,)).expand([3, 4])
-        >>> q = svd.SparseNormal(torch.zeros(3, 4), torch.zeros(3, 4))
+        >>> q = sparsevd.SparseNormal(torch.zeros(3, 4), torch.zeros(3, 4))
         >>> torch.distributions.kl_divergence(q, prior).sum()
         tensor(0.)
     """

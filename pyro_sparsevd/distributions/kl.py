@@ -31,7 +31,7 @@ def kl_normal_log_uniform(q: torch.distributions.Normal, p: LogUniform, form: di
         ValueError: If ``form`` is neither of the two.
 
     Example:
-        >>> torch.distributions.kl_divergence(svd.SparseNormal(0.0, 1.0), svd.LogUniform())
+        >>> torch.distributions.kl_divergence(sparsevd.SparseNormal(0.0, 1.0), sparsevd.LogUniform())
         tensor(0.)
     """
     kl = divergence.kl_log_uniform(q.loc, log_variance_of(q), form)

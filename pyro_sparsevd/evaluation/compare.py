@@ -101,7 +101,7 @@ def compare_priors(
     Example:
         >>> split = Split(torch.randn(40, 4), torch.randn(40))
         >>> network = lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
-        >>> priors = {"log-uniform": svd.LogUniform(), "normal": dist.Normal(0.0, 1.0)}
+        >>> priors = {"log-uniform": sparsevd.LogUniform(), "normal": dist.Normal(0.0, 1.0)}
         >>> noisy = lambda mean: dist.Normal(mean, 1.0)
         >>> found = compare_priors(network, priors, noisy, split, split, split, epochs=2, batch_size=20, seeds=[0])
         >>> [(result.prior, result.seed) for result in found.results]

@@ -140,8 +140,9 @@ def sampled_log_probs(
         ValueError: If ``num_samples`` is not positive, or the guide lacks a latent of the model.
 
     Example:
-        >>> model = Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=100)
-        >>> guide, split = svd.AutoSparseNormal(model), Split(torch.rand(5, 4), torch.arange(5))
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = Supervised(bnn, lambda x: dist.Categorical(logits=x), num_data=100)
+        >>> guide, split = sparsevd.AutoSparseNormal(model), Split(torch.rand(5, 4), torch.arange(5))
         >>> sampled_log_probs(model, guide, split, num_samples=2).shape
         torch.Size([2, 5, 3])
     """

@@ -63,7 +63,7 @@ class AutoSparseNormal(GaussianParameters):
             initial value of another shape than its site, or, when first called, if the model has a discrete latent.
 
     Example:
-        >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
+        >>> model = lambda: pyro.sample("w", sparsevd.LogUniform().expand([3]).to_event(1))
         >>> guide = AutoSparseNormal(model)
         >>> guide()["w"].shape
         torch.Size([3])

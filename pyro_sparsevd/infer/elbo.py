@@ -77,8 +77,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             site; or if an argument is on another device.
 
     Example:
-        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=100)
-        >>> guide, elbo = svd.AutoSparseNormal(model), SparseVD_ELBO(kl="exact", kl_weight=0.5)
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = sparsevd.Supervised(bnn, lambda x: dist.Categorical(logits=x), num_data=100)
+        >>> guide, elbo = sparsevd.AutoSparseNormal(model), SparseVD_ELBO(kl="exact", kl_weight=0.5)
         >>> loss = elbo(model, guide)(torch.randn(10, 4), torch.zeros(10))
         >>> bool(loss == elbo.terms["nll"] + 0.5 * elbo.terms["kl"])
         True

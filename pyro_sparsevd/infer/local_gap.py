@@ -61,9 +61,10 @@ def local_reparam_gap(
         ValueError: If ``num_passes`` is less than 2.
 
     Example:
-        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), num_data=10)
-        >>> guide = svd.AutoSparseNormal(model)
-        >>> gap = local_reparam_gap(svd.SparseVD_ELBO(), model, guide, torch.randn(10, 4), torch.zeros(10))
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = sparsevd.Supervised(bnn, lambda x: dist.Categorical(logits=x), num_data=10)
+        >>> guide = sparsevd.AutoSparseNormal(model)
+        >>> gap = local_reparam_gap(sparsevd.SparseVD_ELBO(), model, guide, torch.randn(10, 4), torch.zeros(10))
         >>> abs(gap.sigmas) < 5
         True
     """

@@ -101,7 +101,7 @@ def horseshoe(global_scale: float = 1.0) -> HierarchicalPrior:
         ValueError: If ``global_scale`` is not positive.
 
     Example:
-        >>> list(svd.AutoSparseNormal(svd.bayesianize(nn.Linear(4, 3), horseshoe())).posteriors)
+        >>> list(sparsevd.AutoSparseNormal(sparsevd.bayesianize(nn.Linear(4, 3), horseshoe())).posteriors)
         ['weight_local_scale', 'weight_global_scale', 'weight']
     """
     if not global_scale > 0:
@@ -134,8 +134,8 @@ def group_normal_jeffreys(group_dims: tuple[int, ...] = (0,)) -> HierarchicalPri
         ValueError: If there is no dimension, or not of distinct ones counted from 0.
 
     Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3), group_normal_jeffreys())
-        >>> svd.AutoSparseNormal(bnn).posteriors["weight_group_scale"].batch_shape
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3), group_normal_jeffreys())
+        >>> sparsevd.AutoSparseNormal(bnn).posteriors["weight_group_scale"].batch_shape
         torch.Size([3, 1])
     """
     if not group_dims or min(group_dims) < 0 or len(set(group_dims)) < len(group_dims):

@@ -46,10 +46,10 @@ class Supervised(PyroModule):
         ValueError: If ``num_data`` is not a positive integer, or if a weight is called ``data`` or ``y``.
 
     Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
         >>> model = Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=60_000)
-        >>> guide = svd.AutoSparseNormal(model)
-        >>> loss = svd.SparseVD_ELBO()(model, guide)(torch.randn(8, 4), torch.zeros(8))
+        >>> guide = sparsevd.AutoSparseNormal(model)
+        >>> loss = sparsevd.SparseVD_ELBO()(model, guide)(torch.randn(8, 4), torch.zeros(8))
     """
 
     def __init__(self, network: PyroModule, likelihood: Callable[[Any], Distribution], num_data: int) -> None:
@@ -167,8 +167,8 @@ class GaussianLikelihood(nn.Module):
         >>> likelihood = GaussianLikelihood()
         >>> likelihood(torch.zeros(5))
         Normal(loc: torch.Size([5]), scale: torch.Size([5]))
-        >>> network = svd.bayesianize(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
-        >>> model = svd.Supervised(network, likelihood, num_data=100)
+        >>> network = sparsevd.bayesianize(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)))
+        >>> model = sparsevd.Supervised(network, likelihood, num_data=100)
     """
 
     def __init__(self, init_scale: float = 1.0) -> None:

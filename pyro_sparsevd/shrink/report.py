@@ -104,7 +104,7 @@ def shrink_report(before: nn.Module, after: nn.Module, example_input: Tensor) ->
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> net[0].weight.data[0] = 0
         >>> x = torch.rand(5, 2)
-        >>> print(shrink_report(net, svd.shrink(net, x), x))
+        >>> print(shrink_report(net, sparsevd.shrink(net, x), x))
         layer     units  parameters  multiply-adds
         0        3 -> 2      9 -> 6         6 -> 4
         2        1 -> 1      4 -> 3         3 -> 2

@@ -43,9 +43,9 @@ def prune(bnn: PyroModule, guide: AutoGuide, summary: SparsitySummary) -> nn.Mod
         ValueError: If the guide lacks a site of the network, or the summary is of another model.
 
     Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
-        >>> guide = svd.AutoSparseNormal(bnn)
-        >>> prune(bnn, guide, svd.sparsify(guide))
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> guide = sparsevd.AutoSparseNormal(bnn)
+        >>> prune(bnn, guide, sparsevd.sparsify(guide))
         Linear(in_features=4, out_features=3, bias=True)
     """
     if not isinstance(bnn, PyroModule):

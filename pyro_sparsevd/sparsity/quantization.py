@@ -50,9 +50,9 @@ def quantization_steps(
             is not finite, or no factor keeps to the tolerance.
 
     Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
-        >>> guide = svd.AutoSparseNormal(bnn, init_log_variance=-8.0)
-        >>> small = svd.prune(bnn, guide, svd.sparsify(guide))
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> guide = sparsevd.AutoSparseNormal(bnn, init_log_variance=-8.0)
+        >>> small = sparsevd.prune(bnn, guide, sparsevd.sparsify(guide))
         >>> x, y = torch.randn(100, 4), torch.randint(3, (100,))
         >>> steps = quantization_steps(guide, small, lambda net: nn.functional.cross_entropy(net(x), y).item(), 0.01)
         >>> sorted(steps)

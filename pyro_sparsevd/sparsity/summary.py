@@ -155,8 +155,8 @@ def sparsify(guide: AutoGuide, threshold: float | Mapping[str, float] = 3.0) -> 
         ValueError: If a threshold is NaN, or no site of real numbers is of a name in the mapping.
 
     Example:
-        >>> model = lambda: pyro.sample("w", svd.LogUniform().expand([3]).to_event(1))
-        >>> guide = svd.AutoSparseNormal(model, init_loc_fn=lambda site: torch.tensor([0.0, 1e-4, 1.0]))
+        >>> model = lambda: pyro.sample("w", sparsevd.LogUniform().expand([3]).to_event(1))
+        >>> guide = sparsevd.AutoSparseNormal(model, init_loc_fn=lambda site: torch.tensor([0.0, 1e-4, 1.0]))
         >>> samples = guide()
         >>> sparsify(guide).masks["w"]
         tensor([False, False,  True])

@@ -116,9 +116,9 @@ def choose_threshold(
         ValueError: As of :func:`smoothed_threshold`, or if ``data`` is empty.
 
     Example:
-        >>> bnn = svd.bayesianize(nn.Linear(4, 3))
-        >>> model = svd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=20)
-        >>> guide, data = svd.AutoSparseNormal(model), [(torch.rand(20, 4), torch.zeros(20))]
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=20)
+        >>> guide, data = sparsevd.AutoSparseNormal(model), [(torch.rand(20, 4), torch.zeros(20))]
         >>> choose_threshold(model, guide, data, [3.0], fine_tune=lambda network: network)
         3.0
     """
@@ -171,8 +171,9 @@ def threshold_sweep(
             than their distribution, ``data`` is empty or a threshold is NaN.
 
     Example:
-        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 3)), lambda x: dist.Categorical(logits=x), 100)
-        >>> guide = svd.AutoSparseNormal(model)
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
+        >>> model = sparsevd.Supervised(bnn, lambda x: dist.Categorical(logits=x), 100)
+        >>> guide = sparsevd.AutoSparseNormal(model)
         >>> points = threshold_sweep(model, guide, [(torch.randn(9, 4), torch.zeros(9))], [3.0, -20.0])
         >>> [point.sparsity for point in points]
         [0.0, 1.0]

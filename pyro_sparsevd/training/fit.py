@@ -194,7 +194,7 @@ def fit_posterior(
         ValueError: If ``split`` is not as large as the model's ``num_data``.
 
     Example:
-        >>> net = svd.bayesianize(nn.Linear(4, 3))
+        >>> net = sparsevd.bayesianize(nn.Linear(4, 3))
         >>> model = Supervised(net, lambda logits: dist.Categorical(logits=logits), num_data=20)
         >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
         >>> elbo = SparseVD_ELBO()

@@ -39,8 +39,9 @@ class SparseVDModule(lightning.LightningModule):
         weight_decay: Of the means and the other parameters; the log variances have none.
 
     Example:
-        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1)), svd.GaussianLikelihood(), num_data=20)
-        >>> SparseVDModule(model, svd.AutoSparseNormal(model)).model is model
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 1))
+        >>> model = sparsevd.Supervised(bnn, sparsevd.GaussianLikelihood(), num_data=20)
+        >>> SparseVDModule(model, sparsevd.AutoSparseNormal(model)).model is model
         True
     """
 

@@ -69,9 +69,10 @@ def fit(
             is scaled to that number.
 
     Example:
-        >>> model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1)), svd.GaussianLikelihood(), num_data=20)
-        >>> guide = svd.AutoSparseNormal(model)
-        >>> history = svd.fit(model, guide, [(torch.randn(10, 4), torch.randn(10, 1))] * 2, epochs=3)
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 1))
+        >>> model = sparsevd.Supervised(bnn, sparsevd.GaussianLikelihood(), num_data=20)
+        >>> guide = sparsevd.AutoSparseNormal(model)
+        >>> history = sparsevd.fit(model, guide, [(torch.randn(10, 4), torch.randn(10, 1))] * 2, epochs=3)
         >>> sorted(history[-1])
         ['compression', 'kl', 'nll', 'sparsity']
     """
