@@ -225,8 +225,8 @@ def test_what_has_no_plain_parameter_is_refused_by_name(make):
 
 
 def test_the_page_has_a_row_for_each_of_these():
-    rows = re.findall(r"^\| (.+?) \| (local|drawn|both|refused)\b", PAGE.read_text(), re.M)
-    kinds = {"none": "local", "all": "drawn", "some": "both"}
+    rows = re.findall(r"^\| (.+?) \| (local|sampled|both|refused)\b", PAGE.read_text(), re.M)
+    kinds = {"none": "local", "all": "sampled", "some": "both"}
     expected = {row: kinds["some" if isinstance(drawn, set) else drawn] for row, [(*_, drawn), *_] in LAYERS.items()}
     assert dict(rows) == expected | dict.fromkeys(REFUSED, "refused")
 
