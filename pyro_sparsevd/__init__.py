@@ -53,9 +53,13 @@ from .distributions import EmpiricalBayesNormal, ImproperPriorWarning, LogUnifor
 from .evaluation import compare_priors
 from .infer import AutoSparseNormal, LinearWarmup, SparseVD_ELBO, init_to_weights
 from .nn import GaussianLikelihood, Supervised, bayesianize, choose, group_normal_jeffreys, horseshoe
+from .nn import fan_in_normal as fan_in_normal
+from .nn import scale_mixture as scale_mixture
 from .ops import divergence
 from .poutine import local_reparam, recompute_contexts
 from .shrink import shrink, shrink_report, to_sparse
 from .sparsity import fixed_sparsity, prune, sparsify, threshold_sweep
+from .sparsity import quantization_steps as quantization_steps
+from .storage import StorageError as StorageError
 from .storage import export_onnx, load_sparse, save_sparse
 from .training.posterior import fit
