@@ -62,4 +62,4 @@ from .sparsity import fixed_sparsity, prune, sparsify, threshold_sweep
 from .sparsity import quantization_steps as quantization_steps
 from .storage import StorageError as StorageError
 from .storage import export_onnx, load_sparse, save_sparse
-from .training.posterior import fit
+from .training.fit import fit

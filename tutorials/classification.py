@@ -26,7 +26,7 @@ import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
 from pyro_sparsevd.evaluation.metrics import sampled_log_probs, uncertainty
 from pyro_sparsevd.sparsity import choose_threshold
-from pyro_sparsevd.training.fit import error
+from pyro_sparsevd.training.loop import error
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 

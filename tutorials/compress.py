@@ -30,7 +30,7 @@ from torch.utils.benchmark import Timer
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd.evaluation.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
 from pyro_sparsevd.sparsity.quantization import quantization_steps
-from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.loop import error, negative_log_likelihood
 from pyro_sparsevd.training.split import Split
 
 ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}

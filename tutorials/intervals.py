@@ -17,7 +17,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.fit import constant_then_linear
+from pyro_sparsevd.training.loop import constant_then_linear
 
 OBJECTS, TRUE, NOISE_FEATURES, SAMPLES = 100, (2.0, -1.5, 1.0, -0.7, 0.4), 45, 1_000
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
 from pyro_sparsevd.infer.kl import KL
-from pyro_sparsevd.training.fit import batches, error
+from pyro_sparsevd.training.loop import batches, error
 from pyro_sparsevd.training.split import Split
 
 FORMS: tuple[KL, ...] = ("approximate", "exact", "monte_carlo")

@@ -25,7 +25,7 @@ from sklearn.linear_model import LassoCV, LogisticRegressionCV
 from torch import Tensor
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.fit import constant_then_linear, fit
+from pyro_sparsevd.training.loop import constant_then_linear, fit
 from pyro_sparsevd.training.split import Split
 
 OBJECTS, RELEVANT, NOISE = 1_000, 10, 990

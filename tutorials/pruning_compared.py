@@ -24,7 +24,7 @@ from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.loop import error, negative_log_likelihood
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4

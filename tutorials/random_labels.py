@@ -31,7 +31,7 @@ from torch import nn
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, logits
+from pyro_sparsevd.training.loop import CrossEntropy, constant_then_linear, error, fit, logits
 from pyro_sparsevd.training.split import Split
 
 KINDS = ("true", "random")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training.fit import fit_posterior, logits
+from pyro_sparsevd.training.loop import fit_posterior, logits
 
 VALIDATION_SETS = 150
 TOLERANCE = 0.05

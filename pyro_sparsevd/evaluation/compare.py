@@ -25,7 +25,7 @@ from ..nn.bayesianize import Prior, bayesianize
 from ..nn.supervised import Supervised
 from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 from ..training.checkpoints import Checkpoint
-from ..training.fit import fit_posterior
+from ..training.loop import fit_posterior
 from ..training.split import Split
 from .metrics import sampled_traces, uncertainty
 from .report import PriorComparison, PriorResult
@@ -53,7 +53,7 @@ def compare_priors(
 
     For each seed, the network starts from the same weights under all priors. The posterior is that of
     :class:`~.autoguide.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
-    :func:`~.fit.fit_posterior`. The prediction that is scored is the mean over posterior samples,
+    :func:`~.loop.fit_posterior`. The prediction that is scored is the mean over posterior samples,
 
     .. math:: \log \tfrac1S \sum_s p(y_n \mid x_n, w_s), \quad w_s \sim q
 

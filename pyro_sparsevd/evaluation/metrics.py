@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .._modules import evaluation_mode
 from ..nn.supervised import Supervised
-from ..training.fit import logits
+from ..training.loop import logits
 from ..training.split import Split
 
 

@@ -3,5 +3,5 @@
 __all__ = ["Checkpoint", "CheckpointError", "Split", "fit_posterior", "hold_out"]
 
 from .checkpoints import Checkpoint, CheckpointError
-from .fit import fit_posterior
+from .loop import fit_posterior
 from .split import Split, hold_out

@@ -1,225 +1,185 @@
-"""A training loop that resumes from checkpoints, and the fit of a posterior by it."""
+"""Batches to a posterior in one call, for any model and likelihood."""
 
-__all__ = [
-    "CrossEntropy",
-    "batches",
-    "constant_then_linear",
-    "error",
-    "fit",
-    "fit_posterior",
-    "logits",
-    "negative_log_likelihood",
-]
+__all__ = ["fit", "learning_rate_factor", "require_finite_gradients", "sparsity_of"]
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .._modules import evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
 from ..infer.elbo import SparseVD_ELBO
+from ..infer.kl import KL
 from ..infer.schedules import LinearWarmup
 from ..nn.supervised import Supervised
-from .checkpoints import Checkpoint, load, save
-from .split import Split
-
-
-def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images and labels of all data once, in random order, ``size`` at a time; the last batch may be smaller."""
-    if size <= 0:
-        raise ValueError(f"size: expected a positive batch size, but got {size}")
-    order = torch.randperm(len(split), device=split.labels.device)
-    for index in order.split(size):
-        yield split.images[index], split.labels[index]
-
-
-class CrossEntropy(nn.Module):
-    """The mean cross-entropy of a classifier that returns logits, in nats per example."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the loss of a batch."""
-        return F.cross_entropy(self.network(x), _classes(y))
-
-
-def _classes(labels: Tensor) -> Tensor:
-    # Torch would take floating-point targets for the probabilities of the classes.
-    if labels.is_floating_point():
-        raise TypeError(
-            f"labels: expected the classes of a classifier as integers, but got {labels.dtype}; "
-            "for a regression, give training.fit a loss of its own, within fixed_sparsity for a sparse network"
-        )
-    return labels
-
-
-@torch.no_grad()
-def logits(network: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
-    """Returns the logits of a classifier for all data, of shape ``(N, classes)``, computed in evaluation mode."""
-    with evaluation_mode(network):
-        return torch.cat([network(images) for images in split.images.split(batch_size)])
-
-
-def error(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
-    """Returns the fraction of data that a classifier gets wrong, in evaluation mode."""
-    return float((logits(network, split, batch_size).argmax(-1) != _classes(split.labels)).float().mean())
-
-
-def negative_log_likelihood(network: nn.Module, split: Split, batch_size: int = 1_000) -> float:
-    """Returns the mean negative log likelihood of a classifier's labels, in nats per example, in evaluation mode."""
-    return float(F.cross_entropy(logits(network, split, batch_size), _classes(split.labels)))
-
-
-def constant_then_linear(
-    optimizer: torch.optim.Optimizer, epochs: int, constant: float = 0.5
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Returns a schedule that keeps the learning rate for a part of the epochs, then lowers it linearly to 0."""
-    last = max(epochs, 1)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: min(1.0, (1 - e / last) / (1 - constant)))
+from ..sparsity.summary import sparsify
+from .batches import batches, loss_of, size_of
 
 
 def fit(
-    loss: nn.Module,
-    split: Split,
+    model: nn.Module,
+    guide: nn.Module,
+    loader: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     epochs: int,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    before_epoch: Callable[[int], None] | None = None,
-    after_epoch: Callable[[int], dict[str, float]] | None = None,
-    checkpoint: str | Path | Checkpoint | None = None,
-    description: str = "training",
+    lr: float = 3e-3,
+    kl: KL = "exact",
+    warm_up: float = 0.5,
+    validation: Iterable[Any] | None = None,
+    callbacks: Iterable[Callable[[int, dict[str, float]], Any]] = (),
 ) -> list[dict[str, float]]:
-    """Minimises a loss, with a progress bar.
+    r"""Fits a guide to a model on batches of data, with Adam and a progress bar.
 
-    With a checkpoint, the state of the training is written after each epoch, and an existing file is resumed from: the
-    result is that of an uninterrupted run. The file is complete or absent at any moment.
+    It minimises :math:`-\mathbb E_q \log p(y \mid w) + c \, \mathrm{KL}(q \,\|\, p)`, the loss of
+    :class:`~.elbo.SparseVD_ELBO`. The weight :math:`c` is 0 for a fortieth of the training, then rises linearly to 1;
+    the learning rate is constant for half of the training, then falls linearly to 0.
 
     Args:
-        loss: A module that maps a batch to a scalar, such as ``SparseVD_ELBO()(model, guide)``.
-        split: The training data.
+        model: A Pyro model that is a torch module, such as :class:`~.supervised.Supervised`.
+        guide: Its guide, such as :class:`~.autoguide.AutoSparseNormal`.
+        loader: The batches: a ``DataLoader``, a list, or a function that returns the batches of an epoch. The parts of
+            a tuple or list, and of a dictionary by their names, are the arguments of the model. They are moved to the
+            device of the parameters.
         epochs: How many times to go through the data.
-        batch_size: The number of examples in a step.
-        optimizer: The optimiser of the loss's parameters.
-        scheduler: Stepped after each epoch.
-        before_epoch: Called with the number of each epoch, from 0, before it; sets the KL weight, for example.
-        after_epoch: Called with the number of each epoch after it; returns numbers to keep and to show.
-        checkpoint: A file to write after each epoch and to resume from. A :class:`~.checkpoints.Checkpoint` stores
-            settings as well, and refuses a file that was written with others.
-        description: The label of the progress bar.
+        lr: The learning rate.
+        kl: The form of the divergence, as for :class:`~.elbo.SparseVD_ELBO`.
+        warm_up: The part of the training after which c is 1; 0 for c = 1 from the start.
+        validation: Batches of held-out data.
+        callbacks: Functions of the number of an epoch and of its numbers, called after each epoch; they may add
+            numbers of their own.
 
     Returns:
-        What ``after_epoch`` returned, for each epoch.
+        For each epoch ``nll`` and ``kl``, in nats over the data set, means over its batches; ``sparsity`` and
+        ``compression`` of a sparse posterior at the threshold 3; with ``validation`` the ``validation_nll``: the
+        expected negative log likelihood of its data, scaled as in training, by one sample for each batch.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or is of a longer training than ``epochs``, of other
-            settings or of a loss with other parameters; before anything is changed.
+        TypeError: If model or guide is no module, or the loader neither iterable nor callable.
+        ValueError: If the loader gives no batch, can be gone through only once, or has more data in an epoch than the
+            model's ``num_data``; if a number is out of its range; or if loss or gradient is not finite, before a
+            step is taken.
+
+    Warns:
+        UserWarning: If the data of the first epoch are fewer than ``num_data`` by more than a batch, as the likelihood
+            is scaled to that number.
 
     Example:
-        >>> class Loss(nn.Linear):
-        ...     def forward(self, images, labels):
-        ...         return nn.functional.cross_entropy(super().forward(images.flatten(1)), labels)
-        >>> loss, split = Loss(784, 10), Split(torch.rand(50, 1, 28, 28), torch.zeros(50, dtype=torch.long))
-        >>> optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-        >>> fit(loss, split, epochs=2, batch_size=10, optimizer=optimizer, after_epoch=lambda e: {"epoch": e})
-        [{'epoch': 0.0}, {'epoch': 1.0}]
+        >>> bnn = sparsevd.bayesianize(nn.Linear(4, 1))
+        >>> model = sparsevd.Supervised(bnn, sparsevd.GaussianLikelihood(), num_data=20)
+        >>> guide = sparsevd.AutoSparseNormal(model)
+        >>> history = sparsevd.fit(model, guide, [(torch.randn(10, 4), torch.randn(10, 1))] * 2, epochs=3)
+        >>> sorted(history[-1])
+        ['compression', 'kl', 'nll', 'sparsity']
     """
+    _check(model, guide, epochs, lr, warm_up)
+    elbo = SparseVD_ELBO(kl=kl)
+    loss = elbo(model, guide)
+    device = next((p.device for p in loss.parameters()), torch.device("cpu"))
+    if not list(guide.parameters()):  # Pyro's own guides make them in their first pass
+        with torch.no_grad():
+            loss_of(loss, next(batches("loader", loader, device)))
+    optimizer = torch.optim.Adam(loss.parameters(), lr)
+    kl_weight = LinearWarmup(epochs / 40, warm_up * epochs) if warm_up else lambda time: 1.0
+    steps = len(loader) if isinstance(loader, Sized) else 0
     history: list[dict[str, float]] = []
-    parts = {"loss": loss, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
-    if checkpoint is not None and Path(checkpoint.path).is_file():
-        history = load(checkpoint, parts, split.images.device, epochs)
-    with tqdm(total=epochs, initial=len(history), desc=description, unit="epoch") as progress:
-        for epoch in range(len(history), epochs):
-            if before_epoch is not None:
-                before_epoch(epoch)
+    with tqdm(total=epochs, unit="epoch") as progress:
+        for epoch in range(epochs):
             loss.train()
-            for images, labels in batches(split, batch_size):
+            terms, sizes = [], []
+            for step, batch in enumerate(batches("loader", loader, device)):
+                sizes.append(size_of(batch))
+                _check_size(model, sum(sizes))
+                time = epoch + (step / steps if steps else 0.0)
+                elbo.kl_weight = kl_weight(time)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * learning_rate_factor(time / epochs)
                 optimizer.zero_grad()
-                loss(images, labels).backward()
+                loss_of(loss, batch).backward()
+                require_finite_gradients(loss)
                 optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            numbers = {} if after_epoch is None else after_epoch(epoch)
-            history.append({name: float(value) for name, value in numbers.items()})
-            progress.set_postfix({name: f"{value:.4g}" for name, value in history[-1].items()}, refresh=False)
+                terms.append(torch.stack([elbo.terms["nll"], elbo.terms["kl"]]))
+            steps = len(terms)
+            if epoch == 0:
+                _warn_of_missing_data(model, sizes)
+            nll, divergence = torch.stack(terms).mean(0).tolist()
+            numbers = {"nll": nll, "kl": divergence, **sparsity_of(guide)}
+            if validation is not None:
+                numbers["validation_nll"] = _expected_nll(elbo, loss, batches("validation", validation, device))
+            for callback in callbacks:
+                callback(epoch, numbers)
+            history.append(numbers)
+            progress.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
             progress.update()
-            if checkpoint is not None:
-                save(checkpoint, parts, history, split.images.device)
     return history
 
 
-def fit_posterior(
-    elbo: SparseVD_ELBO,
-    model: Supervised,
-    guide: AutoSparseNormal,
-    split: Split,
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float = 3e-3,
-    warm_up: float = 0.5,
-    after_epoch: Callable[[int], dict[str, float]] | None = None,
-    checkpoint: str | Path | Checkpoint | None = None,
-) -> list[dict[str, float]]:
-    """Fits the posterior of a Bayesian network, with Adam.
+def learning_rate_factor(part: float) -> float:
+    """Returns the factor of the learning rate after a part of the training: 1 for half of it, then falling to 0."""
+    return min(1.0, 2 * (1 - part))
 
-    The KL weight is 0 for a fortieth of the epochs, then rises linearly to 1; the learning rate is constant for half
-    of the epochs, then falls linearly to 0.
 
-    Args:
-        elbo: The loss, whose KL weight is set.
-        model: The model; ``split`` must be the data set whose size it was given.
-        guide: Its guide.
-        split: The training data.
-        epochs: How many times to go through the data.
-        batch_size: The number of examples in a step.
-        lr: The learning rate.
-        warm_up: The part of the epochs after which the KL weight is 1, more than a fortieth.
-        after_epoch: As for :func:`fit`.
-        checkpoint: As for :func:`fit`.
+def _check(model: Any, guide: Any, epochs: Any, lr: Any, warm_up: Any) -> None:
+    for name, value in (("model", model), ("guide", guide)):
+        if not isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name}: expected a torch module, whose parameters can be trained, but got {type(value).__name__}; "
+                "use SVI for functions"
+            )
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs <= 0:
+        raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a positive and finite number, but got {lr}")
+    if warm_up and not 1 / 40 < warm_up <= 1:
+        raise ValueError(f"warm_up: expected 0 or a part of the training above 1/40 and up to 1, but got {warm_up}")
 
-    Returns:
-        What ``after_epoch`` returned, for each epoch.
 
-    Raises:
-        ValueError: If ``split`` is not as large as the model's ``num_data``.
+def require_finite_gradients(loss: nn.Module) -> None:
+    """Raises where a step would make parameters NaN or infinite."""
+    gradients = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
+    if not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        found = ", ".join(wrong) or "all together, by an overflow"
+        raise ValueError(
+            f"gradient: expected finite numbers, but those of {found} are not; no step was taken. "
+            "torch.autograd.detect_anomaly() finds where they come from"
+        )
 
-    Example:
-        >>> net = sparsevd.bayesianize(nn.Linear(4, 3))
-        >>> model = Supervised(net, lambda logits: dist.Categorical(logits=logits), num_data=20)
-        >>> split = Split(torch.rand(20, 4), torch.zeros(20, dtype=torch.long))
-        >>> elbo = SparseVD_ELBO()
-        >>> history = fit_posterior(elbo, model, AutoSparseNormal(model), split, epochs=4, batch_size=10)
-        >>> elbo.kl_weight
-        1.0
-    """
-    if len(split) != model.num_data:
-        raise ValueError(f"split: expected the num_data = {model.num_data} data of the model, but got {len(split)}")
-    loss = elbo(model, guide)
-    optimizer = torch.optim.Adam(loss.parameters(), lr, fused=True)
-    schedule = LinearWarmup(epochs / 40, warm_up * epochs)
 
-    def before_epoch(epoch: int) -> None:
-        elbo.kl_weight = schedule(epoch)
+def _check_size(model: nn.Module, count: int) -> None:
+    if isinstance(model, Supervised) and count > model.num_data:
+        raise ValueError(f"num_data: expected as many data as an epoch has, {count} or more, but got {model.num_data}")
 
-    return fit(
-        loss,
-        split,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        scheduler=constant_then_linear(optimizer, epochs),
-        before_epoch=before_epoch,
-        after_epoch=after_epoch,
-        checkpoint=checkpoint,
-        description=f"sparse variational dropout, {elbo.kl} KL",
-    )
+
+def _warn_of_missing_data(model: nn.Module, sizes: list[int]) -> None:
+    if isinstance(model, Supervised) and sum(sizes) <= model.num_data - max(
+        sizes
+    ):  # a last, smaller batch may be dropped
+        warnings.warn(
+            f"num_data: the likelihood is scaled to {model.num_data} data, but an epoch has {sum(sizes)}",
+            stacklevel=3,
+        )
+
+
+def sparsity_of(guide: nn.Module) -> dict[str, float]:
+    """Returns sparsity and compression at the threshold 3, where the guide has sites with a sparse prior."""
+    if not any(isinstance(part, AutoSparseNormal) and part.sparse_sites for part in guide.modules()):
+        return {}
+    summary = sparsify(guide, 3.0)
+    return {"sparsity": summary.sparsity, "compression": summary.compression}
+
+
+@torch.no_grad()
+def _expected_nll(elbo: SparseVD_ELBO, loss: nn.Module, batches: Iterable[Any]) -> float:
+    """Returns the mean over held-out data of the scaled negative log likelihood, in evaluation mode."""
+    terms, sizes = [], []
+    with evaluation_mode(loss):
+        for batch in batches:
+            loss_of(loss, batch)
+            terms.append(elbo.terms["nll"])
+            sizes.append(max(size_of(batch), 1))
+    return float(torch.stack(terms) @ torch.tensor(sizes).to(terms[0]) / sum(sizes))

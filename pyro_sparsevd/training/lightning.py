@@ -15,13 +15,13 @@ from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from ..infer.schedules import LinearWarmup
 from .batches import loss_of, size_of
-from .posterior import learning_rate_factor, require_finite_gradients, sparsity_of
+from .fit import learning_rate_factor, require_finite_gradients, sparsity_of
 
 
 class SparseVDModule(lightning.LightningModule):
     """A model and its guide as what a ``lightning.Trainer`` trains.
 
-    The objective and its schedules are those of :func:`~.posterior.fit`: Adam, a learning rate that is constant for
+    The objective and its schedules are those of :func:`~.fit.fit`: Adam, a learning rate that is constant for
     half of the steps and then falls linearly to 0, and a KL weight that is 0 for a fortieth of the steps and then rises
     linearly to 1. Logged are ``nll`` and ``kl`` in nats over the data set, ``sparsity`` and ``compression``, and
     ``validation_nll``, scaled likewise.

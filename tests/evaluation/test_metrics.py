@@ -20,7 +20,7 @@ from pyro_sparsevd.evaluation.metrics import (
     sampled_log_probs,
     uncertainty,
 )
-from pyro_sparsevd.training.fit import error, negative_log_likelihood
+from pyro_sparsevd.training.loop import error, negative_log_likelihood
 from pyro_sparsevd.training.split import Split
 
 

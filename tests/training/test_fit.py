@@ -1,220 +1,196 @@
-"""The training loop: what it calls, and that a run that was killed ends as one that was not."""
+"""svd.fit: any model, any likelihood, any iterable of batches."""
 
-import numpy as np
+import math
+import re
+from pathlib import Path
+
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
-from pyro_sparsevd.training import checkpoints
-from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.training.fit import CrossEntropy, batches, constant_then_linear, error, fit
-from pyro_sparsevd.training.split import Split
+import pyro_sparsevd
+import pyro_sparsevd as svd
+from pyro_sparsevd import plots
+from pyro_sparsevd.training import fit as posterior
 
 
-@pytest.fixture
-def split(device):
+def _regression(n=200):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 10, generator=generator)
+    return x, x[:, :1] - 2 * x[:, 1:2] + 0.1 * torch.randn(n, 1, generator=generator)
+
+
+def _model(num_data=200, net=None, likelihood=None):
     torch.manual_seed(0)
-    return Split(torch.rand(20, 1, 2, 2, device=device), torch.randint(3, (20,), device=device))
+    net = net or nn.Linear(10, 1)
+    likelihood = likelihood or (lambda mean: dist.Normal(mean, 0.1).to_event(1))
+    model = svd.Supervised(svd.bayesianize(net), likelihood, num_data)
+    return model, svd.AutoSparseNormal(model)
 
 
-def _dense(device):
-    torch.manual_seed(1)
-    return CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3)).to(device))
+class _TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x["left"]).tanh() + x["right"])
 
 
-def _sparse(device):
-    model = Supervised(bayesianize(_dense(device).network), lambda x: dist.Categorical(logits=x), 20)
-    return SparseVD_ELBO()(model, AutoSparseNormal(model))
+def test_a_sparse_regression_keeps_the_relevant_weights():
+    model, guide = _model()
+    loader = DataLoader(TensorDataset(*_regression()), batch_size=50, shuffle=True)
+    history = svd.fit(model, guide, loader, epochs=200, lr=3e-2, validation=[_regression()])
+    assert len(history) == 200
+    assert history[-1]["nll"] < history[0]["nll"] / 10
+    assert history[-1]["validation_nll"] == pytest.approx(history[-1]["nll"], rel=0.2)
+    kept = svd.sparsify(guide, -2.0).masks["weight"][0]
+    assert kept[:2].all()
+    assert kept[2:].sum() <= 1  # by chance, as none of these matters
+    assert history[-1]["compression"] == svd.sparsify(guide, 3.0).compression
+    assert plots.training_curves(history, left={"nll": "NLL", "kl": "KL"}).axes
 
 
-def _run(loss, split, epochs, **kwargs):
-    optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-    scheduler = constant_then_linear(optimizer, 6)
-    return fit(loss, split, epochs=epochs, batch_size=8, optimizer=optimizer, scheduler=scheduler, **kwargs)
+LOADERS = {
+    "list of tuples": lambda x, y: [(x[:100], y[:100]), (x[100:], y[100:])],
+    "list of lists": lambda x, y: [[x, y]],
+    "dictionaries": lambda x, y: [{"x": x, "y": y}],
+    "function that makes a generator": lambda x, y: (
+        lambda: ((a, b) for a, b in zip(x.split(50), y.split(50), strict=True))
+    ),
+    "data loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=64),
+    "last batch dropped": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=64, drop_last=True),
+}
 
 
-def test_batches_are_all_data_once_with_their_labels(split):
-    found = list(batches(split, 8))
-    assert [len(y) for _, y in found] == [8, 8, 4]
-    pairs = {(tuple(x.flatten().tolist()), int(y)) for xs, ys in found for x, y in zip(xs, ys, strict=True)}
-    assert pairs == {(tuple(x.flatten().tolist()), int(y)) for x, y in zip(split.images, split.labels, strict=True)}
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_batches_of_any_kind(make):
+    model, guide = _model()
+    history = svd.fit(model, guide, make(*_regression()), epochs=3)
+    assert len(history) == 3
+    assert all(math.isfinite(value) for numbers in history for value in numbers.values())
 
 
-def test_batches_need_a_positive_size(split):
-    with pytest.raises(ValueError, match="size: expected a positive batch size, but got 0"):
-        next(batches(split, 0))
+def test_inputs_in_dictionaries_and_targets_of_counts():
+    torch.manual_seed(0)
+    model, guide = _model(30, _TwoInputs(), lambda out: dist.Poisson(out.exp()).to_event(1))
+    x = {"left": torch.randn(30, 10), "right": torch.randn(30, 4)}
+    assert len(svd.fit(model, guide, [(x, torch.ones(30, 1))], epochs=2)) == 2
 
 
-def test_the_learning_rate_is_constant_then_falls_linearly_to_0():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.4)
-    scheduler = constant_then_linear(optimizer, 8)
-    rates = []
-    for _ in range(9):
-        rates += scheduler.get_last_lr()
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([0.4] * 5 + [0.3, 0.2, 0.1, 0.0])
+def test_a_model_of_ones_own_with_a_guide_of_pyros():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = PyroSample(dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+
+        def forward(self, x, y=None):
+            mean = x @ self.w
+            with pyro.plate("data", 200, subsample=x):
+                return pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+
+    x, y = _regression()
+    model = Model()
+    guide = AutoNormal(model)
+    history = svd.fit(model, guide, [(x[:100], y[:100, 0]), (x[100:], y[100:, 0])], epochs=200, lr=2e-2)
+    assert sorted(history[-1]) == ["kl", "nll"]
+    assert guide.median()["w"][:2].tolist() == pytest.approx([1.0, -2.0], abs=0.05)
 
 
-def test_error_is_the_fraction_of_wrong_predictions_in_evaluation_mode(device):
-    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Dropout(0.9)).to(device).train()
-    images = torch.eye(3, device=device).view(3, 1, 1, 3)
-    assert error(network, Split(images, torch.tensor([0, 1, 0], device=device)), batch_size=2) == pytest.approx(1 / 3)
-    assert network.training
-    assert all(module.training for module in network.modules())
-    assert network[1].num_batches_tracked == 0
+def test_the_default_schedule_rises_and_falls_within_epochs(monkeypatch):
+    weights = []
+
+    class Recorded(svd.SparseVD_ELBO):
+        def differentiable_loss(self, *args, **kwargs):
+            weights.append(self.kl_weight)
+            return super().differentiable_loss(*args, **kwargs)
+
+    monkeypatch.setattr(posterior, "SparseVD_ELBO", Recorded)
+    model, guide = _model()
+    batches = list(zip(*(t.split(50) for t in _regression()), strict=True))
+    svd.fit(model, guide, batches, epochs=4, warm_up=0.5)
+    assert weights == pytest.approx([svd.LinearWarmup(0.1, 2.0)(step / 4) for step in range(16)])
+    weights.clear()
+    svd.fit(model, guide, batches, epochs=1, warm_up=0)
+    assert set(weights) == {1.0}
 
 
-def test_what_is_called_when(split, device):
-    calls = []
-
-    def after(epoch):
-        calls.append(("after", epoch))
-        return {"twice": 2 * epoch}
-
-    history = _run(
-        _dense(device), split, 2, before_epoch=lambda epoch: calls.append(("before", epoch)), after_epoch=after
+def test_callbacks_see_and_add_numbers():
+    model, guide = _model()
+    history = svd.fit(
+        model, guide, [_regression()], epochs=2, callbacks=[lambda epoch, numbers: numbers.update(epoch=epoch)]
     )
-    assert calls == [("before", 0), ("after", 0), ("before", 1), ("after", 1)]
-    assert history == [{"twice": 0}, {"twice": 2}]
+    assert [numbers["epoch"] for numbers in history] == [0, 1]
 
 
-def test_training_lowers_the_loss(split, device):
-    loss = _dense(device)
-    before = loss(split.images, split.labels)
-    _run(loss, split, 6)
-    assert loss(split.images, split.labels) < before - 0.01
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(10, 1)
+
+        def forward(self, x):
+            return self.layer(x) + 0 * (0 * self.layer.bias).sqrt()
+
+    model, guide = _model(net=Root())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^gradient: expected finite numbers, but those of .*layer\.bias are not"):
+        svd.fit(model, guide, [_regression()], epochs=1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def _sparse_with_dropout(device):
-    torch.manual_seed(1)
-    shared = nn.Linear(4, 4)
-    net = nn.Sequential(nn.Flatten(), shared, nn.Dropout(0.3), nn.Tanh(), shared, nn.Linear(4, 3)).to(device)
-    model = Supervised(bayesianize(net), lambda x: dist.Categorical(logits=x), 20)
-    return SparseVD_ELBO()(model, AutoSparseNormal(model))
+BAD = {
+    "no batches": (lambda: [], {}, ValueError, "loader: expected at least one batch"),
+    "used up": (
+        lambda: iter([_regression()]),
+        {},
+        ValueError,
+        "loader: expected batches that can be gone",
+    ),
+    "no loader": (lambda: 3, {}, TypeError, "loader: expected batches, or a function"),
+    "no epochs": (lambda: [_regression()], {"epochs": 0}, ValueError, "epochs: expected a positive integer"),
+    "rate": (lambda: [_regression()], {"lr": math.nan}, ValueError, "lr: expected a positive"),
+    "warm-up": (lambda: [_regression()], {"warm_up": 2}, ValueError, "warm_up: expected 0 or a part"),
+    "too many data": (lambda: [_regression(300)], {}, ValueError, "num_data: "),
+    "too many in all": (
+        lambda: [_regression(150)] * 2,
+        {},
+        ValueError,
+        "num_data: expected as many data",
+    ),
+    "validation": (lambda: [_regression()], {"validation": []}, ValueError, "validation: expected at least one batch"),
+}
 
 
-@pytest.mark.parametrize("make", [_dense, _sparse, _sparse_with_dropout])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(make, split, device, tmp_path):
-    def kill(epoch):
-        if epoch == 3:
-            raise KeyboardInterrupt
-
-    whole, killed, resumed = make(device), make(device), make(device)
-    torch.manual_seed(2)
-    _run(whole, split, 6, after_epoch=lambda epoch: {"epoch": epoch})
-    torch.manual_seed(2)
-    path = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        _run(killed, split, 6, before_epoch=kill, after_epoch=lambda epoch: {"epoch": epoch}, checkpoint=path)
-    torch.manual_seed(3)
-    history = _run(resumed, split, 6, after_epoch=lambda epoch: {"epoch": epoch}, checkpoint=path)
-    assert [h["epoch"] for h in history] == list(range(6))
-    expected = whole.state_dict()
-    for name, value in resumed.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize(("loader", "options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_by_name(loader, options, error, message):
+    model, guide = _model()
+    with pytest.raises(error, match=message):
+        svd.fit(model, guide, loader(), **{"epochs": 1, **options})
 
 
-def test_a_checkpoint_of_a_longer_training_is_refused_and_changes_nothing(split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    _run(_dense(device), split, 3, checkpoint=path)
-    loss = _dense(device)
-    before = {name: value.clone() for name, value in loss.state_dict().items()}
-    with pytest.raises(ValueError, match="expected at most 2 epochs, but it has 3; remove it"):
-        _run(loss, split, 2, checkpoint=path)
-    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of lightning's own
+def test_the_examples_of_the_page_run():
+    page = Path(pyro_sparsevd.__file__).parents[1] / "docs" / "training.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert namespace["trainer"].current_epoch == 3
 
 
-def test_numbers_of_numpy_are_kept_in_a_checkpoint(split, device, tmp_path):
-    options = {"checkpoint": tmp_path / "run.pt", "after_epoch": lambda epoch: {"error": np.float64(0.5)}}
-    _run(_dense(device), split, 1, **options)
-    assert _run(_dense(device), split, 2, **options) == [{"error": 0.5}] * 2
+def test_functions_are_no_models():
+    with pytest.raises(TypeError, match=r"^model: expected a torch module"):
+        svd.fit(lambda x: x, nn.Module(), [], epochs=1)
 
 
-SETTINGS = {"--seed": 0, "--lr": 1e-3, "--kl": "exact", "--pretrained": False}
-
-
-@pytest.mark.parametrize(("name", "value"), [("--seed", 1), ("--lr", 0.1), ("--kl", "approximate")])
-def test_a_checkpoint_of_other_settings_is_refused_and_changes_nothing(name, value, split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    _run(_dense(device), split, 2, checkpoint=Checkpoint(path, SETTINGS))
-    loss = _dense(device)
-    before = {key: tensor.clone() for key, tensor in loss.state_dict().items()}
-    message = (
-        f"run.pt: expected a training with {name} {value}, but it is of one with {name} {SETTINGS[name]}; go on with"
-    )
-    with pytest.raises(CheckpointError, match=message):
-        _run(loss, split, 3, checkpoint=Checkpoint(path, {**SETTINGS, name: value}))
-    assert all(torch.equal(tensor, before[key]) for key, tensor in loss.state_dict().items())
-
-
-def test_a_checkpoint_of_the_same_settings_is_continued_for_more_epochs(split, device, tmp_path):
-    options = {"checkpoint": Checkpoint(str(tmp_path / "run.pt"), SETTINGS), "after_epoch": lambda e: {"epoch": e}}
-    _run(_dense(device), split, 2, **options)
-    seen = []
-    assert len(_run(_dense(device), split, 3, before_epoch=seen.append, **options)) == 3
-    assert seen == [2]
-
-
-def test_a_checkpoint_without_settings_is_gone_on_from(split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    _run(_dense(device), split, 2, checkpoint=path)
-    state = torch.load(path, weights_only=True)
-    torch.save({name: part for name, part in state.items() if name != "settings"}, path)  # as earlier versions did
-    seen = []
-    _run(_dense(device), split, 3, before_epoch=seen.append, checkpoint=Checkpoint(path, SETTINGS))
-    assert seen == [2]
-
-
-def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    _run(CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3, device=device))), split, 1, checkpoint=path)
-    loss = CrossEntropy(nn.Sequential(nn.Flatten(), nn.Linear(4, 5, device=device)))
-    before = {name: value.clone() for name, value in loss.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"network.1.weight of shape \(5, 4\), but it has \(3, 4\); go on with"):
-        _run(loss, split, 2, checkpoint=path)
-    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "flipped"])
-def test_a_checkpoint_that_is_damaged_is_refused(content, split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    _run(_dense(device), split, 1, checkpoint=path)
-    whole = path.read_bytes()
-    damaged = {"truncated": whole[: len(whole) // 2], "flipped": b"PK" + whole[2:100][::-1] + whole[100:]}
-    path.write_bytes(damaged.get(content, content))
-    with pytest.raises(CheckpointError, match=r"expected a checkpoint, but it cannot be read \(\w+\); remove it"):
-        _run(_dense(device), split, 2, checkpoint=path)
-
-
-@pytest.mark.parametrize("state", [{"weight": torch.zeros(2)}, [1, 2]], ids=["a state dict", "a list"])
-def test_another_file_of_torch_is_refused(state, split, device, tmp_path):
-    path = tmp_path / "run.pt"
-    torch.save(state, path)
-    with pytest.raises(
-        CheckpointError, match="expected a checkpoint of generator, history, loss, optimizer, scheduler"
-    ):
-        _run(_dense(device), split, 2, checkpoint=path)
-
-
-def test_the_random_numbers_of_a_cuda_device_are_gone_on_with(monkeypatch):
-    generators = {torch.device("cuda", 1): torch.tensor([1, 2], dtype=torch.uint8)}
-    monkeypatch.setattr(torch.cuda, "get_rng_state", generators.__getitem__)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.__setitem__(device, state))
-    kept = checkpoints._random_states(torch.device("cuda", 1))
-    expected = torch.rand(3)
-    generators[torch.device("cuda", 1)] = torch.tensor([3, 4], dtype=torch.uint8)
-    checkpoints._set_random_states(kept, torch.device("cuda", 1))
-    assert generators[torch.device("cuda", 1)].tolist() == [1, 2]
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_checkpoint_of_a_cpu_is_gone_on_from_on_a_cuda_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_rng_state", None)
-    kept = checkpoints._random_states(torch.device("cpu"))
-    expected = torch.rand(3)
-    checkpoints._set_random_states(kept, torch.device("cuda"))
-    assert torch.equal(torch.rand(3), expected)
+def test_fewer_data_than_the_model_was_told_of():
+    model, guide = _model(num_data=1_000)
+    with pytest.warns(UserWarning, match=r"^num_data: the likelihood is scaled to 1000 data, but an epoch has 200"):
+        svd.fit(model, guide, [_regression()], epochs=1)

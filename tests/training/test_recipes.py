@@ -13,7 +13,7 @@ from torch import nn
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize, prune, sparsify
 from pyro_sparsevd.sparsity import threshold as sparsity_threshold
 from pyro_sparsevd.sparsity.threshold import choose_threshold, smoothed_threshold
-from pyro_sparsevd.training.fit import error, fit_posterior, negative_log_likelihood
+from pyro_sparsevd.training.loop import error, fit_posterior, negative_log_likelihood
 from pyro_sparsevd.training.split import Split
 
 THRESHOLDS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -27,16 +27,7 @@ from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import SparseNormal
 from pyro_sparsevd.evaluation.report import PriorComparison
 from pyro_sparsevd.ops.divergence import kl_log_uniform
-from pyro_sparsevd.plots.style import (
-    BLUE,
-    ORANGE,
-    Style,
-    are_wide,
-    as_numpy,
-    figure_or_new,
-    line_styles,
-    plain_numbers,
-)
+from pyro_sparsevd.plots.style import BLUE, ORANGE, Style, are_wide, as_numpy, figure_or_new, line_styles, plain_numbers
 from pyro_sparsevd.plots.weights import _largest, weight_images
 
 

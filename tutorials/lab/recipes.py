@@ -17,7 +17,7 @@ from pyro_sparsevd.nn.supervised import Supervised
 from pyro_sparsevd.sparsity.pruning import fixed_sparsity, prune
 from pyro_sparsevd.sparsity.summary import sparsify
 from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.fit import CrossEntropy, constant_then_linear, error, fit, fit_posterior
+from pyro_sparsevd.training.loop import CrossEntropy, constant_then_linear, error, fit, fit_posterior
 from pyro_sparsevd.training.split import Split
 
 
