@@ -1,6 +1,8 @@
 """The private names of torch and Pyro that this package uses.
 
-Each says the version it was seen in, why no public name serves, and what happens where it is missing.
+Not here are names that subclasses are meant to override or call, as ``_validate_sample`` of a distribution, and the
+dictionaries of a module, as ``_buffers``; a test lists them. Each says the version it was seen in, why no public name
+serves, and what happens where it is missing.
 """
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""Closed forms of the KL from a Gaussian posterior to the priors, registered with torch."""
+"""Registers the KL from a Gaussian posterior to each prior with torch.
+
+The formulas of the log-uniform prior and of automatic relevance determination are in :mod:`~.divergence`.
+"""
 
 __all__ = ["kl_normal_log_uniform"]
 

@@ -1,4 +1,7 @@
-"""The factorised Gaussian guide."""
+"""The factorised Gaussian guide.
+
+Its parameters are in :mod:`~.parameters`; :mod:`~.latents` says what is sampled at a site.
+"""
 
 __all__ = ["AutoSparseNormal"]
 

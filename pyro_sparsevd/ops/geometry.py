@@ -1,4 +1,4 @@
-"""The arithmetic of convolutions: sizes, padding, patches of the input.
+"""The geometry of convolutions: sizes, padding, patches of the input.
 
 A ``geometry`` is what ``torch.convolution`` takes: stride, padding, dilation, transposed, output padding and groups.
 """

@@ -1,4 +1,9 @@
-"""The divergences and their derivatives as functions of 1/α, elementwise and in place."""
+"""Twice each KL and its derivative as functions of 1/α, elementwise and in place; :mod:`~.divergence` has the formulas.
+
+References:
+    | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017), equation 14
+    | https://arxiv.org/abs/1701.05369
+"""
 
 __all__ = ["DAWSON", "GROWTH", "K1", "K2", "K3", "KERNELS", "Kernel", "ard"]
 

@@ -1,4 +1,8 @@
-"""Convolutions that sample their output instead of their weight."""
+"""Convolutions that sample their output instead of their weight.
+
+The mean is the convolution of the input with θ, the variance that of the squared input with σ². What they share with
+linear layers, such as the noise, is in :mod:`~.local_linear`; :mod:`~.local_forms` chooses between them.
+"""
 
 __all__ = ["LocalConvolution", "SingleChannelConvolution"]
 

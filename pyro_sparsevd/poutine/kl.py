@@ -1,4 +1,7 @@
-"""The KL of weights whose outputs may have been sampled in their place."""
+"""The log-uniform KL of unsampled weights, whose gradient the backward pass of their sampled outputs adds.
+
+:mod:`~.divergence` has the formulas.
+"""
 
 __all__ = ["kl_log_uniform_total"]
 

@@ -1,4 +1,8 @@
-"""Removes the units of a sparse network that make no difference: smaller, dense, and of the same classes."""
+"""Removes the units of a sparse network that make no difference: smaller, dense, and of the same classes.
+
+:mod:`~.graph` traces the network and knows which node is which operation, :mod:`~.flow` how units pass through one,
+:mod:`~.liveness` finds the units that matter, and this module cuts the layers.
+"""
 
 __all__ = ["SelectFeatures", "shrink", "shrink_with_notes"]
 

@@ -1,4 +1,4 @@
-"""Which weights the posterior keeps, as masks and a table."""
+"""``sparsify``: which weights a threshold keeps, as masks and a table; :mod:`~.threshold` chooses one."""
 
 __all__ = ["SiteSparsity", "SparsitySummary", "sparse_normal_parts", "sparsify"]
 

@@ -1,4 +1,4 @@
-"""A sparse network as one small file, and back, without pickle."""
+"""Saves a sparse network as one small file, and loads it, without pickle; :mod:`~.container` has the format."""
 
 __all__ = ["StorageError", "load_sparse", "register_architecture", "save_sparse"]
 

@@ -1,4 +1,4 @@
-"""A training loop that resumes from checkpoints, and the fit of a posterior by it."""
+"""The loop of the tutorials' classifiers, which resumes from checkpoints; :mod:`~.fit` is for everything else."""
 
 __all__ = [
     "CrossEntropy",
