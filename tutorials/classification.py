@@ -1,6 +1,5 @@
 """What the scripts that compress a classifier share: from data to a pruned and fine-tuned network, and a figure."""
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,14 +9,15 @@ from common import (
     checkpoint,
     classifier,
     finite,
-    fraction,
     log_variance,
     natural,
     positive,
     positive_number,
     tolerance,
+    warm_up_part,
     write,
 )
+from jsonargparse import ArgumentParser, Namespace
 from lab.recipes import fine_tune, train_dense, train_sparse
 from matplotlib.figure import Figure
 from torch import nn
@@ -32,7 +32,7 @@ THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
 
 def add_options(
-    options: argparse.ArgumentParser,
+    options: ArgumentParser,
     *,
     lr: float,
     init_log_variance: float = -8.0,
@@ -49,7 +49,10 @@ def add_options(
         help="where log sigma^2 starts (%(default)s)",
     )
     options.add_argument(
-        "--warm-up", type=fraction, default=0.5, help="part of the epochs after which the KL weight is 1 (%(default)s)"
+        "--warm-up",
+        type=warm_up_part,
+        default=0.5,
+        help="part of the epochs after which the KL weight is 1",
     )
     options.add_argument("--dense-epochs", type=positive, help=f"epochs of the dense network ({dense_epochs})")
     options.add_argument("--fine-tune", type=natural, help="epochs for the weights that are left (a ninth of --epochs)")
@@ -74,7 +77,7 @@ def add_options(
 
 
 def prune_and_tune(
-    model: sparsevd.Supervised, guide: sparsevd.AutoSparseNormal, data: Data, args: argparse.Namespace
+    model: sparsevd.Supervised, guide: sparsevd.AutoSparseNormal, data: Data, args: Namespace
 ) -> tuple[sparsevd.sparsity.SparsitySummary, float, nn.Module, nn.Module]:
     """Returns the summary at the threshold chosen, the threshold, and the pruned and the fine-tuned network.
 
@@ -120,7 +123,7 @@ def draw(
 
 
 def train(
-    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
+    args: Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
 ) -> tuple[nn.Module, sparsevd.Supervised, sparsevd.AutoSparseNormal, list[dict[str, float]]]:
     """Returns a dense network, and the model, the guide and the history of a sparse one.
 
@@ -148,9 +151,7 @@ def train(
     return dense, model, guide, history
 
 
-def run(
-    args: argparse.Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]
-) -> None:
+def run(args: Namespace, new_network: Callable[[], nn.Module], data: Data, settings: Mapping[str, str | float]) -> None:
     """Trains a dense and a sparse network, prunes and fine-tunes, reports the errors, and draws."""
     start = time.perf_counter()
     dense, model, guide, history = train(args, new_network, data, settings)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 from lab.datasets import cifar10, digits, mnist
 from matplotlib.figure import Figure
 from torch import nn
@@ -49,7 +51,7 @@ def start(main: Callable[[], None]) -> None:
 
 def parser(
     description: str, *, epochs: int, out: str, batch_size: int | None = None, data_dir: str = MNIST_FOLDER
-) -> argparse.ArgumentParser:
+) -> ArgumentParser:
     """Returns a parser with the options of a script that trains on data and can go on where it was killed."""
     parser = bare_parser(description, epochs=epochs, out=out)
     add_data_options(parser, batch_size, data_dir)
@@ -57,9 +59,24 @@ def parser(
     return parser
 
 
-def bare_parser(description: str, *, epochs: int, out: str) -> argparse.ArgumentParser:
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the script, with one line that says which option is wrong, and why."""
+        super().error(" ".join(message.split()), ex)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the options, numbers as Python's own, which ``torch.load`` takes from a checkpoint."""
+        options = super().parse_args(*args, **kwargs)
+        for name, value in vars(options).items():
+            kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+            if kind is not None:
+                options[name] = kind(value)
+        return options
+
+
+def bare_parser(description: str, *, epochs: int, out: str) -> ArgumentParser:
     """Returns a parser with the options that every script has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description)
     parser.add_argument("--epochs", type=positive, default=epochs, help="epochs of training (%(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of the random numbers (%(default)s)")
     parser.add_argument("--device", type=device, default="cpu", help="such as cpu or cuda (%(default)s)")
@@ -67,88 +84,31 @@ def bare_parser(description: str, *, epochs: int, out: str) -> argparse.Argument
     return parser
 
 
-def add_data_options(
-    options: argparse.ArgumentParser, batch_size: int | None = None, data_dir: str = MNIST_FOLDER
-) -> None:
+def add_data_options(options: ArgumentParser, batch_size: int | None = None, data_dir: str = MNIST_FOLDER) -> None:
     """Adds the options of a script that reads data and trains on batches of them to a parser."""
     options.add_argument("--data-dir", type=Path, help=data_dir)
     default = "500 for MNIST, 128 for CIFAR-10, 100 for the bundled digits" if batch_size is None else batch_size
     options.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
 
 
-def add_resume(options: argparse.ArgumentParser) -> None:
+def add_resume(options: ArgumentParser) -> None:
     """Adds the option of a script that keeps checkpoints to a parser."""
     options.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
 
 
-def positive(text: str) -> int:
-    """Returns a positive integer."""
-    if (number := int(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, but got {text}")
-    return number
+def _numbers(name: str, of: type, *bounds: tuple[str, float]) -> Any:
+    return restricted_number_type(name, of, list(bounds))
 
 
-def natural(text: str) -> int:
-    """Returns an integer that is not negative."""
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or a positive integer, but got {text}")
-    return number
-
-
-def two_or_more(text: str) -> int:
-    """Returns an integer that is at least 2."""
-    if (number := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"expected an integer that is at least 2, but got {text}")
-    return number
-
-
-def seed(text: str) -> int:
-    """Returns a seed that all libraries take."""
-    if not 0 <= (number := int(text)) < 2**32:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^32 - 1, but got {text}")
-    return number
-
-
-def finite(text: str) -> float:
-    """Returns a finite number."""
-    if not math.isfinite(number := float(text)):
-        raise argparse.ArgumentTypeError(f"expected a finite number, but got {text}")
-    return number
-
-
-def positive_number(text: str) -> float:
-    """Returns a finite number above 0."""
-    if (number := finite(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, but got {text}")
-    return number
-
-
-def probability(text: str) -> float:
-    """Returns a probability below 1."""
-    if not 0 <= (number := finite(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, but got {text}")
-    return number
-
-
-def log_variance(text: str) -> float:
-    """Returns the logarithm of a variance with which no network here overflows."""
-    if not -80 <= (number := finite(text)) <= 10:
-        raise argparse.ArgumentTypeError(f"expected a number from -80 to 10, but got {text}")
-    return number
-
-
-def tolerance(text: str) -> float:
-    """Returns a finite number that is not negative."""
-    if (number := finite(text)) < 0:
-        raise argparse.ArgumentTypeError(f"expected a number that is not negative, but got {text}")
-    return number
-
-
-def fraction(text: str) -> float:
-    """Returns a part of the epochs that the KL weight can rise in, more than the fortieth in which it is 0."""
-    if not 1 / 40 < (number := finite(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0.025, and at most 1, but got {text}")
-    return number
+positive, natural = PositiveInt, NonNegativeInt
+two_or_more = _numbers("two_or_more", int, (">=", 2))
+seed = _numbers("seed", int, (">=", 0), ("<", 2**32))  # that all libraries take
+finite = _numbers("finite", float, (">", -math.inf), ("<", math.inf))
+positive_number = _numbers("positive_number", float, (">", 0), ("<", math.inf))
+tolerance = _numbers("tolerance", float, (">=", 0), ("<", math.inf))
+probability = _numbers("probability", float, (">=", 0), ("<", 1))
+log_variance = _numbers("log_variance", float, (">=", -80), ("<=", 10))  # with which no network here overflows
+warm_up_part = _numbers("warm_up_part", float, (">", 1 / 40), ("<=", 1))  # beyond that in which the KL weight is 0
 
 
 def figure_file(text: str) -> Path:
@@ -178,14 +138,14 @@ def device(name: str) -> torch.device:
     return found
 
 
-def load(args: argparse.Namespace, held_out: tuple[int, int] = (500, 5_000)) -> Data:
+def load(args: Namespace, held_out: tuple[int, int] = (500, 5_000)) -> Data:
     """Reads the digits, holds so many of the bundled or the MNIST ones for training out, and settles the batch size."""
     bundled = args.data_dir is None
     args.batch_size = args.batch_size or (100 if bundled else 500)
     return prepare(args, digits if bundled else lambda: mnist(args.data_dir), held_out[not bundled])
 
 
-def load_cifar10(args: argparse.Namespace) -> Data:
+def load_cifar10(args: Namespace) -> Data:
     """Reads CIFAR-10, or digits of the same shape, holds training images out, and settles the batch size."""
     args.batch_size = args.batch_size or 128
     if args.data_dir is not None:
@@ -195,7 +155,7 @@ def load_cifar10(args: argparse.Namespace) -> Data:
     return prepare(args, lambda: (train, test), held_out=500)
 
 
-def prepare(args: argparse.Namespace, read: Callable[[], tuple[Split, Split]], held_out: int) -> Data:
+def prepare(args: Namespace, read: Callable[[], tuple[Split, Split]], held_out: int) -> Data:
     """Reads training and test data, holds a part of the training data out, and moves all to the device."""
     try:
         train, test = read()
@@ -212,7 +172,7 @@ def classifier(network: nn.Module, num_data: int, init_log_variance: float = -8.
     return model, sparsevd.AutoSparseNormal(model, init_log_variance=init_log_variance)
 
 
-def checkpoint(args: argparse.Namespace, name: str, **settings: str | float) -> Checkpoint:
+def checkpoint(args: Namespace, name: str, **settings: str | float) -> Checkpoint:
     """Returns the checkpoint of a part of a run; what an earlier run left is removed unless it is to be resumed.
 
     The settings are the options that determine this part, besides those that determine every part.
@@ -226,7 +186,7 @@ def checkpoint(args: argparse.Namespace, name: str, **settings: str | float) -> 
     return Checkpoint(path, {f"--{option.replace('_', '-')}": value for option, value in settings.items()})
 
 
-def write(args: argparse.Namespace, figure: Figure, numbers: dict[str, Any]) -> None:
+def write(args: Namespace, figure: Figure, numbers: dict[str, Any]) -> None:
     """Writes the figure and the numbers, and says where."""
     figure.savefig(args.out, dpi=110)
     options = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if k != "resume"}

@@ -4,12 +4,12 @@ The digits train LeNet-300-100. The other data are for regression: scikit-learn'
 small network; or 200 features, 20 of which matter, and a linear model, of which the best compression is 10.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
 from common import Data, load, parser, positive, positive_number, prepare, start, tolerance, write
+from jsonargparse import Namespace
 from lab import figures
 from lab.datasets import diabetes, sparse_regression
 from lab.nets import lenet_300_100
@@ -30,7 +30,7 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1), nn.Flatten(0))
 
 
-def problem(args: argparse.Namespace) -> tuple[Data, Callable[[], nn.Module], Any]:
+def problem(args: Namespace) -> tuple[Data, Callable[[], nn.Module], Any]:
     """Returns data, network and likelihood, and settles the options that depend on the data."""
     if args.tolerance is None:  # on the digits hardly any prior but the best one is within a tenth of it
         args.tolerance = 1.0 if args.data == "digits" else 0.1
@@ -44,7 +44,7 @@ def problem(args: argparse.Namespace) -> tuple[Data, Callable[[], nn.Module], An
     return prepare(args, sparse_regression, held_out=100), linear, sparsevd.GaussianLikelihood()
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=60, out="compare_priors.png")
     options.add_argument("--data", choices=("digits", "diabetes", "synthetic"), default="digits", help="(%(default)s)")

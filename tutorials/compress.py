@@ -6,7 +6,6 @@ three tables say what that does to the bytes, the time and the uncertainty. Data
 of the photographs that scikit-learn ships. Without --data-dir it uses the bundled digits.
 """
 
-import argparse
 import io
 import statistics
 import time
@@ -20,6 +19,7 @@ import onnxruntime
 import torch
 from classification import add_options, prune_and_tune, train
 from common import Data, load, parser, positive, start, tolerance, write
+from jsonargparse import Namespace
 from lab.recipes import fine_tune
 from lenet import NETS
 from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ BATCH_SIZES = 1, 32, 1000
 Runner: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=54, out="compress.png")
     options.add_argument("--net", choices=NETS, default="lenet-300-100")
@@ -65,7 +65,7 @@ def photographs(count: int = 2_000) -> Tensor:
 
 
 def files(
-    folder: Path, dense: nn.Module, tuned: nn.Module, tiny: nn.Module, steps: dict[str, float], args: argparse.Namespace
+    folder: Path, dense: nn.Module, tuned: nn.Module, tiny: nn.Module, steps: dict[str, float], args: Namespace
 ) -> dict[str, tuple[int, Callable[[], nn.Module] | None]]:
     """Writes each kind of file; returns its size in bytes, and how to get the network back from it."""
     buffer = io.BytesIO()

