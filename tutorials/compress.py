@@ -33,7 +33,6 @@ from pyro_sparsevd.sparsity.quantization import quantization_steps
 from pyro_sparsevd.training.loop import error, negative_log_likelihood
 from pyro_sparsevd.training.split import Split
 
-ARCHITECTURES = {"lenet-300-100": "lenet-300-100", "lenet-5": "lenet-5-caffe"}
 BATCH_SIZES = 1, 32, 1000
 Runner: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -72,9 +71,10 @@ def files(
     torch.save(dense.state_dict(), buffer)
     found: dict[str, tuple[int, Callable[[], nn.Module] | None]] = {"dense, torch.save": (buffer.tell(), lambda: dense)}
     kinds = {"float32": None, "float16": torch.float16, "steps of the posterior's width": steps}
+    sparsevd.storage.register_architecture(args.net, NETS[args.net])  # so that its files load without a network
     for kind, values in kinds.items():
         path = folder / f"{len(found)}.svd"
-        sparsevd.save_sparse(tuned, path, values=values, architecture=ARCHITECTURES[args.net])
+        sparsevd.save_sparse(tuned, path, values=values, architecture=args.net)
         found[f"sparse, {kind}"] = path.stat().st_size, lambda path=path: sparsevd.load_sparse(path)  # type: ignore[misc]
     for name, net in (("dense", dense), ("shrunk", tiny)):
         path = folder / f"{name}.onnx"

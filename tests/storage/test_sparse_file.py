@@ -212,8 +212,10 @@ def test_files_are_small(make, kept, factor, path, tmp_path):
     assert path.stat().st_size < payload + 200 + 50 * len(net.state_dict())
 
 
+@pytest.mark.usefixtures("_registry")
 def test_a_registered_architecture_loads_alone(path):
     for name, make in (("lenet-300-100", lenet_300_100), ("lenet-5-caffe", lenet_5_caffe)):
+        register_architecture(name, make)
         net = sparse_network(make)
         save_sparse(net, path, architecture=name)
         state = torch.get_rng_state()

@@ -10,8 +10,6 @@ import math
 
 from torch import nn
 
-import pyro_sparsevd as sparsevd
-
 
 def lenet_300_100() -> nn.Sequential:
     """Returns LeNet-300-100, a fully-connected network of 266,200 weights for MNIST.
@@ -124,8 +122,3 @@ def vgg_like(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
     # Five poolings leave one pixel of 32x32, so the dense layers see the channels alone.
     layers += [nn.Flatten(), nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(channels, num_classes))
-
-
-# Files that name one of these are then loaded without a network.
-for _name, _network in {"lenet-300-100": lenet_300_100, "lenet-5-caffe": lenet_5_caffe, "vgg-like": vgg_like}.items():
-    sparsevd.storage.register_architecture(_name, _network)
