@@ -31,19 +31,22 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {name: _moved(part, device) for name, part in batch.items()}
-    return tuple(_moved(part, device) for part in batch) if type(batch) in (tuple, list) else batch
+    if isinstance(batch, tuple | list):
+        parts = [_moved(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)  # a named tuple keeps its type
+    return batch
 
 
 def loss_of(loss: nn.Module, batch: Any) -> Tensor:
     """Calls a loss with the parts of a batch as its arguments."""
     if isinstance(batch, Mapping):
         return loss(**batch)
-    return loss(*batch) if type(batch) in (tuple, list) else loss(batch)
+    return loss(*batch) if isinstance(batch, tuple | list) else loss(batch)
 
 
 def size_of(batch: Any) -> int:
     """Returns the number of data of a batch, or 0 where it has no tensor of any."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if type(batch) in (tuple, list) else ()
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
     return next((size for part in parts if (size := size_of(part))), 0)

@@ -116,7 +116,7 @@ class SparseVDModule(lightning.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, num_samples: int = 20) -> Tensor:
         """Returns samples of the model's output, of shape ``(num_samples, M, ...)``."""
-        x = batch[0] if type(batch) in (tuple, list) else batch
+        x = batch[0] if isinstance(batch, tuple | list) else batch
         outputs = []
         for _ in range(num_samples):
             trace = poutine.trace(self.guide).get_trace(x)

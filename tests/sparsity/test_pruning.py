@@ -360,4 +360,9 @@ def test_a_step_of_another_optimiser_leaves_held_weights_to_backward(device):
         loss = net(x).square().sum()
         other(x).sum().backward()
         steps.step()
+        x.grad = None
         loss.backward()
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    assert not net.weight.grad[0].any()
+    assert net.weight.grad[1].all()

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -56,8 +57,14 @@ def test_a_sparse_regression_keeps_the_relevant_weights():
     assert plots.training_curves(history, left={"nll": "NLL", "kl": "KL"}).axes
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 LOADERS = {
     "list of tuples": lambda x, y: [(x[:100], y[:100]), (x[100:], y[100:])],
+    "named tuples": lambda x, y: [Pair(x, y)],
     "list of lists": lambda x, y: [[x, y]],
     "dictionaries": lambda x, y: [{"x": x, "y": y}],
     "function that makes a generator": lambda x, y: (
