@@ -90,10 +90,11 @@ def fit(
     with tqdm(total=epochs, unit="epoch") as progress:
         for epoch in range(epochs):
             loss.train()
-            terms, sizes = [], []
+            terms, count, largest = [], 0, 0
             for step, batch in enumerate(batches("loader", loader, device)):
-                sizes.append(size_of(batch))
-                _check_size(model, sum(sizes))
+                size = size_of(batch)
+                count, largest = count + size, max(largest, size)
+                _check_size(model, count)
                 time = epoch + (step / steps if steps else 0.0)
                 elbo.kl_weight = kl_weight(time)
                 for group in optimizer.param_groups:
@@ -105,7 +106,7 @@ def fit(
                 terms.append(torch.stack([elbo.terms["nll"], elbo.terms["kl"]]))
             steps = len(terms)
             if epoch == 0:
-                _warn_of_missing_data(model, sizes)
+                _warn_of_missing_data(model, count, largest)
             nll, divergence = torch.stack(terms).mean(0).tolist()
             numbers = {"nll": nll, "kl": divergence, **sparsity_of(guide)}
             if validation is not None:
@@ -155,12 +156,10 @@ def _check_size(model: nn.Module, count: int) -> None:
         raise ValueError(f"num_data: expected as many data as an epoch has, {count} or more, but got {model.num_data}")
 
 
-def _warn_of_missing_data(model: nn.Module, sizes: list[int]) -> None:
-    if isinstance(model, Supervised) and sum(sizes) <= model.num_data - max(
-        sizes
-    ):  # a last, smaller batch may be dropped
+def _warn_of_missing_data(model: nn.Module, count: int, largest: int) -> None:
+    if isinstance(model, Supervised) and count <= model.num_data - largest:  # a last, smaller batch may be dropped
         warnings.warn(
-            f"num_data: the likelihood is scaled to {model.num_data} data, but an epoch has {sum(sizes)}",
+            f"num_data: the likelihood is scaled to {model.num_data} data, but an epoch has {count}",
             stacklevel=3,
         )
 
