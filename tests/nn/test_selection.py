@@ -23,10 +23,6 @@ from problems import MLP_NAMES, Tied
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 
-
-# What is chosen
-
-
 CHOICES = {
     "default": ({}, ["body.0.weight", "head.weight"]),
     "glob": ({"include": "head.weight"}, ["head.weight"]),
@@ -55,82 +51,6 @@ CHOICES = {
     ),
     "exclude type from all": ({"include": "*", "exclude": nn.Linear}, MLP_NAMES[:4]),
 }
-
-
-@pytest.mark.parametrize(("options", "chosen"), CHOICES.values(), ids=CHOICES)
-def test_include_and_exclude_choose(options, chosen, mlp, device):
-    bnn = svd.bayesianize(mlp, **options)
-    x = torch.randn(5, 2, 4, device=device)
-    assert sorted(sites_of(bnn, x)) == sorted(chosen)
-    assert [name for name, _ in bnn.named_parameters()] == [name for name in MLP_NAMES if name not in chosen]
-    values = random_values(mlp, chosen)
-    torch.testing.assert_close(conditioned(bnn, values, x), with_values(mlp, values)(x))
-
-
-@pytest.mark.parametrize("option", ["include", "exclude", "prior"])
-@pytest.mark.parametrize("pattern", ["tail.*", "weight", "Head.weight", "head", nn.Conv2d], ids=str)
-def test_pattern_that_matches_nothing_is_refused_by_name(option, pattern, mlp):
-    if option == "prior" and not isinstance(pattern, str):
-        value = {"*": dist.Normal(0.0, 1.0), "body.2.*": dist.Normal(0.0, 1.0)}
-        text = "body.2.*"
-    else:
-        value = (
-            {pattern: dist.Normal(0.0, 1.0), "*": dist.Normal(0.0, 1.0)} if option == "prior" else ["head.*", pattern]
-        )
-        text = pattern
-    with pytest.raises(
-        ValueError, match=rf"{option}: expected a pattern .* {re.escape(repr(text))} .* body\.0\.weight, "
-    ):
-        svd.bayesianize(mlp, **{option: value})
-
-
-@pytest.mark.parametrize("option", ["include", "exclude"])
-@pytest.mark.parametrize("pattern", [5, [5], [None], ["head.*", 1.0]], ids=str)
-def test_pattern_of_another_type_is_refused_by_name(option, pattern, mlp):
-    with pytest.raises(TypeError, match=f"{option}: expected a glob, a module type or a predicate"):
-        svd.bayesianize(mlp, **{option: pattern})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"exclude": "*"},
-        {"include": []},
-        {"include": "head.*", "exclude": nn.Linear},
-        {"include": lambda name, p: False},
-    ],
-    ids=["all excluded", "none included", "one out of one", "predicate of nothing"],
-)
-def test_empty_choice_is_refused_with_the_names_there_are(options, mlp):
-    with pytest.raises(ValueError, match=re.escape(f"no parameter is left to give a prior, of {', '.join(MLP_NAMES)}")):
-        svd.bayesianize(mlp, **options)
-
-
-def test_network_without_parameters_is_refused():
-    with pytest.raises(ValueError, match="no parameter is left to give a prior, of none"):
-        svd.bayesianize(nn.ReLU())
-
-
-def test_module_type_chooses_the_tied_weights_of_its_modules(device):
-    net = Tied().to(device)
-    tokens = torch.arange(6, device=device)
-    for included in (nn.Linear, nn.Embedding):
-        assert sites_of(svd.bayesianize(net, include=included), tokens) == ["embedding.weight"]
-
-
-def test_a_glob_may_name_a_tied_weight_by_any_of_its_names(device):
-    net = Tied().to(device)
-    names = [name for name, p in net.named_parameters(remove_duplicate=False) if p is net.embedding.weight]
-    assert len(names) == 2
-    for name in names:
-        bnn = svd.bayesianize(net, include=name)
-        assert sites_of(bnn, torch.arange(6, device=device)) == ["embedding.weight"]
-
-
-@pytest.mark.parametrize("net", [None, lambda x: x, "net", [nn.Linear(2, 2)]], ids=["none", "function", "str", "list"])
-def test_what_is_no_network_is_refused(net):
-    with pytest.raises(TypeError, match=f"bayesianize: expected an nn.Module, but got {type(net).__name__}"):
-        svd.bayesianize(net)
 
 
 class Custom(nn.Module):
@@ -173,20 +93,96 @@ WEIGHTS = {  # a network, and the names of its weights
 }
 
 
-@pytest.mark.parametrize(("make", "names"), WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_are_chosen_and_what_is_broadcast_or_normalises_is_not(make, names):
-    net = make()
-    assert svd.choose(net) == names
-    assert list(svd.AutoSparseNormal(svd.bayesianize(net)).posteriors) == names
-    others = {name for name, _ in net.named_parameters()} - set(names)
-    assert {name for name, _ in svd.bayesianize(net).named_parameters()} == others
+class TestIncludeAndExclude:
+    @pytest.mark.parametrize(("options", "chosen"), CHOICES.values(), ids=CHOICES)
+    def test_include_and_exclude_choose(self, options, chosen, mlp, device):
+        bnn = svd.bayesianize(mlp, **options)
+        x = torch.randn(5, 2, 4, device=device)
+        assert sorted(sites_of(bnn, x)) == sorted(chosen)
+        assert [name for name, _ in bnn.named_parameters()] == [name for name in MLP_NAMES if name not in chosen]
+        values = random_values(mlp, chosen)
+        torch.testing.assert_close(conditioned(bnn, values, x), with_values(mlp, values)(x))
+
+    def test_module_type_chooses_the_tied_weights_of_its_modules(self, device):
+        net = Tied().to(device)
+        tokens = torch.arange(6, device=device)
+        for included in (nn.Linear, nn.Embedding):
+            assert sites_of(svd.bayesianize(net, include=included), tokens) == ["embedding.weight"]
+
+    def test_a_glob_may_name_a_tied_weight_by_any_of_its_names(self, device):
+        net = Tied().to(device)
+        names = [name for name, p in net.named_parameters(remove_duplicate=False) if p is net.embedding.weight]
+        assert len(names) == 2
+        for name in names:
+            bnn = svd.bayesianize(net, include=name)
+            assert sites_of(bnn, torch.arange(6, device=device)) == ["embedding.weight"]
+
+    @pytest.mark.parametrize(("make", "names"), WEIGHTS.values(), ids=WEIGHTS)
+    def test_weights_are_chosen_and_what_is_broadcast_or_normalises_is_not(self, make, names):
+        net = make()
+        assert svd.choose(net) == names
+        assert list(svd.AutoSparseNormal(svd.bayesianize(net)).posteriors) == names
+        others = {name for name, _ in net.named_parameters()} - set(names)
+        assert {name for name, _ in svd.bayesianize(net).named_parameters()} == others
+
+    def test_what_is_no_weight_gets_a_prior_where_it_is_included(self):
+        net = Custom()
+        assert svd.choose(net, include=["*token", "layer_scale"]) == ["class_token", "layer_scale"]
+        assert svd.choose(net, include="*") == [name for name, _ in net.named_parameters()]
+        assert svd.choose(net, include=Custom, exclude=nn.ParameterList) == ["out", "one", "heads"]
 
 
-def test_what_is_no_weight_gets_a_prior_where_it_is_included():
-    net = Custom()
-    assert svd.choose(net, include=["*token", "layer_scale"]) == ["class_token", "layer_scale"]
-    assert svd.choose(net, include="*") == [name for name, _ in net.named_parameters()]
-    assert svd.choose(net, include=Custom, exclude=nn.ParameterList) == ["out", "one", "heads"]
+class TestBadPatterns:
+    @pytest.mark.parametrize("option", ["include", "exclude", "prior"])
+    @pytest.mark.parametrize("pattern", ["tail.*", "weight", "Head.weight", "head", nn.Conv2d], ids=str)
+    def test_pattern_that_matches_nothing_is_refused_by_name(self, option, pattern, mlp):
+        if option == "prior" and not isinstance(pattern, str):
+            value = {"*": dist.Normal(0.0, 1.0), "body.2.*": dist.Normal(0.0, 1.0)}
+            text = "body.2.*"
+        else:
+            value = (
+                {pattern: dist.Normal(0.0, 1.0), "*": dist.Normal(0.0, 1.0)}
+                if option == "prior"
+                else ["head.*", pattern]
+            )
+            text = pattern
+        with pytest.raises(
+            ValueError, match=rf"{option}: expected a pattern .* {re.escape(repr(text))} .* body\.0\.weight, "
+        ):
+            svd.bayesianize(mlp, **{option: value})
+
+    @pytest.mark.parametrize("option", ["include", "exclude"])
+    @pytest.mark.parametrize("pattern", [5, [5], [None], ["head.*", 1.0]], ids=str)
+    def test_pattern_of_another_type_is_refused_by_name(self, option, pattern, mlp):
+        with pytest.raises(TypeError, match=f"{option}: expected a glob, a module type or a predicate"):
+            svd.bayesianize(mlp, **{option: pattern})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"exclude": "*"},
+            {"include": []},
+            {"include": "head.*", "exclude": nn.Linear},
+            {"include": lambda name, p: False},
+        ],
+        ids=["all excluded", "none included", "one out of one", "predicate of nothing"],
+    )
+    def test_empty_choice_is_refused_with_the_names_there_are(self, options, mlp):
+        with pytest.raises(
+            ValueError, match=re.escape(f"no parameter is left to give a prior, of {', '.join(MLP_NAMES)}")
+        ):
+            svd.bayesianize(mlp, **options)
+
+    def test_network_without_parameters_is_refused(self):
+        with pytest.raises(ValueError, match="no parameter is left to give a prior, of none"):
+            svd.bayesianize(nn.ReLU())
+
+    @pytest.mark.parametrize(
+        "net", [None, lambda x: x, "net", [nn.Linear(2, 2)]], ids=["none", "function", "str", "list"]
+    )
+    def test_what_is_no_network_is_refused(self, net):
+        with pytest.raises(TypeError, match=f"bayesianize: expected an nn.Module, but got {type(net).__name__}"):
+            svd.bayesianize(net)
 
 
 class Cached(nn.Module):
@@ -232,60 +228,68 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_a_weight_kept_where_no_sample_takes_its_place_is_refused(hold):
-    message = r"^1\.layer\.weight: expected a parameter that is read from its module, but '1\.cache' holds it, too"
-    with pytest.raises(ValueError, match=message):
-        svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
-    assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
+def as_buffer(net, tensor):
+    net.register_buffer("weight_initial", tensor)
 
 
-def test_a_function_that_is_not_copied_must_not_hold_modules():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.b.weight = self.a.weight
-            self.helper = types.SimpleNamespace(net=self)
-            b, helper = self.b, self.helper
-            self.functions = {"alias": lambda x: b(x), "by an object": lambda x: helper.net.a(x)}
-            self.functions["cached"] = functools.lru_cache(None)(self.b.forward)
-
-    for kept, name in (("alias", "b"), ("by an object", "a"), ("cached", "b")):
-        net = Tied()
-        net.functions = {kept: net.functions[kept]}
-        with pytest.raises(ValueError, match=rf"^{name}\.weight: .* a function in 'functions' holds the module"):
-            svd.bayesianize(net)
+def as_parameter(net, tensor):
+    net.weight_initial = nn.Parameter(tensor)
 
 
-def test_an_optimiser_of_the_network_itself_is_no_second_place():
-    net = nn.Sequential(nn.Linear(3, 2))
-    net.optimizer = torch.optim.Adam(net.parameters())
-    net.any = unittest.mock.MagicMock()  # has every attribute
-    assert svd.choose(net) == ["0.weight"]
+def as_attribute(net, tensor):
+    net.weight_initial = tensor
 
 
-def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights():
-    net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
-    net.layers, net.method, net.itself = [net[0]], functools.partial(net[0].forward), lambda: net.itself
-    with pytest.raises(ValueError, match=r"^0\.weight: .* a function in 'itself' holds the module"):
-        svd.choose(net)
-    del net.itself
-    assert svd.choose(net)[0] == "0.weight"
-    bnn = svd.bayesianize(net, svd.LogUniform(1e-2, 1.0))
-    with bnn._pyro_context:
-        assert torch.equal(bnn.method(torch.ones(4)), bnn[0](torch.ones(4)))
+class TestWeightsHeldElsewhere:
+    @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+    def test_a_weight_kept_where_no_sample_takes_its_place_is_refused(self, hold):
+        message = r"^1\.layer\.weight: expected a parameter that is read from its module, but '1\.cache' holds it, too"
+        with pytest.raises(ValueError, match=message):
+            svd.bayesianize(nn.Sequential(nn.ReLU(), Cached(hold)))
+        assert svd.choose(Cached(hold), exclude="layer.*") == ["other.weight"]
 
+    def test_a_function_that_is_not_copied_must_not_hold_modules(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+                self.b.weight = self.a.weight
+                self.helper = types.SimpleNamespace(net=self)
+                b, helper = self.b, self.helper
+                self.functions = {"alias": lambda x: b(x), "by an object": lambda x: helper.net.a(x)}
+                self.functions["cached"] = functools.lru_cache(None)(self.b.forward)
 
-def test_a_parameter_of_a_class_of_its_own_is_refused_by_name():
-    class Scaled(nn.Parameter):
-        def scaled(self):
-            return 2 * self
+        for kept, name in (("alias", "b"), ("by an object", "a"), ("cached", "b")):
+            net = Tied()
+            net.functions = {kept: net.functions[kept]}
+            with pytest.raises(ValueError, match=rf"^{name}\.weight: .* a function in 'functions' holds the module"):
+                svd.bayesianize(net)
 
-    net = nn.Linear(3, 2)
-    net.weight = Scaled(net.weight.data)
-    with pytest.raises(ValueError, match=r"^weight: expected an nn\.Parameter, but got a Scaled"):
-        svd.bayesianize(net)
+    def test_an_optimiser_of_the_network_itself_is_no_second_place(self):
+        net = nn.Sequential(nn.Linear(3, 2))
+        net.optimizer = torch.optim.Adam(net.parameters())
+        net.any = unittest.mock.MagicMock()  # has every attribute
+        assert svd.choose(net) == ["0.weight"]
+
+    def test_modules_in_lists_and_recurrent_layers_may_keep_their_weights(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+        net.layers, net.method, net.itself = [net[0]], functools.partial(net[0].forward), lambda: net.itself
+        with pytest.raises(ValueError, match=r"^0\.weight: .* a function in 'itself' holds the module"):
+            svd.choose(net)
+        del net.itself
+        assert svd.choose(net)[0] == "0.weight"
+        bnn = svd.bayesianize(net, svd.LogUniform(1e-2, 1.0))
+        with bnn._pyro_context:
+            assert torch.equal(bnn.method(torch.ones(4)), bnn[0](torch.ones(4)))
+
+    @pytest.mark.parametrize("add", [as_buffer, as_parameter, as_attribute])
+    def test_what_a_network_calls_weight_initial_is_kept(self, add, device):
+        net = nn.Linear(4, 3).to(device)
+        add(net, torch.full((2,), 7.0, device=device))
+        bnn = svd.bayesianize(net)
+        assert bnn.weight_initial.tolist() == [7.0, 7.0]
+        assert list(bnn.state_dict()) == [name for name in net.state_dict() if name != "weight"]
+        assert_same_function(bnn, net, [torch.randn(5, 4, device=device)])
 
 
 class Moving(nn.Module):
@@ -313,39 +317,39 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_modules_taken_in_during_a_call_keep_their_names_and_weights(move):
-    net, x = Moving(move).double(), torch.randn(4, 3, dtype=torch.double)
-    original = svd.bayesianize(net)
-    for bnn in (original, copy.deepcopy(original)):
-        model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0).to_event(1), 4)
-        guide = svd.AutoSparseNormal(model, init_log_variance=-60.0)
-        assert set(guide.posteriors) <= set(svd.choose(net))
-        for _ in range(2):
-            assert set(guide(x)) <= set(svd.choose(net))
-            elbo = svd.SparseVD_ELBO(kl_weight=0.0)
-            expected = -dist.Normal(net(x), 1.0).log_prob(x).sum()
-            torch.testing.assert_close(elbo(model, guide)(x, x), expected, rtol=1e-8, atol=0)
-    pruned = svd.prune(bnn, guide, svd.sparsify(guide, math.inf))
-    torch.testing.assert_close(pruned(x), net(x))
+class TestModulesTakenIn:
+    @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+    def test_modules_taken_in_during_a_call_keep_their_names_and_weights(self, move):
+        net, x = Moving(move).double(), torch.randn(4, 3, dtype=torch.double)
+        original = svd.bayesianize(net)
+        for bnn in (original, copy.deepcopy(original)):
+            model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0).to_event(1), 4)
+            guide = svd.AutoSparseNormal(model, init_log_variance=-60.0)
+            assert set(guide.posteriors) <= set(svd.choose(net))
+            for _ in range(2):
+                assert set(guide(x)) <= set(svd.choose(net))
+                elbo = svd.SparseVD_ELBO(kl_weight=0.0)
+                expected = -dist.Normal(net(x), 1.0).log_prob(x).sum()
+                torch.testing.assert_close(elbo(model, guide)(x, x), expected, rtol=1e-8, atol=0)
+        pruned = svd.prune(bnn, guide, svd.sparsify(guide, math.inf))
+        torch.testing.assert_close(pruned(x), net(x))
 
+    def test_a_layer_uses_the_weight_that_functional_call_gives_it(self):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(3, 2)
 
-def test_a_layer_uses_the_weight_that_functional_call_gives_it():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
+            def forward(self, x):
+                doubled = torch.func.functional_call(self.layer, {"weight": 2 * self.layer.weight}, (x,))
+                return doubled - self.layer(x), self.layer.weight
 
-        def forward(self, x):
-            doubled = torch.func.functional_call(self.layer, {"weight": 2 * self.layer.weight}, (x,))
-            return doubled - self.layer(x), self.layer.weight
-
-    x = torch.randn(4, 3)
-    original = svd.bayesianize(Scaled(), svd.LogUniform(1e-2, 1.0))
-    for bnn in (original, copy.deepcopy(original)):
-        for _ in range(2):
-            output, weight = bnn(x)
-            torch.testing.assert_close(output, x @ weight.T)
+        x = torch.randn(4, 3)
+        original = svd.bayesianize(Scaled(), svd.LogUniform(1e-2, 1.0))
+        for bnn in (original, copy.deepcopy(original)):
+            for _ in range(2):
+                output, weight = bnn(x)
+                torch.testing.assert_close(output, x @ weight.T)
 
 
 VIEWS = {
@@ -353,28 +357,6 @@ VIEWS = {
     "rows": lambda w: w[1:],
     "reshaped": lambda w: w.view(2, 6),
 }
-
-
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-@pytest.mark.parametrize("kind", ["parameter", "buffer"])
-def test_weights_tied_by_a_view_are_refused_by_name(view, kind):
-    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Module(), nn.Linear(2, 2))
-    tied = view(net[0].weight.detach())
-    net[2].register_parameter("tied", nn.Parameter(tied)) if kind == "parameter" else net[2].register_buffer(
-        "tied", tied
-    )
-    with pytest.raises(ValueError, match=r"expected memory of its own, but it is a view of (0\.weight|2\.tied), and"):
-        svd.bayesianize(net)
-    assert svd.choose(net, include="3.weight") == ["3.weight"]
-
-
-def test_parameters_side_by_side_in_one_piece_of_memory_are_no_views():
-    net, flat = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), torch.randn(24)
-    net[0].weight, net[1].weight = nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(4, 3))
-    assert svd.choose(net) == ["0.weight", "1.weight"]
-
-
-# Parameters that can have no prior
 
 
 def old_weight_norm(module):
@@ -391,32 +373,6 @@ PARAMETRISED = {
     "old spectral norm": (torch.nn.utils.spectral_norm, "0.weight_orig"),
 }
 
-
-@pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
-def test_parametrised_weight_is_refused_by_name(parametrise, name, device):
-    net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device)
-    for options in ({}, {"include": "0.*", "exclude": "0.bias"}):
-        with pytest.raises(
-            ValueError, match=re.escape(f"{name}: expected a plain parameter, but it is behind a param")
-        ):
-            svd.bayesianize(net, **options)
-
-
-@pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
-@pytest.mark.parametrize("options", [{"exclude": "0.*"}, {"include": "1.w*"}], ids=["exclude", "include"])
-def test_parametrised_weight_that_is_not_chosen_works(parametrise, name, options, device):
-    net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device).eval()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    bnn = svd.bayesianize(net, svd.LogUniform(1e-3, 1.0), **options)
-    x = torch.randn(5, 3, device=device)
-    trace = poutine.trace(bnn).get_trace(x)
-    assert trace.stochastic_nodes == ["1.weight"]
-    assert name in dict(bnn.named_parameters())
-    expected = net[0](x) @ trace.nodes["1.weight"]["value"].T + net[1].bias
-    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], expected)
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
 LAZY_OPTIONS = {
     "default": {},
     "glob": {"include": "*.weight"},
@@ -428,44 +384,76 @@ LAZY_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", LAZY_OPTIONS.values(), ids=LAZY_OPTIONS)
-def test_lazy_module_is_refused_by_name_and_works_once_initialised(options, device):
-    # Also where it would get no prior: Pyro's modules cannot hold parameters that have no shape yet.
-    net = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)).to(device)
-    with pytest.raises(ValueError, match=r"0\.(weight|bias): expected an initialised parameter; run the network once"):
-        svd.bayesianize(net, **options)
-    x = torch.zeros(1, 4, device=device)
-    net(x)
-    assert "1.weight" in sites_of(svd.bayesianize(net, **options), x)
+class TestNoPlainParameter:
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize("kind", ["parameter", "buffer"])
+    def test_weights_tied_by_a_view_are_refused_by_name(self, view, kind):
+        net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Module(), nn.Linear(2, 2))
+        tied = view(net[0].weight.detach())
+        net[2].register_parameter("tied", nn.Parameter(tied)) if kind == "parameter" else net[2].register_buffer(
+            "tied", tied
+        )
+        with pytest.raises(
+            ValueError, match=r"expected memory of its own, but it is a view of (0\.weight|2\.tied), and"
+        ):
+            svd.bayesianize(net)
+        assert svd.choose(net, include="3.weight") == ["3.weight"]
 
+    def test_parameters_side_by_side_in_one_piece_of_memory_are_no_views(self):
+        net, flat = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), torch.randn(24)
+        net[0].weight, net[1].weight = nn.Parameter(flat[:12].view(3, 4)), nn.Parameter(flat[12:].view(4, 3))
+        assert svd.choose(net) == ["0.weight", "1.weight"]
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
-def test_parameter_that_is_not_floating_point_is_refused_by_name(dtype, device):
-    net = nn.Sequential(nn.Linear(3, 2)).to(device)
-    net[0].codes = nn.Parameter(torch.zeros(2, 2, dtype=dtype, device=device), requires_grad=False)
-    with pytest.raises(ValueError, match=rf"0\.codes: expected a floating-point parameter, but got {dtype}"):
-        svd.bayesianize(net, include="*")
-    bnn = svd.bayesianize(net)
-    assert_same_function(bnn, net, [torch.randn(5, 3, device=device)], ["0.weight"])
+    def test_a_parameter_of_a_class_of_its_own_is_refused_by_name(self):
+        class Scaled(nn.Parameter):
+            def scaled(self):
+                return 2 * self
 
+        net = nn.Linear(3, 2)
+        net.weight = Scaled(net.weight.data)
+        with pytest.raises(ValueError, match=r"^weight: expected an nn\.Parameter, but got a Scaled"):
+            svd.bayesianize(net)
 
-def as_buffer(net, tensor):
-    net.register_buffer("weight_initial", tensor)
+    @pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
+    def test_parametrised_weight_is_refused_by_name(self, parametrise, name, device):
+        net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device)
+        for options in ({}, {"include": "0.*", "exclude": "0.bias"}):
+            with pytest.raises(
+                ValueError, match=re.escape(f"{name}: expected a plain parameter, but it is behind a param")
+            ):
+                svd.bayesianize(net, **options)
 
+    @pytest.mark.parametrize(("parametrise", "name"), PARAMETRISED.values(), ids=PARAMETRISED)
+    @pytest.mark.parametrize("options", [{"exclude": "0.*"}, {"include": "1.w*"}], ids=["exclude", "include"])
+    def test_parametrised_weight_that_is_not_chosen_works(self, parametrise, name, options, device):
+        net = nn.Sequential(parametrise(nn.Linear(3, 3)), nn.Linear(3, 2)).to(device).eval()
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        bnn = svd.bayesianize(net, svd.LogUniform(1e-3, 1.0), **options)
+        x = torch.randn(5, 3, device=device)
+        trace = poutine.trace(bnn).get_trace(x)
+        assert trace.stochastic_nodes == ["1.weight"]
+        assert name in dict(bnn.named_parameters())
+        expected = net[0](x) @ trace.nodes["1.weight"]["value"].T + net[1].bias
+        torch.testing.assert_close(trace.nodes["_RETURN"]["value"], expected)
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
-def as_parameter(net, tensor):
-    net.weight_initial = nn.Parameter(tensor)
+    @pytest.mark.parametrize("options", LAZY_OPTIONS.values(), ids=LAZY_OPTIONS)
+    def test_lazy_module_is_refused_by_name_and_works_once_initialised(self, options, device):
+        # Also where it would get no prior: Pyro's modules cannot hold parameters that have no shape yet.
+        net = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)).to(device)
+        with pytest.raises(
+            ValueError, match=r"0\.(weight|bias): expected an initialised parameter; run the network once"
+        ):
+            svd.bayesianize(net, **options)
+        x = torch.zeros(1, 4, device=device)
+        net(x)
+        assert "1.weight" in sites_of(svd.bayesianize(net, **options), x)
 
-
-def as_attribute(net, tensor):
-    net.weight_initial = tensor
-
-
-@pytest.mark.parametrize("add", [as_buffer, as_parameter, as_attribute])
-def test_what_a_network_calls_weight_initial_is_kept(add, device):
-    net = nn.Linear(4, 3).to(device)
-    add(net, torch.full((2,), 7.0, device=device))
-    bnn = svd.bayesianize(net)
-    assert bnn.weight_initial.tolist() == [7.0, 7.0]
-    assert list(bnn.state_dict()) == [name for name in net.state_dict() if name != "weight"]
-    assert_same_function(bnn, net, [torch.randn(5, 4, device=device)])
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
+    def test_parameter_that_is_not_floating_point_is_refused_by_name(self, dtype, device):
+        net = nn.Sequential(nn.Linear(3, 2)).to(device)
+        net[0].codes = nn.Parameter(torch.zeros(2, 2, dtype=dtype, device=device), requires_grad=False)
+        with pytest.raises(ValueError, match=rf"0\.codes: expected a floating-point parameter, but got {dtype}"):
+            svd.bayesianize(net, include="*")
+        bnn = svd.bayesianize(net)
+        assert_same_function(bnn, net, [torch.randn(5, 3, device=device)], ["0.weight"])
