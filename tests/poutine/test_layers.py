@@ -167,68 +167,70 @@ def made(make, shape, device):
     return make().to(device, torch.float64), x
 
 
-@pytest.mark.parametrize(("make", "shape", "drawn"), CASES)
-def test_weights_are_drawn_or_their_output_sampled_as_the_table_says(make, shape, drawn, device):
-    net, x = made(make, shape, device)
-    model = svd.Supervised(svd.bayesianize(net), lambda out: dist.Normal(out, 1.0).to_event(out.dim() - 1), 100)
-    guide = svd.AutoSparseNormal(model, init_log_variance=-2.0)
-    loss, y = svd.SparseVD_ELBO()(model, guide), net(x).detach()
-    loss(x, y)  # which finds out what is used twice
-    with Recorder() as record:
-        loss(x, y).backward()
-    expected = drawn if isinstance(drawn, set) else {"all": set(guide.posteriors), "none": set()}[drawn]
-    sampled = {name for name, w in record.weights.items() if type(w) is UnsampledWeight and w._kl_handle is not None}
-    assert set(record.weights) - sampled == expected
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in guide.parameters())
-    if not sampled:
-        values = {name: w.clone() if type(w) is UnsampledWeight else w for name, w in record.weights.items()}
-        torch.testing.assert_close(record.output, functional_call(net, values, (x,)))
-
-
-@pytest.mark.parametrize(("make", "shape", "drawn"), SAMPLED)
-def test_sampled_outputs_have_the_moments_and_gradients_of_drawn_weights(make, shape, drawn, device):
-    net, x = made(make, shape, device)
-    bnn = svd.bayesianize(net)
-    guide = svd.AutoSparseNormal(bnn, init_log_variance=-1.0)
-    many = x.repeat(SAMPLES, *(1 for _ in shape[1:]))
-    trace = poutine.trace(svd.local_reparam(guide)).get_trace(many)
-    local = poutine.replay(bnn, trace=trace)(many).unflatten(0, (SAMPLES, len(x)))
-    ((name, q),) = guide.posteriors.items()
-
-    def output(loc, log_variance, noise):
-        return functional_call(net, {name: loc + (log_variance / 2).exp() * noise}, (x,))
-
-    def power(*args):
-        return output(*args).square().sum()
-
-    loc, log_variance = q.loc.detach(), q.log_variance.detach()
-    noise = torch.randn(SAMPLES, *loc.shape, dtype=loc.dtype, device=device)
-    slow = vmap(output, (None, None, 0))(loc, log_variance, noise)
-    assert_same_mean(local, slow)
-    assert_same_mean((local - local.mean(0)).square(), (slow - slow.mean(0)).square())
-    gradients = torch.autograd.grad(local.square().sum() / SAMPLES, list(guide.parameters()))
-    slow_gradients = vmap(grad(power, (0, 1)), (None, None, 0))(loc, log_variance, noise)
-    for gradient, slow in zip(gradients, slow_gradients, strict=True):
-        # The sampled ones vary less than the drawn ones.
-        assert ((gradient - slow.mean(0)).abs() < SIGMAS * (2 / SAMPLES) ** 0.5 * slow.std(0)).all()
-
-
 def assert_same_mean(a, b):
     error = (a.mean(0) - b.mean(0)).abs()
     assert (error < SIGMAS * ((a.var(0) + b.var(0)) / SAMPLES).sqrt()).all()
 
 
-@pytest.mark.parametrize("make", [make for makes in REFUSED.values() for make in makes])
-def test_what_has_no_plain_parameter_is_refused_by_name(make):
-    with pytest.raises(ValueError, match=r"^0\.\S+: expected (a plain|an initialised) parameter"):
-        svd.bayesianize(nn.Sequential(make()))
+class TestTableOfLayers:
+    @pytest.mark.parametrize(("make", "shape", "drawn"), CASES)
+    def test_weights_are_drawn_or_their_output_sampled_as_the_table_says(self, make, shape, drawn, device):
+        net, x = made(make, shape, device)
+        model = svd.Supervised(svd.bayesianize(net), lambda out: dist.Normal(out, 1.0).to_event(out.dim() - 1), 100)
+        guide = svd.AutoSparseNormal(model, init_log_variance=-2.0)
+        loss, y = svd.SparseVD_ELBO()(model, guide), net(x).detach()
+        loss(x, y)  # which finds out what is used twice
+        with Recorder() as record:
+            loss(x, y).backward()
+        expected = drawn if isinstance(drawn, set) else {"all": set(guide.posteriors), "none": set()}[drawn]
+        sampled = {
+            name for name, w in record.weights.items() if type(w) is UnsampledWeight and w._kl_handle is not None
+        }
+        assert set(record.weights) - sampled == expected
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in guide.parameters())
+        if not sampled:
+            values = {name: w.clone() if type(w) is UnsampledWeight else w for name, w in record.weights.items()}
+            torch.testing.assert_close(record.output, functional_call(net, values, (x,)))
 
+    @pytest.mark.parametrize(("make", "shape", "drawn"), SAMPLED)
+    def test_sampled_outputs_have_the_moments_and_gradients_of_drawn_weights(self, make, shape, drawn, device):
+        net, x = made(make, shape, device)
+        bnn = svd.bayesianize(net)
+        guide = svd.AutoSparseNormal(bnn, init_log_variance=-1.0)
+        many = x.repeat(SAMPLES, *(1 for _ in shape[1:]))
+        trace = poutine.trace(svd.local_reparam(guide)).get_trace(many)
+        local = poutine.replay(bnn, trace=trace)(many).unflatten(0, (SAMPLES, len(x)))
+        ((name, q),) = guide.posteriors.items()
 
-def test_the_page_has_a_row_for_each_of_these():
-    rows = re.findall(r"^\| (.+?) \| (local|sampled|both|refused)\b", PAGE.read_text(), re.M)
-    kinds = {"none": "local", "all": "sampled", "some": "both"}
-    expected = {row: kinds["some" if isinstance(drawn, set) else drawn] for row, [(*_, drawn), *_] in LAYERS.items()}
-    assert dict(rows) == expected | dict.fromkeys(REFUSED, "refused")
+        def output(loc, log_variance, noise):
+            return functional_call(net, {name: loc + (log_variance / 2).exp() * noise}, (x,))
+
+        def power(*args):
+            return output(*args).square().sum()
+
+        loc, log_variance = q.loc.detach(), q.log_variance.detach()
+        noise = torch.randn(SAMPLES, *loc.shape, dtype=loc.dtype, device=device)
+        slow = vmap(output, (None, None, 0))(loc, log_variance, noise)
+        assert_same_mean(local, slow)
+        assert_same_mean((local - local.mean(0)).square(), (slow - slow.mean(0)).square())
+        gradients = torch.autograd.grad(local.square().sum() / SAMPLES, list(guide.parameters()))
+        slow_gradients = vmap(grad(power, (0, 1)), (None, None, 0))(loc, log_variance, noise)
+        for gradient, slow in zip(gradients, slow_gradients, strict=True):
+            # The sampled ones vary less than the drawn ones.
+            assert ((gradient - slow.mean(0)).abs() < SIGMAS * (2 / SAMPLES) ** 0.5 * slow.std(0)).all()
+
+    @pytest.mark.parametrize("make", [make for makes in REFUSED.values() for make in makes])
+    def test_what_has_no_plain_parameter_is_refused_by_name(self, make):
+        with pytest.raises(ValueError, match=r"^0\.\S+: expected (a plain|an initialised) parameter"):
+            svd.bayesianize(nn.Sequential(make()))
+
+    def test_the_page_has_a_row_for_each_of_these(self):
+        rows = re.findall(r"^\| (.+?) \| (local|sampled|both|refused)\b", PAGE.read_text(), re.M)
+        kinds = {"none": "local", "all": "sampled", "some": "both"}
+        expected = {
+            row: kinds["some" if isinstance(drawn, set) else drawn] for row, [(*_, drawn), *_] in LAYERS.items()
+        }
+        assert dict(rows) == expected | dict.fromkeys(REFUSED, "refused")
 
 
 class Skipping(nn.Module):
@@ -254,44 +256,42 @@ def skipping(prior=None, device="cpu"):
 PRIORS = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0), "horseshoe": svd.horseshoe()}
 
 
-@pytest.mark.parametrize("prior", [PRIORS["log-uniform"], PRIORS["normal"]], ids=["log-uniform", "normal"])
-@pytest.mark.parametrize("local_reparam", [True, False])
-def test_a_layer_that_a_pass_skips_costs_its_divergence_and_feels_no_data(prior, local_reparam, device):
-    model, guide, x = skipping(prior, device)
-    loss = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)(model, guide)
-    parameters = [value for name, value in guide.named_parameters() if "second" in name]
-    site = model.network.second._pyro_samples["weight"].of(model.network.second)
-    cost = torch.distributions.kl_divergence(guide.posteriors["second.weight"], site.base_dist).sum()
-    alone = torch.autograd.grad(cost, parameters)
-    torch.testing.assert_close(torch.autograd.grad(loss(x, x[:, 0]), parameters), alone)
-    model.network.skip = False
-    of_loc, _ = torch.autograd.grad(loss(x, x[:, 0]), parameters)
-    assert not torch.allclose(of_loc, alone[0])
+class TestSkippedLayers:
+    @pytest.mark.parametrize("prior", [PRIORS["log-uniform"], PRIORS["normal"]], ids=["log-uniform", "normal"])
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    def test_a_layer_that_a_pass_skips_costs_its_divergence_and_feels_no_data(self, prior, local_reparam, device):
+        model, guide, x = skipping(prior, device)
+        loss = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)(model, guide)
+        parameters = [value for name, value in guide.named_parameters() if "second" in name]
+        site = model.network.second._pyro_samples["weight"].of(model.network.second)
+        cost = torch.distributions.kl_divergence(guide.posteriors["second.weight"], site.base_dist).sum()
+        alone = torch.autograd.grad(cost, parameters)
+        torch.testing.assert_close(torch.autograd.grad(loss(x, x[:, 0]), parameters), alone)
+        model.network.skip = False
+        of_loc, _ = torch.autograd.grad(loss(x, x[:, 0]), parameters)
+        assert not torch.allclose(of_loc, alone[0])
 
+    @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+    @pytest.mark.parametrize("elbo", [svd.SparseVD_ELBO(), Trace_ELBO()], ids=["sparse", "Trace_ELBO"])
+    def test_passes_that_skip_a_layer_and_others_train_by_turns(self, prior, elbo, device):
+        model, guide, x = skipping(prior, device)
+        svi = SVI(model, guide, Adam({"lr": 1e-2}), elbo)  # which would warn of sites that only one of the two has
+        for step in range(4):
+            model.network.skip = step % 2 == 0
+            assert math.isfinite(svi.step(x, x[:, 0]))
+        assert "second.weight" in guide.posteriors
 
-@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
-@pytest.mark.parametrize("elbo", [svd.SparseVD_ELBO(), Trace_ELBO()], ids=["sparse", "Trace_ELBO"])
-def test_passes_that_skip_a_layer_and_others_train_by_turns(prior, elbo, device):
-    model, guide, x = skipping(prior, device)
-    svi = SVI(model, guide, Adam({"lr": 1e-2}), elbo)  # which would warn of sites that only one of the two has
-    for step in range(4):
-        model.network.skip = step % 2 == 0
-        assert math.isfinite(svi.step(x, x[:, 0]))
-    assert "second.weight" in guide.posteriors
+    def test_a_network_that_skips_layers_is_copied_and_pruned(self, device):
+        model, guide, x = skipping(device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", svd.ImproperPriorWarning)
+            assert "second.weight" in poutine.trace(copy.deepcopy(model)).get_trace(x).nodes
+        svd.SparseVD_ELBO()(model, guide)(x, x[:, 0])
+        plain = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
+        plain.skip = False
+        torch.testing.assert_close(plain.second.weight, guide.median()["second.weight"])
 
-
-def test_a_network_that_skips_layers_is_copied_and_pruned(device):
-    model, guide, x = skipping(device=device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", svd.ImproperPriorWarning)
-        assert "second.weight" in poutine.trace(copy.deepcopy(model)).get_trace(x).nodes
-    svd.SparseVD_ELBO()(model, guide)(x, x[:, 0])
-    plain = svd.prune(model.network, guide, svd.sparsify(guide, float("inf")))
-    plain.skip = False
-    torch.testing.assert_close(plain.second.weight, guide.median()["second.weight"])
-
-
-def test_a_part_that_was_replaced_after_all_has_no_site(device):
-    model, _, x = skipping(svd.LogUniform(1e-4, 1.0), device)
-    model.network.second = nn.Linear(4, 4).to(device)
-    assert "second.weight" not in poutine.trace(model).get_trace(x).nodes
+    def test_a_part_that_was_replaced_after_all_has_no_site(self, device):
+        model, _, x = skipping(svd.LogUniform(1e-4, 1.0), device)
+        model.network.second = nn.Linear(4, 4).to(device)
+        assert "second.weight" not in poutine.trace(model).get_trace(x).nodes

@@ -100,57 +100,6 @@ def _gradients(loss: Any, device: torch.device, times: int = 1) -> list[Tensor]:
     return [value.detach(), *(p.grad for p in loss.parameters())]
 
 
-@pytest.mark.parametrize("options", [{}, {"local_reparam": False}, {"num_particles": 3}, {"kl": "exact"}], ids=str)
-@pytest.mark.parametrize(
-    ("make", "run"),
-    [(_Given, again), (_Convolutions, again), (_Network, with_contexts), (_Given, with_contexts)],
-    ids=["given", "convolution", "contexts", "both"],
-)
-def test_gradients_are_those_of_one_forward_pass(make, run, options, device):
-    for times in (1, 2):
-        loss, expected = (_loss(device, make, r, **options) for r in (run, plainly))
-        torch.testing.assert_close(
-            _gradients(loss, device, times), _gradients(expected, device, times), rtol=1e-12, atol=1e-12
-        )
-
-
-@pytest.mark.parametrize("local_reparam", [True, False])
-def test_drawn_weights_may_be_in_a_checkpoint_with_contexts(local_reparam, device):
-    losses = [_loss(device, _Bilinear, run, local_reparam=local_reparam) for run in (with_contexts, plainly)]
-    torch.testing.assert_close(*(_gradients(loss, device) for loss in losses), rtol=1e-12, atol=1e-12)
-
-
-def test_two_losses_before_their_backward_pass_keep_their_own_weights(device):
-    results = []
-    for run in (with_contexts, plainly):
-        loss = _loss(device, _Network, run)
-        torch.manual_seed(5)
-        (loss(*smooth_data(device, 9)) + loss(*smooth_data(device, 9))).backward()
-        results.append([p.grad for p in loss.parameters()])
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("local_reparam", [True, False])
-@pytest.mark.parametrize("make", [_Network, _Inside])
-@pytest.mark.parametrize("way", ["loss_and_grads", "svi", "torch"])
-def test_a_weight_that_is_read_again_is_an_error_that_names_it(way, make, local_reparam, use_reentrant, device):
-    loss = _loss(device, make, partial(checkpoint, use_reentrant=use_reentrant), local_reparam=local_reparam)
-    step = {
-        "loss_and_grads": partial(loss.elbo.loss_and_grads, loss.model, loss.guide),
-        "svi": SVI(loss.model, loss.guide, pyro.optim.Adam({"lr": 0.01}), loss.elbo).step,
-        "torch": lambda *data: loss(*data).backward(),
-    }[way]
-    with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass.* outside of the checkpoint"):
-        step(*smooth_data(device, 9))
-
-
-def test_with_contexts_a_weight_read_past_its_layer_is_an_error_by_name(device):
-    loss = _loss(device, _Inside, with_contexts)
-    with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass"):
-        loss(*smooth_data(device, 9)).backward()
-
-
 class _GivenToMatmul(_Given):
     """A weight that no linear operation meets, in a block that consumes random numbers after it."""
 
@@ -158,24 +107,74 @@ class _GivenToMatmul(_Given):
         return torch.tanh(self.dropout(x @ weight.T + bias))
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("make", [_Given, _GivenToBilinear, _GivenToMatmul])
-def test_a_block_may_be_given_a_weight_that_it_has_sampled(make, use_reentrant, device):
-    loss = _loss(device, make, partial(checkpoint, use_reentrant=use_reentrant))
-    loss(*smooth_data(device, 9))
-    results = []
-    for run in (loss.model.network.run, plainly):
-        loss.model.network.run = run
-        loss.zero_grad()
-        loss.elbo._sampled_sites.add("second.weight")  # the older kind of checkpoint records no graph of a block
-        results.append(_gradients(loss, device))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+class TestWeights:
+    @pytest.mark.parametrize("options", [{}, {"local_reparam": False}, {"num_particles": 3}, {"kl": "exact"}], ids=str)
+    @pytest.mark.parametrize(
+        ("make", "run"),
+        [(_Given, again), (_Convolutions, again), (_Network, with_contexts), (_Given, with_contexts)],
+        ids=["given", "convolution", "contexts", "both"],
+    )
+    def test_gradients_are_those_of_one_forward_pass(self, make, run, options, device):
+        for times in (1, 2):
+            loss, expected = (_loss(device, make, r, **options) for r in (run, plainly))
+            torch.testing.assert_close(
+                _gradients(loss, device, times), _gradients(expected, device, times), rtol=1e-12, atol=1e-12
+            )
+
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    def test_drawn_weights_may_be_in_a_checkpoint_with_contexts(self, local_reparam, device):
+        losses = [_loss(device, _Bilinear, run, local_reparam=local_reparam) for run in (with_contexts, plainly)]
+        torch.testing.assert_close(*(_gradients(loss, device) for loss in losses), rtol=1e-12, atol=1e-12)
+
+    def test_two_losses_before_their_backward_pass_keep_their_own_weights(self, device):
+        results = []
+        for run in (with_contexts, plainly):
+            loss = _loss(device, _Network, run)
+            torch.manual_seed(5)
+            (loss(*smooth_data(device, 9)) + loss(*smooth_data(device, 9))).backward()
+            results.append([p.grad for p in loss.parameters()])
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    @pytest.mark.parametrize("make", [_Given, _GivenToBilinear, _GivenToMatmul])
+    def test_a_block_may_be_given_a_weight_that_it_has_sampled(self, make, use_reentrant, device):
+        loss = _loss(device, make, partial(checkpoint, use_reentrant=use_reentrant))
+        loss(*smooth_data(device, 9))
+        results = []
+        for run in (loss.model.network.run, plainly):
+            loss.model.network.run = run
+            loss.zero_grad()
+            loss.elbo._sampled_sites.add("second.weight")  # the older kind of checkpoint records no graph of a block
+            results.append(_gradients(loss, device))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+    def test_the_whole_loss_may_be_computed_again(self, device):
+        loss, expected = (_loss(device, _Network, plainly) for _ in range(2))
+        for module in (loss, expected):
+            module(*smooth_data(device, 9))
+        torch.manual_seed(5)
+        again(loss, *smooth_data(device, 9)).backward()
+        torch.testing.assert_close([p.grad for p in loss.parameters()], _gradients(expected, device)[1:])
 
 
-def test_the_whole_loss_may_be_computed_again(device):
-    loss, expected = (_loss(device, _Network, plainly) for _ in range(2))
-    for module in (loss, expected):
-        module(*smooth_data(device, 9))
-    torch.manual_seed(5)
-    again(loss, *smooth_data(device, 9)).backward()
-    torch.testing.assert_close([p.grad for p in loss.parameters()], _gradients(expected, device)[1:])
+class TestErrors:
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    @pytest.mark.parametrize("make", [_Network, _Inside])
+    @pytest.mark.parametrize("way", ["loss_and_grads", "svi", "torch"])
+    def test_a_weight_that_is_read_again_is_an_error_that_names_it(
+        self, way, make, local_reparam, use_reentrant, device
+    ):
+        loss = _loss(device, make, partial(checkpoint, use_reentrant=use_reentrant), local_reparam=local_reparam)
+        step = {
+            "loss_and_grads": partial(loss.elbo.loss_and_grads, loss.model, loss.guide),
+            "svi": SVI(loss.model, loss.guide, pyro.optim.Adam({"lr": 0.01}), loss.elbo).step,
+            "torch": lambda *data: loss(*data).backward(),
+        }[way]
+        with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass.* outside of the checkpoint"):
+            step(*smooth_data(device, 9))
+
+    def test_with_contexts_a_weight_read_past_its_layer_is_an_error_by_name(self, device):
+        loss = _loss(device, _Inside, with_contexts)
+        with pytest.raises(RuntimeError, match=r"^second\.weight: read in a backward pass"):
+            loss(*smooth_data(device, 9)).backward()

@@ -281,19 +281,6 @@ def _result(use: Callable, make: Callable, inputs: tuple[Tensor, ...]) -> list[T
     return [output.detach(), loc.grad, log_variance.grad, x.grad]
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_weight_is_one_sample_with_its_gradient_whatever_it_is_given_to(use, device):
-    def unsampled(loc: Tensor, log_variance: Tensor) -> Tensor:
-        return UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
-
-    def sampled(loc: Tensor, log_variance: Tensor) -> Tensor:
-        return svd.SparseNormal(loc, log_variance).rsample()
-
-    inputs = _inputs(device)
-    found, expected = (_result(use, make, inputs) for make in (unsampled, sampled))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-
-
 class _Net(nn.Module):
     def __init__(self, use: Callable) -> None:
         super().__init__()
@@ -303,81 +290,92 @@ class _Net(nn.Module):
         return self.use(self.weight.clone() if self.use is _changed_in_place else self.weight, x).sum() + x[:, 0]
 
 
-@pytest.mark.parametrize("use", [*USES.values(), *REPEATED.values()], ids=[*USES, *REPEATED])
-def test_the_bound_has_the_same_gradient_with_and_without_sampled_outputs(use, device):
-    torch.manual_seed(1)
-    x = torch.randn(5, 4, dtype=F64, device=device)
-    net = _Net(use).to(device).double()
-    model = svd.Supervised(svd.bayesianize(net, include="weight"), lambda mean: dist.Normal(mean, 1.0), 5)
-    guide = svd.AutoSparseNormal(model, init_log_variance=-2.0)
-    results = []
-    for local_reparam in (False, True):
-        guide.zero_grad()
-        elbo = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)
-        torch.manual_seed(3)
-        loss = elbo(model, guide)(x, x[:, 1])
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in guide.parameters())])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+class TestEveryUse:
+    @pytest.mark.parametrize("use", USES.values(), ids=USES)
+    def test_a_weight_is_one_sample_with_its_gradient_whatever_it_is_given_to(self, use, device):
+        def unsampled(loc: Tensor, log_variance: Tensor) -> Tensor:
+            return UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
+
+        def sampled(loc: Tensor, log_variance: Tensor) -> Tensor:
+            return svd.SparseNormal(loc, log_variance).rsample()
+
+        inputs = _inputs(device)
+        found, expected = (_result(use, make, inputs) for make in (unsampled, sampled))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("use", [*USES.values(), *REPEATED.values()], ids=[*USES, *REPEATED])
+    def test_the_bound_has_the_same_gradient_with_and_without_sampled_outputs(self, use, device):
+        torch.manual_seed(1)
+        x = torch.randn(5, 4, dtype=F64, device=device)
+        net = _Net(use).to(device).double()
+        model = svd.Supervised(svd.bayesianize(net, include="weight"), lambda mean: dist.Normal(mean, 1.0), 5)
+        guide = svd.AutoSparseNormal(model, init_log_variance=-2.0)
+        results = []
+        for local_reparam in (False, True):
+            guide.zero_grad()
+            elbo = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)
+            torch.manual_seed(3)
+            loss = elbo(model, guide)(x, x[:, 1])
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in guide.parameters())])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
-def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(device):
-    loc, log_variance, _ = _inputs(device)
-    weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "fc.weight", Workspace())
-    for convert in (lambda w: w.numpy(), np.asarray):
-        with pytest.raises(RuntimeError, match=r"^fc\.weight: .* use \.detach\(\)\.numpy\(\)"):
-            convert(weight)
-    assert np.array_equal(weight.detach().cpu().numpy(), weight.cpu().numpy(force=True))
+class TestMemory:
+    def test_an_array_of_a_weight_that_needs_a_gradient_is_refused_by_name(self, device):
+        loc, log_variance, _ = _inputs(device)
+        weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "fc.weight", Workspace())
+        for convert in (lambda w: w.numpy(), np.asarray):
+            with pytest.raises(RuntimeError, match=r"^fc\.weight: .* use \.detach\(\)\.numpy\(\)"):
+                convert(weight)
+        assert np.array_equal(weight.detach().cpu().numpy(), weight.cpu().numpy(force=True))
 
+    def test_other_data_of_a_weight_must_fit(self, device):
+        weight = UnsampledWeight(svd.SparseNormal(*_inputs(device)[:2]), "fc.weight", Workspace())
+        for data, error in ((3.0, TypeError), (torch.ones(3, 2), RuntimeError), (weight.data.float(), RuntimeError)):
+            with pytest.raises(error, match=r"^fc\.weight: expected"):
+                weight.data = data
+        before = weight.detach().clone()
+        weight.data = weight
+        weight.data = (weight * 2).T.contiguous().T
+        torch.testing.assert_close(weight.detach(), 2 * before)
+        assert weight.detach().is_contiguous()
+        assert not weight._noise.sample.requires_grad
 
-def test_other_data_of_a_weight_must_fit(device):
-    weight = UnsampledWeight(svd.SparseNormal(*_inputs(device)[:2]), "fc.weight", Workspace())
-    for data, error in ((3.0, TypeError), (torch.ones(3, 2), RuntimeError), (weight.data.float(), RuntimeError)):
-        with pytest.raises(error, match=r"^fc\.weight: expected"):
-            weight.data = data
-    before = weight.detach().clone()
-    weight.data = weight
-    weight.data = (weight * 2).T.contiguous().T
-    torch.testing.assert_close(weight.detach(), 2 * before)
-    assert weight.detach().is_contiguous()
-    assert not weight._noise.sample.requires_grad
+    def test_nobody_gets_the_memory_of_a_weight_but_its_sample(self, device):
+        weight = UnsampledWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
+        capsule = weight.__dlpack__()
+        torch.testing.assert_close(torch.utils.dlpack.from_dlpack(capsule), weight.detach(), rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="data pointer"):
+            torch.utils.dlpack.to_dlpack(weight)
 
+    def test_what_a_weight_holds_is_freed_with_it(self, device):
+        """The graph refers to the sample, so the sample must not refer to the graph."""
+        import gc
+        import weakref
 
-def test_nobody_gets_the_memory_of_a_weight_but_its_sample(device):
-    weight = UnsampledWeight(svd.SparseNormal(*(t.detach() for t in _inputs(device)[:2])), "fc.weight", Workspace())
-    capsule = weight.__dlpack__()
-    torch.testing.assert_close(torch.utils.dlpack.from_dlpack(capsule), weight.detach(), rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="data pointer"):
-        torch.utils.dlpack.to_dlpack(weight)
+        loc, log_variance, x = _inputs(device)
+        gc.disable()
+        try:
+            weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
+            (x @ weight.T).sum().backward()
+            alive: Any = weakref.ref(weight)
+            del weight
+            assert alive() is None
+        finally:
+            gc.enable()
 
+    def test_a_second_derivative_through_sampled_outputs_is_refused_by_name(self, device):
+        model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
+        guide = svd.AutoSparseNormal(model)
+        x, y = torch.randn(5, 4, device=device), torch.randn(5, device=device)
+        parameters = list(guide.parameters())
+        with pytest.raises(
+            RuntimeError, match=r"^weight: a sampled output has no second derivative; .*exclude='weight'"
+        ):
+            torch.autograd.grad(svd.SparseVD_ELBO()(model, guide)(x, y), parameters, create_graph=True)
 
-def test_what_a_weight_holds_is_freed_with_it(device):
-    """The graph refers to the sample, so the sample must not refer to the graph."""
-    import gc
-    import weakref
-
-    loc, log_variance, x = _inputs(device)
-    gc.disable()
-    try:
-        weight = UnsampledWeight(svd.SparseNormal(loc, log_variance), "w", Workspace())
-        (x @ weight.T).sum().backward()
-        alive: Any = weakref.ref(weight)
-        del weight
-        assert alive() is None
-    finally:
-        gc.enable()
-
-
-def test_a_second_derivative_through_sampled_outputs_is_refused_by_name(device):
-    model = svd.Supervised(svd.bayesianize(nn.Linear(4, 1).to(device)), lambda f: dist.Normal(f[:, 0], 1.0), 5)
-    guide = svd.AutoSparseNormal(model)
-    x, y = torch.randn(5, 4, device=device), torch.randn(5, device=device)
-    parameters = list(guide.parameters())
-    with pytest.raises(RuntimeError, match=r"^weight: a sampled output has no second derivative; .*exclude='weight'"):
-        torch.autograd.grad(svd.SparseVD_ELBO()(model, guide)(x, y), parameters, create_graph=True)
-
-
-def test_a_weight_of_a_transposed_mean_is_contiguous_as_it_says(device):
-    loc = torch.randn(4, 3, device=device).T
-    weight = UnsampledWeight(svd.SparseNormal(loc, torch.zeros(3, 4, device=device)), "w", Workspace())
-    assert weight.contiguous().view(-1).shape == (12,)
+    def test_a_weight_of_a_transposed_mean_is_contiguous_as_it_says(self, device):
+        loc = torch.randn(4, 3, device=device).T
+        weight = UnsampledWeight(svd.SparseNormal(loc, torch.zeros(3, 4, device=device)), "w", Workspace())
+        assert weight.contiguous().view(-1).shape == (12,)
