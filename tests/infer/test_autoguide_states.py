@@ -32,82 +32,74 @@ def _classification_case(device: torch.device) -> Case:
     return Case(model, (x, (y > 0).double()), ("weight",), ("weight",))
 
 
-# When parameters exist.
+class TestParameters:
+    @pytest.mark.parametrize(
+        "make",
+        [lambda device: small_model(device, precise_likelihood), lambda device: bayesianize(small_network(device))],
+        ids=["model", "network"],
+    )
+    def test_parameters_of_a_network_exist_right_after_construction(self, make, device):
+        guide = AutoSparseNormal(make(device))
+        assert {name: p.shape for name, p in guide.named_parameters()} == {
+            f"{kind}.{name}_unconstrained": shape
+            for kind in ("locs", "log_variances")
+            for name, shape in (("0.weight", (3, 4)), ("2.weight", (1, 3)))
+        }
+        assert guide.sparse_sites == ("0.weight", "2.weight")
+
+    def test_parameters_of_a_function_exist_after_the_first_call(self, device):
+        case = function_case(device)
+        guide = AutoSparseNormal(case.model)
+        assert list(guide.parameters()) == []
+        assert guide.posteriors == {}
+        guide(*case.data)
+        assert len(list(guide.parameters())) == 2 * len(case.sites)
+        assert set(guide.posteriors) == set(case.sites)
+
+    def test_parameters_made_early_and_late_live_side_by_side(self, device):
+        case = module_with_function_case(device)
+        guide = AutoSparseNormal(case.model)
+        assert set(guide.posteriors) == {"w"}
+        early = guide.posteriors["w"].loc
+        guide(*case.data)
+        assert set(guide.posteriors) == set(case.sites)
+        assert guide.posteriors["w"].loc is early
+
+    def test_num_parameters_counts_latents_and_the_parameters_of_the_model(self, device):
+        assert AutoSparseNormal(small_model(device, precise_likelihood)).num_parameters == 3 * 4 + 3 + 3 + 1
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda device: small_model(device, precise_likelihood), lambda device: bayesianize(small_network(device))],
-    ids=["model", "network"],
-)
-def test_parameters_of_a_network_exist_right_after_construction(make, device):
-    guide = AutoSparseNormal(make(device))
-    assert {name: p.shape for name, p in guide.named_parameters()} == {
-        f"{kind}.{name}_unconstrained": shape
-        for kind in ("locs", "log_variances")
-        for name, shape in (("0.weight", (3, 4)), ("2.weight", (1, 3)))
-    }
-    assert guide.sparse_sites == ("0.weight", "2.weight")
+class TestPosteriors:
+    @pytest.mark.parametrize("make", CASES)
+    def test_sparse_sites_are_those_with_a_log_uniform_prior(self, make, device):
+        case = make(device)
+        guide = AutoSparseNormal(case.model)
+        guide(*case.data)
+        assert guide.sparse_sites == case.sparse
 
+    def test_sparse_sites_of_a_function_are_unknown_before_the_first_call(self, device):
+        with pytest.raises(RuntimeError, match="not known yet; call the guide once"):
+            _ = AutoSparseNormal(function_case(device).model).sparse_sites
 
-def test_parameters_of_a_function_exist_after_the_first_call(device):
-    case = function_case(device)
-    guide = AutoSparseNormal(case.model)
-    assert list(guide.parameters()) == []
-    assert guide.posteriors == {}
-    guide(*case.data)
-    assert len(list(guide.parameters())) == 2 * len(case.sites)
-    assert set(guide.posteriors) == set(case.sites)
+    def test_sites_with_another_prior_are_not_sparse(self, device):
+        model = small_model(
+            device, precise_likelihood, prior={"0.*": dist.Normal(0.0, 1.0), "*": LogUniform(1e-4, 1.0)}
+        )
+        assert AutoSparseNormal(model).sparse_sites == ("2.weight",)
 
-
-def test_parameters_made_early_and_late_live_side_by_side(device):
-    case = module_with_function_case(device)
-    guide = AutoSparseNormal(case.model)
-    assert set(guide.posteriors) == {"w"}
-    early = guide.posteriors["w"].loc
-    guide(*case.data)
-    assert set(guide.posteriors) == set(case.sites)
-    assert guide.posteriors["w"].loc is early
-
-
-@pytest.mark.parametrize("make", CASES)
-def test_sparse_sites_are_those_with_a_log_uniform_prior(make, device):
-    case = make(device)
-    guide = AutoSparseNormal(case.model)
-    guide(*case.data)
-    assert guide.sparse_sites == case.sparse
-
-
-def test_sparse_sites_of_a_function_are_unknown_before_the_first_call(device):
-    with pytest.raises(RuntimeError, match="not known yet; call the guide once"):
-        _ = AutoSparseNormal(function_case(device).model).sparse_sites
-
-
-def test_sites_with_another_prior_are_not_sparse(device):
-    model = small_model(device, precise_likelihood, prior={"0.*": dist.Normal(0.0, 1.0), "*": LogUniform(1e-4, 1.0)})
-    assert AutoSparseNormal(model).sparse_sites == ("2.weight",)
-
-
-@pytest.mark.parametrize("make", CASES)
-def test_posteriors_are_the_normals_that_the_guide_samples(make, device):
-    case = make(device)
-    guide = AutoSparseNormal(case.model, init_log_variance=-1.0)
-    guide(*case.data)
-    values = seeded(guide, *case.data)
-    torch.manual_seed(5)
-    for name in case.sites:
-        q = guide.posteriors[name]
-        assert isinstance(q, SparseNormal)
-        z = q.rsample()
-        is_positive = name in ("net.scale", "scale")
-        torch.testing.assert_close(values[name], z.exp() if is_positive else z)
-
-
-def test_num_parameters_counts_latents_and_the_parameters_of_the_model(device):
-    assert AutoSparseNormal(small_model(device, precise_likelihood)).num_parameters == 3 * 4 + 3 + 3 + 1
-
-
-# Saving and loading.
+    @pytest.mark.parametrize("make", CASES)
+    def test_posteriors_are_the_normals_that_the_guide_samples(self, make, device):
+        case = make(device)
+        guide = AutoSparseNormal(case.model, init_log_variance=-1.0)
+        guide(*case.data)
+        values = seeded(guide, *case.data)
+        torch.manual_seed(5)
+        for name in case.sites:
+            q = guide.posteriors[name]
+            assert isinstance(q, SparseNormal)
+            z = q.rsample()
+            is_positive = name in ("net.scale", "scale")
+            torch.testing.assert_close(values[name], z.exp() if is_positive else z)
 
 
 @pytest.mark.parametrize("make", [*CASES, pytest.param(_classification_case, id="classification")])
@@ -200,95 +192,90 @@ def test_loading_follows_the_dtype_and_device_of_the_guide(device):
     assert {p.dtype for p in fresh.parameters()} == {F64}
 
 
-def test_a_state_of_another_shape_is_an_error_that_names_the_site(device):
-    state = AutoSparseNormal(small_model(device, precise_likelihood)).state_dict()
-    other = AutoSparseNormal(small_model(device, precise_likelihood, width=5))
+class TestWrongStates:
+    def test_a_state_of_another_shape_is_an_error_that_names_the_site(self, device):
+        state = AutoSparseNormal(small_model(device, precise_likelihood)).state_dict()
+        other = AutoSparseNormal(small_model(device, precise_likelihood, width=5))
 
-    def load_and_use():
-        other.load_state_dict(state)
-        other(*regression_data(device))
+        def load_and_use():
+            other.load_state_dict(state)
+            other(*regression_data(device))
 
-    with pytest.raises((RuntimeError, ValueError), match=r"0\.weight.*\(?\[?3, 4.*\(?\[?5, 4"):
-        load_and_use()
-
-
-@pytest.mark.parametrize("make", [function_case, module_case], ids=["function", "module"])
-def test_a_state_of_another_model_is_an_error_that_names_its_sites(make, device):
-    donor = AutoSparseNormal(lambda: pyro.sample("stranger", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
-    donor()
-    case = make(device)
-    guide = AutoSparseNormal(case.model)
-
-    def load_and_use():
-        guide.load_state_dict(donor.state_dict())
-        guide(*case.data)
-
-    with pytest.raises((RuntimeError, ValueError), match=r"stranger|0\.weight"):
-        load_and_use()
-
-
-def test_a_state_that_is_refused_leaves_the_guide_usable(device):
-    donor = AutoSparseNormal(lambda: pyro.sample("stranger", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
-    donor()
-    case = module_case(device)
-    guide = AutoSparseNormal(case.model)
-    before = state_of(guide)
-    with pytest.raises(RuntimeError, match=r"0\.weight"):
-        guide.load_state_dict(donor.state_dict())
-    assert same_values(guide.state_dict(), before)
-    assert set(guide(*case.data)) == set(case.sites)
-
-
-def test_a_guide_with_a_wrong_state_fails_at_every_call(device):
-    wrong = AutoSparseNormal(small_model(device, precise_likelihood, width=5)).state_dict()
-    guide = AutoSparseNormal(small_model(device, precise_likelihood))
-
-    def load_and_use():
-        guide.load_state_dict(wrong)
-        guide(*regression_data(device))
-
-    for _ in range(2):
-        with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
+        with pytest.raises((RuntimeError, ValueError), match=r"0\.weight.*\(?\[?3, 4.*\(?\[?5, 4"):
             load_and_use()
 
+    @pytest.mark.parametrize("make", [function_case, module_case], ids=["function", "module"])
+    def test_a_state_of_another_model_is_an_error_that_names_its_sites(self, make, device):
+        donor = AutoSparseNormal(lambda: pyro.sample("stranger", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+        donor()
+        case = make(device)
+        guide = AutoSparseNormal(case.model)
 
-def test_a_function_guide_with_a_wrong_state_fails_at_every_call():
-    def model(size):
-        pyro.sample("other", dist.Normal(0.0, 1.0))
-        pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        def load_and_use():
+            guide.load_state_dict(donor.state_dict())
+            guide(*case.data)
 
-    donor, guide = AutoSparseNormal(model), AutoSparseNormal(model)
-    donor(3)
-    guide.load_state_dict(donor.state_dict())
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"^w: the state loaded is of shape \(3,\), but the model's site needs \(4,\)"
-        ):
-            guide(4)
+        with pytest.raises((RuntimeError, ValueError), match=r"stranger|0\.weight"):
+            load_and_use()
 
+    def test_a_state_that_is_refused_leaves_the_guide_usable(self, device):
+        donor = AutoSparseNormal(lambda: pyro.sample("stranger", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+        donor()
+        case = module_case(device)
+        guide = AutoSparseNormal(case.model)
+        before = state_of(guide)
+        with pytest.raises(RuntimeError, match=r"0\.weight"):
+            guide.load_state_dict(donor.state_dict())
+        assert same_values(guide.state_dict(), before)
+        assert set(guide(*case.data)) == set(case.sites)
 
-def test_the_right_state_loads_after_a_wrong_one(device):
-    right = AutoSparseNormal(small_model(device, precise_likelihood)).state_dict()
-    wrong = AutoSparseNormal(small_model(device, precise_likelihood, width=5)).state_dict()
-    guide = AutoSparseNormal(small_model(device, precise_likelihood))
-    with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
-        guide.load_state_dict(wrong) and guide(*regression_data(device))
-    guide.load_state_dict(right)
-    guide(*regression_data(device))
-    assert same_values(guide.state_dict(), right)
+    def test_a_guide_with_a_wrong_state_fails_at_every_call(self, device):
+        wrong = AutoSparseNormal(small_model(device, precise_likelihood, width=5)).state_dict()
+        guide = AutoSparseNormal(small_model(device, precise_likelihood))
 
+        def load_and_use():
+            guide.load_state_dict(wrong)
+            guide(*regression_data(device))
 
-def test_a_state_that_does_not_fit_leaves_the_one_that_was_loaded(device):
-    case = function_case(device)
-    trained = AutoSparseNormal(case.model)
-    trained(*case.data)
-    good = trained.state_dict()
-    guide = AutoSparseNormal(case.model)
-    guide.load_state_dict(good)
-    bad = {
-        name: value if name.startswith("locs") else value[..., None].expand(*value.shape, 2)
-        for name, value in good.items()
-    }
-    with pytest.raises(RuntimeError):
-        guide.load_state_dict(bad)
-    assert guide.posteriors.keys() == trained.posteriors.keys()
+        for _ in range(2):
+            with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
+                load_and_use()
+
+    def test_a_function_guide_with_a_wrong_state_fails_at_every_call(self):
+        def model(size):
+            pyro.sample("other", dist.Normal(0.0, 1.0))
+            pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+        donor, guide = AutoSparseNormal(model), AutoSparseNormal(model)
+        donor(3)
+        guide.load_state_dict(donor.state_dict())
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"^w: the state loaded is of shape \(3,\), but the model's site needs \(4,\)"
+            ):
+                guide(4)
+
+    def test_the_right_state_loads_after_a_wrong_one(self, device):
+        right = AutoSparseNormal(small_model(device, precise_likelihood)).state_dict()
+        wrong = AutoSparseNormal(small_model(device, precise_likelihood, width=5)).state_dict()
+        guide = AutoSparseNormal(small_model(device, precise_likelihood))
+        with pytest.raises((RuntimeError, ValueError), match=r"0\.weight"):
+            guide.load_state_dict(wrong) and guide(*regression_data(device))
+        guide.load_state_dict(right)
+        guide(*regression_data(device))
+        assert same_values(guide.state_dict(), right)
+
+    def test_a_state_that_does_not_fit_leaves_the_one_that_was_loaded(self, device):
+        case = function_case(device)
+        trained = AutoSparseNormal(case.model)
+        trained(*case.data)
+        good = trained.state_dict()
+        guide = AutoSparseNormal(case.model)
+        guide.load_state_dict(good)
+        bad = {
+            name: value if name.startswith("locs") else value[..., None].expand(*value.shape, 2)
+            for name, value in good.items()
+        }
+        with pytest.raises(RuntimeError):
+            guide.load_state_dict(bad)
+        assert guide.posteriors.keys() == trained.posteriors.keys()

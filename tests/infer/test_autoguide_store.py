@@ -79,130 +79,109 @@ class TestTwoGuides:
         assert len(set.union(*names)) == 3
 
 
-@pytest.mark.parametrize("make", CASES)
-@pytest.mark.parametrize("called", [False, True])
-def test_a_store_that_was_loaded_is_the_guides(make, called, device, tmp_path):
-    case = make(device)
-    guide = AutoSparseNormal(case.model)
-    take_steps(case.model, guide, case.data)
-    pyro.get_param_store().save(tmp_path / "store.pt")
-    new = AutoSparseNormal(case.model)
-    pyro.clear_param_store()
-    if called:
-        new(*case.data)
-    pyro.get_param_store().load(tmp_path / "store.pt")
-    if called:
-        pyro.poutine.trace(new).get_trace(*case.data)  # sees parameters, as SVI does
-    else:
-        new(*case.data)
-    assert same_values(state_of(new), state_of(guide))
-    take_steps(case.model, new, case.data, steps=1)
-    assert not same_values(state_of(new), state_of(guide))
-    assert {name.split(".")[0] for name in _store() if name.startswith("Auto")} == {"AutoSparseNormal"}
-
-
-def test_what_a_guide_put_into_the_store_is_not_taken_for_loaded(device):
-    model = small_model(device, precise_likelihood)
-    other = AutoSparseNormal(model)
-    take_steps(model, other, regression_data(device))
-    new = AutoSparseNormal(model)
-    before = state_of(new)
-    new(*regression_data(device))
-    assert same_values(state_of(new), before)
-
-
-def test_a_store_that_was_loaded_with_another_shape_is_an_error(device, tmp_path):
-    model, other = small_model(device, precise_likelihood), small_model(device, precise_likelihood, width=5)
-    guide = AutoSparseNormal(model)
-    take_steps(model, guide, regression_data(device), steps=1)
-    pyro.get_param_store().save(tmp_path / "store.pt")
-    pyro.clear_param_store()
-    pyro.get_param_store().load(tmp_path / "store.pt")
-    message = r"AutoSparseNormal.locs.0.weight: expected a parameter of shape \(5, 4\), but .* of \(3, 4\)"
-    with pytest.raises(ValueError, match=message):
-        AutoSparseNormal(other)(*regression_data(device))
-
-
-@pytest.mark.parametrize("make", CASES)
-def test_guides_and_models_that_are_gone_have_left_the_store(make, device):
-    case = make(device)
-    kept = AutoSparseNormal(case.model)
-    take_steps(case.model, kept, case.data, steps=1)
-    before = _store()
-    for _ in range(3):
-        new = make(device)
-        guide = AutoSparseNormal(new.model)
-        take_steps(new.model, guide, new.data, steps=1)
-        assert len(_store()) > len(before)
-        del new, guide
-        gc.collect()
-        assert _store().keys() == before.keys()
-        assert all(_store()[name] is value for name, value in before.items())
-
-
-def test_a_guide_that_goes_takes_nothing_that_was_loaded_meanwhile(device, tmp_path):
-    case = function_case(device)
-    guide = AutoSparseNormal(case.model)
-    take_steps(case.model, guide, case.data, steps=1)
-    pyro.get_param_store().save(tmp_path / "store.pt")
-    pyro.get_param_store().load(tmp_path / "store.pt")
-    names = _store().keys()
-    del guide
-    gc.collect()
-    assert _store().keys() == names != set()
-
-
-def test_the_store_may_be_read_while_a_guide_goes(device):
-    case = function_case(device)
-    guide, kept = AutoSparseNormal(case.model), AutoSparseNormal(case.model)
-    guide(*case.data)
-    kept(*case.data)
-    names = []
-    for name in pyro.get_param_store():
-        guide = None
-        names.append(name)
-    assert len(names) == 2 * len(_store()) > 0
-
-
-def test_guides_with_one_site_name_train_apart_in_a_cleared_store():
-    def model(name):
-        pyro.sample(name, dist.Normal(1.0, 1.0))
-        pyro.sample("w", dist.Normal(torch.ones(3), 1.0).to_event(1))
-
-    first, second = AutoSparseNormal(model), AutoSparseNormal(model)
-    take_steps(model, first, ("a",), steps=1)
-    pyro.clear_param_store()
-    take_steps(model, second, ("b",), steps=1)
-    before = state_of(second)
-    take_steps(model, first, ("a",), steps=1)
-    assert same_values(state_of(second), before)
-
-
-def test_guides_of_models_of_other_shapes_live_side_by_side(device):
-    models = [small_model(device, precise_likelihood), small_model(device, precise_likelihood, width=5)]
-    guides = [AutoSparseNormal(model) for model in models]
-    for model, guide in zip(models, guides, strict=True):
-        take_steps(model, guide, regression_data(device), steps=1)
-    assert [guide.posteriors["0.weight"].loc.shape[0] for guide in guides] == [3, 5]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda device: Case(_no_bias(device), regression_data(device), (), ()), id="network-without-bias"),
-        *CASES,
-    ],
-)
-def test_svi_trains_under_module_local_params(make, device):
-    with pyro.settings.context(module_local_params=True):
+class TestLoadedStore:
+    @pytest.mark.parametrize("make", CASES)
+    @pytest.mark.parametrize("called", [False, True])
+    def test_a_store_that_was_loaded_is_the_guides(self, make, called, device, tmp_path):
         case = make(device)
         guide = AutoSparseNormal(case.model)
-        guide(*case.data)
-        before = state_of(guide)
+        take_steps(case.model, guide, case.data)
+        pyro.get_param_store().save(tmp_path / "store.pt")
+        new = AutoSparseNormal(case.model)
+        pyro.clear_param_store()
+        if called:
+            new(*case.data)
+        pyro.get_param_store().load(tmp_path / "store.pt")
+        if called:
+            pyro.poutine.trace(new).get_trace(*case.data)  # sees parameters, as SVI does
+        else:
+            new(*case.data)
+        assert same_values(state_of(new), state_of(guide))
+        take_steps(case.model, new, case.data, steps=1)
+        assert not same_values(state_of(new), state_of(guide))
+        assert {name.split(".")[0] for name in _store() if name.startswith("Auto")} == {"AutoSparseNormal"}
+
+    def test_what_a_guide_put_into_the_store_is_not_taken_for_loaded(self, device):
+        model = small_model(device, precise_likelihood)
+        other = AutoSparseNormal(model)
+        take_steps(model, other, regression_data(device))
+        new = AutoSparseNormal(model)
+        before = state_of(new)
+        new(*regression_data(device))
+        assert same_values(state_of(new), before)
+
+    def test_a_store_that_was_loaded_with_another_shape_is_an_error(self, device, tmp_path):
+        model, other = small_model(device, precise_likelihood), small_model(device, precise_likelihood, width=5)
+        guide = AutoSparseNormal(model)
+        take_steps(model, guide, regression_data(device), steps=1)
+        pyro.get_param_store().save(tmp_path / "store.pt")
+        pyro.clear_param_store()
+        pyro.get_param_store().load(tmp_path / "store.pt")
+        message = r"AutoSparseNormal.locs.0.weight: expected a parameter of shape \(5, 4\), but .* of \(3, 4\)"
+        with pytest.raises(ValueError, match=message):
+            AutoSparseNormal(other)(*regression_data(device))
+
+
+class TestGuidesThatAreGone:
+    @pytest.mark.parametrize("make", CASES)
+    def test_guides_and_models_that_are_gone_have_left_the_store(self, make, device):
+        case = make(device)
+        kept = AutoSparseNormal(case.model)
+        take_steps(case.model, kept, case.data, steps=1)
+        before = _store()
+        for _ in range(3):
+            new = make(device)
+            guide = AutoSparseNormal(new.model)
+            take_steps(new.model, guide, new.data, steps=1)
+            assert len(_store()) > len(before)
+            del new, guide
+            gc.collect()
+            assert _store().keys() == before.keys()
+            assert all(_store()[name] is value for name, value in before.items())
+
+    def test_a_guide_that_goes_takes_nothing_that_was_loaded_meanwhile(self, device, tmp_path):
+        case = function_case(device)
+        guide = AutoSparseNormal(case.model)
         take_steps(case.model, guide, case.data, steps=1)
-        after = state_of(guide)
-        assert all((after[name] != before[name]).all() for name in before)
-        assert _store() == {}
+        pyro.get_param_store().save(tmp_path / "store.pt")
+        pyro.get_param_store().load(tmp_path / "store.pt")
+        names = _store().keys()
+        del guide
+        gc.collect()
+        assert _store().keys() == names != set()
+
+    def test_the_store_may_be_read_while_a_guide_goes(self, device):
+        case = function_case(device)
+        guide, kept = AutoSparseNormal(case.model), AutoSparseNormal(case.model)
+        guide(*case.data)
+        kept(*case.data)
+        names = []
+        for name in pyro.get_param_store():
+            guide = None
+            names.append(name)
+        assert len(names) == 2 * len(_store()) > 0
+
+
+class TestOneName:
+    def test_guides_with_one_site_name_train_apart_in_a_cleared_store(self):
+        def model(name):
+            pyro.sample(name, dist.Normal(1.0, 1.0))
+            pyro.sample("w", dist.Normal(torch.ones(3), 1.0).to_event(1))
+
+        first, second = AutoSparseNormal(model), AutoSparseNormal(model)
+        take_steps(model, first, ("a",), steps=1)
+        pyro.clear_param_store()
+        take_steps(model, second, ("b",), steps=1)
+        before = state_of(second)
+        take_steps(model, first, ("a",), steps=1)
+        assert same_values(state_of(second), before)
+
+    def test_guides_of_models_of_other_shapes_live_side_by_side(self, device):
+        models = [small_model(device, precise_likelihood), small_model(device, precise_likelihood, width=5)]
+        guides = [AutoSparseNormal(model) for model in models]
+        for model, guide in zip(models, guides, strict=True):
+            take_steps(model, guide, regression_data(device), steps=1)
+        assert [guide.posteriors["0.weight"].loc.shape[0] for guide in guides] == [3, 5]
 
 
 def _no_bias(device: torch.device) -> Supervised:
@@ -211,16 +190,37 @@ def _no_bias(device: torch.device) -> Supervised:
     return Supervised(bnn, precise_likelihood, NUM_DATA)
 
 
-@pytest.mark.parametrize("make", CASES)
-def test_the_loss_module_trains_under_module_local_params(make, device):
-    with pyro.settings.context(module_local_params=True):
-        case = make(device)
-        guide = AutoSparseNormal(case.model)
-        loss = SparseVD_ELBO()(case.model, guide)
-        loss(*case.data)
-        before = state_of(guide)
-        optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
-        loss(*case.data).backward()
-        optimizer.step()
-        assert all((value != before[name]).all() for name, value in state_of(guide).items())
-        assert _store() == {}
+class TestModuleLocalParams:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            pytest.param(
+                lambda device: Case(_no_bias(device), regression_data(device), (), ()), id="network-without-bias"
+            ),
+            *CASES,
+        ],
+    )
+    def test_svi_trains_under_module_local_params(self, make, device):
+        with pyro.settings.context(module_local_params=True):
+            case = make(device)
+            guide = AutoSparseNormal(case.model)
+            guide(*case.data)
+            before = state_of(guide)
+            take_steps(case.model, guide, case.data, steps=1)
+            after = state_of(guide)
+            assert all((after[name] != before[name]).all() for name in before)
+            assert _store() == {}
+
+    @pytest.mark.parametrize("make", CASES)
+    def test_the_loss_module_trains_under_module_local_params(self, make, device):
+        with pyro.settings.context(module_local_params=True):
+            case = make(device)
+            guide = AutoSparseNormal(case.model)
+            loss = SparseVD_ELBO()(case.model, guide)
+            loss(*case.data)
+            before = state_of(guide)
+            optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
+            loss(*case.data).backward()
+            optimizer.step()
+            assert all((value != before[name]).all() for name, value in state_of(guide).items())
+            assert _store() == {}

@@ -34,40 +34,37 @@ from problems import (
 )
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
 
-# Logging, memory and global state.
 
+class TestLogging:
+    def test_a_sampled_divergence_is_logged_with_its_site_at_debug_level(self, device, caplog):
+        twin = student_twin(device)
+        with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
+            SparseVD_ELBO().loss(twin.model, twin.guide)
+        records = [r for r in caplog.records if r.name == "pyro_sparsevd.infer.kl"]
+        assert [r.levelno for r in records] == [logging.DEBUG]
+        assert records[0].getMessage().startswith("w: no closed form of KL(")
+        assert "StudentT" in records[0].getMessage()
 
-def test_a_sampled_divergence_is_logged_with_its_site_at_debug_level(device, caplog):
-    twin = student_twin(device)
-    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
-        SparseVD_ELBO().loss(twin.model, twin.guide)
-    records = [r for r in caplog.records if r.name == "pyro_sparsevd.infer.kl"]
-    assert [r.levelno for r in records] == [logging.DEBUG]
-    assert records[0].getMessage().startswith("w: no closed form of KL(")
-    assert "StudentT" in records[0].getMessage()
+    @pytest.mark.parametrize("kl", ["approximate", "exact"])
+    @pytest.mark.parametrize("make", [network_twin, bounded_twin, function_twin])
+    def test_closed_forms_are_not_logged(self, make, kl, device, caplog):
+        twin = make(device)
+        with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
+            SparseVD_ELBO(kl).loss(twin.model, twin.guide, *twin.args)
+        assert caplog.records == []
 
+    @pytest.mark.parametrize("prior", [LogUniform(), dist.Normal(0.0, 1.0)], ids=repr)
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    def test_latents_with_a_closed_form_have_no_density_computed(self, local_reparam, prior, device, monkeypatch):
+        model, guide = model_and_guide(device, prior=prior)
+        guide(*regression_data(device))
 
-@pytest.mark.parametrize("kl", ["approximate", "exact"])
-@pytest.mark.parametrize("make", [network_twin, bounded_twin, function_twin])
-def test_closed_forms_are_not_logged(make, kl, device, caplog):
-    twin = make(device)
-    with caplog.at_level(logging.DEBUG, logger="pyro_sparsevd"):
-        SparseVD_ELBO(kl).loss(twin.model, twin.guide, *twin.args)
-    assert caplog.records == []
+        def forbidden(self, value):
+            raise AssertionError("a density that nobody reads")
 
-
-@pytest.mark.parametrize("prior", [LogUniform(), dist.Normal(0.0, 1.0)], ids=repr)
-@pytest.mark.parametrize("local_reparam", [True, False])
-def test_latents_with_a_closed_form_have_no_density_computed(local_reparam, prior, device, monkeypatch):
-    model, guide = model_and_guide(device, prior=prior)
-    guide(*regression_data(device))
-
-    def forbidden(self, value):
-        raise AssertionError("a density that nobody reads")
-
-    monkeypatch.setattr(SparseNormal, "log_prob", forbidden)
-    monkeypatch.setattr(LogUniform, "log_prob", forbidden)
-    assert math.isfinite(SparseVD_ELBO(local_reparam=local_reparam).loss(model, guide, *regression_data(device)))
+        monkeypatch.setattr(SparseNormal, "log_prob", forbidden)
+        monkeypatch.setattr(LogUniform, "log_prob", forbidden)
+        assert math.isfinite(SparseVD_ELBO(local_reparam=local_reparam).loss(model, guide, *regression_data(device)))
 
 
 class TestMemory:
@@ -154,92 +151,45 @@ def _global_state() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("local_reparam", [True, False])
-def test_training_changes_nothing_global_but_the_state_of_the_generator(local_reparam, device):
-    state = _global_state()
-    generator = torch.get_rng_state()
-    model, guide = model_and_guide(device)
-    elbo = SparseVD_ELBO(local_reparam=local_reparam)
-    torch.set_rng_state(generator)
-    elbo.loss_and_grads(model, guide, *regression_data(device))
-    after = _global_state()
-    state["seed"] = after["seed"]  # the helpers of this test set it
-    assert after == state
-    assert not torch.equal(torch.get_rng_state(), generator) or device.type != "cpu"
+class TestGlobalState:
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    def test_training_changes_nothing_global_but_the_state_of_the_generator(self, local_reparam, device):
+        state = _global_state()
+        generator = torch.get_rng_state()
+        model, guide = model_and_guide(device)
+        elbo = SparseVD_ELBO(local_reparam=local_reparam)
+        torch.set_rng_state(generator)
+        elbo.loss_and_grads(model, guide, *regression_data(device))
+        after = _global_state()
+        state["seed"] = after["seed"]  # the helpers of this test set it
+        assert after == state
+        assert not torch.equal(torch.get_rng_state(), generator) or device.type != "cpu"
 
+    def test_an_error_leaves_nothing_global_behind(self, device):
+        p = trained_once(device, "regression")
+        state = _global_state()
+        p.data[0][0] = math.nan
+        with pytest.raises(ValueError, match=r"^x: expected finite"):
+            p.svi.step(*p.data)
+        assert _global_state() == state
 
-def test_an_error_leaves_nothing_global_behind(device):
-    p = trained_once(device, "regression")
-    state = _global_state()
-    p.data[0][0] = math.nan
-    with pytest.raises(ValueError, match=r"^x: expected finite"):
-        p.svi.step(*p.data)
-    assert _global_state() == state
+    def test_two_evaluations_draw_different_noise_and_one_seed_the_same(self, device):
+        model, guide = model_and_guide(device)
+        guide(*regression_data(device))
+        loss = SparseVD_ELBO()(model, guide)
+        assert loss(*regression_data(device)) != loss(*regression_data(device))
+        assert seeded(loss, *regression_data(device)) == seeded(loss, *regression_data(device))
 
-
-def test_two_evaluations_draw_different_noise_and_one_seed_the_same(device):
-    model, guide = model_and_guide(device)
-    guide(*regression_data(device))
-    loss = SparseVD_ELBO()(model, guide)
-    assert loss(*regression_data(device)) != loss(*regression_data(device))
-    assert seeded(loss, *regression_data(device)) == seeded(loss, *regression_data(device))
-
-
-def test_memory_does_not_grow_with_the_number_of_batch_sizes(device):
-    model = Supervised(bayesianize(nn.Linear(64, 256).to(device)), lambda x: dist.Normal(x, 1.0).to_event(1), 10_000)
-    guide, elbo = AutoSparseNormal(model), SparseVD_ELBO()
-    kept = []
-    for size in range(200, 230):
-        elbo(model, guide)(torch.ones(size, 64, device=device), torch.ones(size, 256, device=device)).backward()
-        kept.append(sum(a.nbytes for arrays in elbo._workspace._arrays.values() for a in arrays))
-    assert kept[-1] <= kept[5] * 1.2
-
-
-@pytest.mark.parametrize(
-    "nest", [lambda x: {"x": x}, lambda x: [x], lambda x: ({"a": [x]},)], ids=["dict", "list", "deep"]
-)
-def test_values_that_are_not_finite_are_found_in_containers_of_data(nest, device):
-    calls = []
-
-    def model(batch):
-        calls.append(batch)
-        pyro.sample("w", LogUniform().expand([3]).to_event(1))
-
-    guide = AutoSparseNormal(model)
-    guide(nest(torch.ones(2, device=device)))
-    calls.clear()
-    with pytest.raises(ValueError, match=r"batch.*: expected finite numbers, but it holds NaN or infinities"):
-        SparseVD_ELBO().loss(model, guide, nest(torch.tensor([1.0, math.nan], device=device)))
-    assert not calls
-
-
-# Devices.
-
-
-@pytest.mark.parametrize("check_finite", [True, False])
-@pytest.mark.parametrize("used_before", [True, False])
-@pytest.mark.parametrize("position", [0, 1])
-def test_an_argument_on_another_device_is_named(position, used_before, check_finite, device):
-    model, guide = model_and_guide(device)
-    loss = SparseVD_ELBO(check_finite=check_finite)(model, guide)
-    data = list(regression_data(device))
-    if used_before:
-        loss(*data)
-    data[position] = data[position].to("meta")
-    with pytest.raises(ValueError, match=rf"^{'xy'[position]}: expected a tensor on {device}.*, but it is on meta"):
-        loss(*data)
-
-
-def test_an_error_of_another_kind_does_not_blame_the_device(device):
-    class Moving(nn.Linear):
-        def forward(self, x):
-            raise RuntimeError("mine")
-
-    model = Supervised(bayesianize(Moving(4, 1)), normal_likelihood, NUM_DATA)
-    with pytest.raises(RuntimeError, match=r"^mine"):
-        SparseVD_ELBO(check_finite=False).loss(
-            model, AutoSparseNormal(model), *(t.to("meta") for t in regression_data(device))
+    def test_memory_does_not_grow_with_the_number_of_batch_sizes(self, device):
+        model = Supervised(
+            bayesianize(nn.Linear(64, 256).to(device)), lambda x: dist.Normal(x, 1.0).to_event(1), 10_000
         )
+        guide, elbo = AutoSparseNormal(model), SparseVD_ELBO()
+        kept = []
+        for size in range(200, 230):
+            elbo(model, guide)(torch.ones(size, 64, device=device), torch.ones(size, 256, device=device)).backward()
+            kept.append(sum(a.nbytes for arrays in elbo._workspace._arrays.values() for a in arrays))
+        assert kept[-1] <= kept[5] * 1.2
 
 
 class _Waits(TorchDispatchMode):
@@ -250,14 +200,56 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("check_finite", [True, False])
-@pytest.mark.parametrize("svi", [True, False])
-def test_a_step_waits_for_the_device_once_at_most(svi, check_finite, device):
-    with pyro.validation_enabled(False):
+class TestDevices:
+    @pytest.mark.parametrize("check_finite", [True, False])
+    @pytest.mark.parametrize("used_before", [True, False])
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_an_argument_on_another_device_is_named(self, position, used_before, check_finite, device):
         model, guide = model_and_guide(device)
-        elbo = SparseVD_ELBO(check_finite=check_finite)
-        step = partial(elbo.loss_and_grads, model, guide) if svi else elbo(model, guide)
-        step(*regression_data(device))
-        with _Waits() as waits:
+        loss = SparseVD_ELBO(check_finite=check_finite)(model, guide)
+        data = list(regression_data(device))
+        if used_before:
+            loss(*data)
+        data[position] = data[position].to("meta")
+        with pytest.raises(ValueError, match=rf"^{'xy'[position]}: expected a tensor on {device}.*, but it is on meta"):
+            loss(*data)
+
+    def test_an_error_of_another_kind_does_not_blame_the_device(self, device):
+        class Moving(nn.Linear):
+            def forward(self, x):
+                raise RuntimeError("mine")
+
+        model = Supervised(bayesianize(Moving(4, 1)), normal_likelihood, NUM_DATA)
+        with pytest.raises(RuntimeError, match=r"^mine"):
+            SparseVD_ELBO(check_finite=False).loss(
+                model, AutoSparseNormal(model), *(t.to("meta") for t in regression_data(device))
+            )
+
+    @pytest.mark.parametrize("check_finite", [True, False])
+    @pytest.mark.parametrize("svi", [True, False])
+    def test_a_step_waits_for_the_device_once_at_most(self, svi, check_finite, device):
+        with pyro.validation_enabled(False):
+            model, guide = model_and_guide(device)
+            elbo = SparseVD_ELBO(check_finite=check_finite)
+            step = partial(elbo.loss_and_grads, model, guide) if svi else elbo(model, guide)
             step(*regression_data(device))
-    assert waits.count == (1 if svi or check_finite else 0)
+            with _Waits() as waits:
+                step(*regression_data(device))
+        assert waits.count == (1 if svi or check_finite else 0)
+
+    @pytest.mark.parametrize(
+        "nest", [lambda x: {"x": x}, lambda x: [x], lambda x: ({"a": [x]},)], ids=["dict", "list", "deep"]
+    )
+    def test_values_that_are_not_finite_are_found_in_containers_of_data(self, nest, device):
+        calls = []
+
+        def model(batch):
+            calls.append(batch)
+            pyro.sample("w", LogUniform().expand([3]).to_event(1))
+
+        guide = AutoSparseNormal(model)
+        guide(nest(torch.ones(2, device=device)))
+        calls.clear()
+        with pytest.raises(ValueError, match=r"batch.*: expected finite numbers, but it holds NaN or infinities"):
+            SparseVD_ELBO().loss(model, guide, nest(torch.tensor([1.0, math.nan], device=device)))
+        assert not calls

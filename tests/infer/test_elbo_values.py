@@ -34,33 +34,6 @@ from problems import (
 )
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
-# The value.
-
-
-@pytest.mark.parametrize("kl", ["approximate", "exact"])
-def test_a_log_normal_latent_with_posterior_one_one_costs_one_half(kl, device):
-    zero = torch.zeros((), dtype=F64, device=device)
-
-    def model():
-        pyro.sample("x", dist.LogNormal(zero, 1.0))
-
-    guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"x": zero.add(1).exp()}), init_scale=1.0)
-    assert_close(differentiable_loss(SparseVD_ELBO(kl), model, guide), zero + 0.5, 1e-14)
-
-
-@pytest.mark.parametrize("kl", ["approximate", "monte_carlo"])
-def test_log_normal_latents_cost_one_half_each_with_auto_normal_too(kl, device):
-    zeros = torch.zeros(4000, dtype=F64, device=device)
-
-    def model():
-        with pyro.plate("plate", len(zeros)):
-            pyro.sample("x", dist.LogNormal(zeros, 1.0))
-
-    guide = AutoNormal(model, init_loc_fn=init_to_value(values={"x": zeros.add(1).exp()}), init_scale=1.0)
-    # One sample of the loss of one latent is z - 1/2 with z ~ N(1, 1).
-    loss = SparseVD_ELBO(kl).loss(model, guide) / len(zeros)
-    assert abs(loss - 0.5) < SIGMAS / len(zeros) ** 0.5
-
 
 def _kl_laplace(loc: Tensor, variance: Tensor) -> Tensor:
     std = variance.sqrt()
@@ -115,59 +88,77 @@ def _fitted(latent: Latent, shape: tuple[int, ...], device: torch.device) -> tup
     return model, guide
 
 
-@pytest.mark.parametrize("local_reparam", [True, False])
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
-@pytest.mark.parametrize("kl", ["approximate", "exact"])
-@pytest.mark.parametrize("latent", LATENTS)
-def test_divergences_are_those_of_the_hand_formula(latent, kl, shape, local_reparam, device):
-    model, guide = _fitted(latent, shape, device)
-    q = guide.posteriors["w"]
-    loss = differentiable_loss(SparseVD_ELBO(kl, local_reparam=local_reparam), model, guide)
-    assert_close(loss.double(), latent.kl[kl](q.loc, q.variance))
+class TestFormulasByHand:
+    @pytest.mark.parametrize("kl", ["approximate", "exact"])
+    def test_a_log_normal_latent_with_posterior_one_one_costs_one_half(self, kl, device):
+        zero = torch.zeros((), dtype=F64, device=device)
 
+        def model():
+            pyro.sample("x", dist.LogNormal(zero, 1.0))
 
-@pytest.mark.parametrize("local_reparam", [True, False])
-@pytest.mark.parametrize("latent", LATENTS)
-def test_the_monte_carlo_divergence_has_the_mean_of_the_hand_formula(latent, local_reparam, device):
-    model, guide = _fitted(latent, (100, 3), device)
-    q = guide.posteriors["w"]
-    elbo, samples = SparseVD_ELBO("monte_carlo", local_reparam=local_reparam), 50
-    losses = torch.tensor([elbo.loss(model, guide) for _ in range(samples)], dtype=F64)
-    error = losses.mean() - latent.kl["exact"](q.loc, q.variance).item()
-    assert abs(error) < SIGMAS * losses.std() / samples**0.5
+        guide = AutoSparseNormal(model, init_loc_fn=init_to_value(values={"x": zero.add(1).exp()}), init_scale=1.0)
+        assert_close(differentiable_loss(SparseVD_ELBO(kl), model, guide), zero + 0.5, 1e-14)
 
+    @pytest.mark.parametrize("kl", ["approximate", "monte_carlo"])
+    def test_log_normal_latents_cost_one_half_each_with_auto_normal_too(self, kl, device):
+        zeros = torch.zeros(4000, dtype=F64, device=device)
 
-@pytest.mark.parametrize("kl", ["approximate", "exact"])
-def test_a_network_costs_its_nll_and_the_divergence_of_its_weights(kl, device):
-    model, guide = model_and_guide(device, log_variance=-70.0)  # noise too small to see
-    x, y = regression_data(device)
-    elbo = SparseVD_ELBO(kl)
-    loss = differentiable_loss(elbo, model, guide, x, y)
-    nll = -NUM_DATA / len(x) * normal_likelihood(small_network(device)(x)).log_prob(y).sum()
-    formula = {"approximate": approximate_kl, "exact": exact_kl}[kl]
-    # The series of the exact form is too slow here; its tail is -½ log α + ½ (γ + log 2).
-    if kl == "exact":
-        formula = lambda loc, variance: 0.5 * ((loc**2 / variance).log() + EULER + math.log(2)).sum()  # noqa: E731
-    divergence = sum(formula(q.loc, q.variance) for q in guide.posteriors.values())
-    assert_close(loss, nll + divergence, 1e-9)
-    assert_close([elbo.terms["nll"], elbo.terms["kl"]], [nll.detach(), divergence.detach()], 1e-9)
+        def model():
+            with pyro.plate("plate", len(zeros)):
+                pyro.sample("x", dist.LogNormal(zeros, 1.0))
 
+        guide = AutoNormal(model, init_loc_fn=init_to_value(values={"x": zeros.add(1).exp()}), init_scale=1.0)
+        # One sample of the loss of one latent is z - 1/2 with z ~ N(1, 1).
+        loss = SparseVD_ELBO(kl).loss(model, guide) / len(zeros)
+        assert abs(loss - 0.5) < SIGMAS / len(zeros) ** 0.5
 
-@pytest.mark.parametrize("kl", ["approximate", "exact"])
-def test_a_bounded_prior_of_a_network_adds_its_normaliser(kl, device):
-    data = regression_data(device)
-    divergences = []
-    for prior in (LogUniform(), LogUniform(1e-30, 1e30)):
-        model, guide = model_and_guide(device, prior=prior)
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
+    @pytest.mark.parametrize("kl", ["approximate", "exact"])
+    @pytest.mark.parametrize("latent", LATENTS)
+    def test_divergences_are_those_of_the_hand_formula(self, latent, kl, shape, local_reparam, device):
+        model, guide = _fitted(latent, shape, device)
+        q = guide.posteriors["w"]
+        loss = differentiable_loss(SparseVD_ELBO(kl, local_reparam=local_reparam), model, guide)
+        assert_close(loss.double(), latent.kl[kl](q.loc, q.variance))
+
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    @pytest.mark.parametrize("latent", LATENTS)
+    def test_the_monte_carlo_divergence_has_the_mean_of_the_hand_formula(self, latent, local_reparam, device):
+        model, guide = _fitted(latent, (100, 3), device)
+        q = guide.posteriors["w"]
+        elbo, samples = SparseVD_ELBO("monte_carlo", local_reparam=local_reparam), 50
+        losses = torch.tensor([elbo.loss(model, guide) for _ in range(samples)], dtype=F64)
+        error = losses.mean() - latent.kl["exact"](q.loc, q.variance).item()
+        assert abs(error) < SIGMAS * losses.std() / samples**0.5
+
+    @pytest.mark.parametrize("kl", ["approximate", "exact"])
+    def test_a_network_costs_its_nll_and_the_divergence_of_its_weights(self, kl, device):
+        model, guide = model_and_guide(device, log_variance=-70.0)  # noise too small to see
+        x, y = regression_data(device)
         elbo = SparseVD_ELBO(kl)
-        elbo.loss(model, guide, *data)
-        divergences.append(elbo.terms["kl"])
-    weights = torch.zeros(3 * 4 + 3)
-    # The bounds are numbers, which makes their normaliser one of float32.
-    assert_close(divergences[1] - divergences[0], divergences[0].new_tensor(log_normaliser(weights)), 1e-4)
+        loss = differentiable_loss(elbo, model, guide, x, y)
+        nll = -NUM_DATA / len(x) * normal_likelihood(small_network(device)(x)).log_prob(y).sum()
+        formula = {"approximate": approximate_kl, "exact": exact_kl}[kl]
+        # The series of the exact form is too slow here; its tail is -½ log α + ½ (γ + log 2).
+        if kl == "exact":
+            formula = lambda loc, variance: 0.5 * ((loc**2 / variance).log() + EULER + math.log(2)).sum()  # noqa: E731
+        divergence = sum(formula(q.loc, q.variance) for q in guide.posteriors.values())
+        assert_close(loss, nll + divergence, 1e-9)
+        assert_close([elbo.terms["nll"], elbo.terms["kl"]], [nll.detach(), divergence.detach()], 1e-9)
 
-
-# Against Pyro's losses, from the same seed.
+    @pytest.mark.parametrize("kl", ["approximate", "exact"])
+    def test_a_bounded_prior_of_a_network_adds_its_normaliser(self, kl, device):
+        data = regression_data(device)
+        divergences = []
+        for prior in (LogUniform(), LogUniform(1e-30, 1e30)):
+            model, guide = model_and_guide(device, prior=prior)
+            elbo = SparseVD_ELBO(kl)
+            elbo.loss(model, guide, *data)
+            divergences.append(elbo.terms["kl"])
+        weights = torch.zeros(3 * 4 + 3)
+        # The bounds are numbers, which makes their normaliser one of float32.
+        assert_close(divergences[1] - divergences[0], divergences[0].new_tensor(log_normaliser(weights)), 1e-4)
 
 
 def _subsampled_twin(device: torch.device) -> Twin:
@@ -255,40 +246,41 @@ TWINS = [
 ]
 
 
-@pytest.mark.parametrize("make", TWINS)
-def test_monte_carlo_without_local_noise_is_trace_elbo(make, device):
-    twin = make(device)
-    twin.guide(*twin.args)
-    elbo = SparseVD_ELBO("monte_carlo", local_reparam=False)
-    for seed in range(3):
-        loss = seeded(elbo.differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
-        expected = seeded(Trace_ELBO().differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
-        assert_close(loss.double(), expected.double(), 1e-6 if make is bounded_twin else 1e-10)
-        assert_close(gradients_of(loss, twin.guide), gradients_of(expected, twin.guide), 1e-8)
+class TestPyrosLosses:
+    @pytest.mark.parametrize("make", TWINS)
+    def test_monte_carlo_without_local_noise_is_trace_elbo(self, make, device):
+        twin = make(device)
+        twin.guide(*twin.args)
+        elbo = SparseVD_ELBO("monte_carlo", local_reparam=False)
+        for seed in range(3):
+            loss = seeded(elbo.differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
+            expected = seeded(Trace_ELBO().differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
+            assert_close(loss.double(), expected.double(), 1e-6 if make is bounded_twin else 1e-10)
+            assert_close(gradients_of(loss, twin.guide), gradients_of(expected, twin.guide), 1e-8)
 
+    @pytest.mark.parametrize(
+        "make", [p for p in TWINS if p.id in ("network", "function", "subsample", "scale-and-mask")]
+    )
+    def test_closed_forms_of_normals_are_those_of_trace_mean_field_elbo(self, make, device):
+        twin = make(device)
+        twin.guide(*twin.args)
+        elbo = SparseVD_ELBO(local_reparam=False)
+        for seed in range(3):
+            loss = seeded(elbo.differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
+            expected = seeded(TraceMeanField_ELBO().differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
+            assert_close(loss, expected)
+            assert_close(gradients_of(loss, twin.guide), gradients_of(expected, twin.guide))
 
-@pytest.mark.parametrize("make", [p for p in TWINS if p.id in ("network", "function", "subsample", "scale-and-mask")])
-def test_closed_forms_of_normals_are_those_of_trace_mean_field_elbo(make, device):
-    twin = make(device)
-    twin.guide(*twin.args)
-    elbo = SparseVD_ELBO(local_reparam=False)
-    for seed in range(3):
-        loss = seeded(elbo.differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
-        expected = seeded(TraceMeanField_ELBO().differentiable_loss, twin.model, twin.guide, *twin.args, seed=seed)
-        assert_close(loss, expected)
-        assert_close(gradients_of(loss, twin.guide), gradients_of(expected, twin.guide))
-
-
-@pytest.mark.parametrize(
-    "make", [p for p in TWINS if p.id in ("network", "network-log-uniform", "constrained", "student")]
-)
-def test_the_mean_loss_is_that_of_trace_elbo(make, device):
-    twin = make(device)
-    twin.guide(*twin.args)
-    samples = 100
-    means, variances = [], []
-    for elbo in (SparseVD_ELBO("exact"), Trace_ELBO()):
-        losses = torch.tensor([elbo.loss(twin.model, twin.guide, *twin.args) for _ in range(samples)], dtype=F64)
-        means.append(losses.mean())
-        variances.append(losses.var() / samples)
-    assert abs(means[0] - means[1]) < SIGMAS * sum(variances).sqrt()
+    @pytest.mark.parametrize(
+        "make", [p for p in TWINS if p.id in ("network", "network-log-uniform", "constrained", "student")]
+    )
+    def test_the_mean_loss_is_that_of_trace_elbo(self, make, device):
+        twin = make(device)
+        twin.guide(*twin.args)
+        samples = 100
+        means, variances = [], []
+        for elbo in (SparseVD_ELBO("exact"), Trace_ELBO()):
+            losses = torch.tensor([elbo.loss(twin.model, twin.guide, *twin.args) for _ in range(samples)], dtype=F64)
+            means.append(losses.mean())
+            variances.append(losses.var() / samples)
+        assert abs(means[0] - means[1]) < SIGMAS * sum(variances).sqrt()

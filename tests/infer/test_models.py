@@ -211,82 +211,53 @@ def _reference(make: Callable, bounds: tuple) -> tuple[float, float]:
     return _mean_and_error([Trace_ELBO().loss(problem.model, guide, *problem.data) for _ in range(SAMPLES)])
 
 
-@pytest.mark.parametrize(
-    ("kl", "bounds"),
-    [("exact", IMPROPER), ("approximate", IMPROPER), ("monte_carlo", IMPROPER), ("exact", BOUNDED)],
-    ids=["exact", "approximate", "monte carlo", "exact, bounded"],
-)
-@pytest.mark.parametrize("make", PROBLEMS)
-def test_the_loss_is_that_of_trace_elbo_on_average(make, kl, bounds):
-    problem = _problem(make, bounds)
-    guide, elbo = _near_truth(problem), SparseVD_ELBO(kl)
-    pyro.set_rng_seed(3)
-    mean, error = _mean_and_error([elbo.loss(problem.model, guide, *problem.data) for _ in range(SAMPLES)])
-    expected, its_error = _reference(make, bounds)
-    slack = 0.0094 * _number_of_weights(problem) if kl == "approximate" else 0
-    error = math.hypot(error, its_error)
-    assert error < 1.5
-    assert abs(mean - expected - _constant(problem, bounds)) < 3 * error + slack
-
-
-@pytest.mark.parametrize("bounds", [IMPROPER, BOUNDED], ids=["improper", "bounded"])
-@pytest.mark.parametrize("make", PROBLEMS)
-def test_sampled_loss_and_gradients_are_those_of_trace_elbo_from_one_seed(make, bounds):
-    problem = _problem(make, bounds)
-    guide = _near_truth(problem)
-    results = []
-    for elbo in (SparseVD_ELBO("monte_carlo", local_reparam=False), Trace_ELBO()):
-        pyro.set_rng_seed(3)
-        loss = elbo.differentiable_loss(problem.model, guide, *problem.data)
-        results.append((loss.detach(), torch.autograd.grad(loss, list(guide.parameters()))))
-    (loss, gradients), (expected, expected_gradients) = results
-    torch.testing.assert_close(loss, expected + _constant(problem, bounds), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("make", IN_BATCHES)
-def test_mini_batches_cost_what_all_data_cost_on_average(make):
-    problem = _problem(make)
-    guide, elbo = _near_truth(problem), SparseVD_ELBO("exact")
-    with torch.no_grad():
-        for q in guide.posteriors.values():
-            q.log_variance.fill_(-60.0)  # noise too small to see
-
-    def nll(*data: Tensor) -> Tensor:
-        elbo.loss(problem.model, guide, *data)
-        return elbo.terms["nll"]
-
-    batches = list(zip(*(t.chunk(4) for t in problem.data), strict=True))
-    mean = torch.stack([nll(*batch) for batch in batches]).mean()
-    torch.testing.assert_close(mean, nll(*problem.data), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("make", PROBLEMS)
-def test_only_the_sparse_site_is_counted_and_masked(make):
-    problem = _problem(make)
-    guide, weights = _near_truth(problem), problem.truth[problem.sparse]
-    summary = sparsify(guide, threshold=0.0)
-    assert guide.sparse_sites == (problem.sparse,)
-    assert [site.name for site in summary.sites] == list(summary.masks) == [problem.sparse]
-    assert torch.equal(summary.masks[problem.sparse], weights != 0)
-    assert (summary.total, summary.kept) == (weights.numel(), int((weights != 0).sum()))
-    assert (summary.num_parameters, summary.kept_parameters) == (
-        problem.free,
-        problem.free - int((weights == 0).sum()),
+class TestLoss:
+    @pytest.mark.parametrize(
+        ("kl", "bounds"),
+        [("exact", IMPROPER), ("approximate", IMPROPER), ("monte_carlo", IMPROPER), ("exact", BOUNDED)],
+        ids=["exact", "approximate", "monte carlo", "exact, bounded"],
     )
+    @pytest.mark.parametrize("make", PROBLEMS)
+    def test_the_loss_is_that_of_trace_elbo_on_average(self, make, kl, bounds):
+        problem = _problem(make, bounds)
+        guide, elbo = _near_truth(problem), SparseVD_ELBO(kl)
+        pyro.set_rng_seed(3)
+        mean, error = _mean_and_error([elbo.loss(problem.model, guide, *problem.data) for _ in range(SAMPLES)])
+        expected, its_error = _reference(make, bounds)
+        slack = 0.0094 * _number_of_weights(problem) if kl == "approximate" else 0
+        error = math.hypot(error, its_error)
+        assert error < 1.5
+        assert abs(mean - expected - _constant(problem, bounds)) < 3 * error + slack
 
+    @pytest.mark.parametrize("bounds", [IMPROPER, BOUNDED], ids=["improper", "bounded"])
+    @pytest.mark.parametrize("make", PROBLEMS)
+    def test_sampled_loss_and_gradients_are_those_of_trace_elbo_from_one_seed(self, make, bounds):
+        problem = _problem(make, bounds)
+        guide = _near_truth(problem)
+        results = []
+        for elbo in (SparseVD_ELBO("monte_carlo", local_reparam=False), Trace_ELBO()):
+            pyro.set_rng_seed(3)
+            loss = elbo.differentiable_loss(problem.model, guide, *problem.data)
+            results.append((loss.detach(), torch.autograd.grad(loss, list(guide.parameters()))))
+        (loss, gradients), (expected, expected_gradients) = results
+        torch.testing.assert_close(loss, expected + _constant(problem, bounds), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-2)
 
-@pytest.mark.parametrize("make", PROBLEMS)
-def test_samples_of_the_sparsified_posterior_have_zeros_and_all_latents(make):
-    problem = _problem(make, BOUNDED)
-    guide, zero = _near_truth(problem), problem.truth[problem.sparse] == 0
-    sparsified = guide.sparsified(sparsify(guide, threshold=0.0))
-    draws = Predictive(problem.model, guide=sparsified, num_samples=5, return_sites=list(problem.truth))(*problem.data)
-    for name, true in problem.truth.items():
-        assert draws[name].shape[-true.dim() :] == true.shape if true.dim() else True
-        assert (draws[name].std(0) > 0).all() or name == problem.sparse
-    weights = draws[problem.sparse].reshape(5, *zero.shape)
-    assert torch.equal(weights == 0, zero.expand(5, *zero.shape))
+    @pytest.mark.parametrize("make", IN_BATCHES)
+    def test_mini_batches_cost_what_all_data_cost_on_average(self, make):
+        problem = _problem(make)
+        guide, elbo = _near_truth(problem), SparseVD_ELBO("exact")
+        with torch.no_grad():
+            for q in guide.posteriors.values():
+                q.log_variance.fill_(-60.0)  # noise too small to see
+
+        def nll(*data: Tensor) -> Tensor:
+            elbo.loss(problem.model, guide, *data)
+            return elbo.terms["nll"]
+
+        batches = list(zip(*(t.chunk(4) for t in problem.data), strict=True))
+        mean = torch.stack([nll(*batch) for batch in batches]).mean()
+        torch.testing.assert_close(mean, nll(*problem.data), rtol=1e-4, atol=1e-3)
 
 
 def _fit(problem: Problem, steps: int = 300) -> AutoSparseNormal:
@@ -306,15 +277,42 @@ def _fit(problem: Problem, steps: int = 300) -> AutoSparseNormal:
 
 
 @pytest.mark.parametrize("make", PROBLEMS)
-def test_training_finds_what_matters(make):
-    problem = _problem(make)
-    guide, true = _fit(problem), problem.truth[problem.sparse]
-    summary = sparsify(guide, threshold=-2.0)
-    kept, found = summary.masks[problem.sparse], summary.masked(problem.sparse, guide.median()[problem.sparse])
-    if make is factors:  # whose order and signs are free
-        order = next((list(o) for o in permutations(range(2)) if torch.equal(kept[..., o], true != 0)), [0, 1])
-        signs = (found[..., order] * true).sum((0, 1)).sign()
-        kept, found = kept[..., order], found[..., order] * signs
-    assert torch.equal(kept, true != 0)
-    assert ((found - true).abs() <= 0.3 * true.abs()).all()
-    assert sparsify(guide, threshold=3.0).kept < true.numel()
+class TestSparsified:
+    def test_only_the_sparse_site_is_counted_and_masked(self, make):
+        problem = _problem(make)
+        guide, weights = _near_truth(problem), problem.truth[problem.sparse]
+        summary = sparsify(guide, threshold=0.0)
+        assert guide.sparse_sites == (problem.sparse,)
+        assert [site.name for site in summary.sites] == list(summary.masks) == [problem.sparse]
+        assert torch.equal(summary.masks[problem.sparse], weights != 0)
+        assert (summary.total, summary.kept) == (weights.numel(), int((weights != 0).sum()))
+        assert (summary.num_parameters, summary.kept_parameters) == (
+            problem.free,
+            problem.free - int((weights == 0).sum()),
+        )
+
+    def test_samples_of_the_sparsified_posterior_have_zeros_and_all_latents(self, make):
+        problem = _problem(make, BOUNDED)
+        guide, zero = _near_truth(problem), problem.truth[problem.sparse] == 0
+        sparsified = guide.sparsified(sparsify(guide, threshold=0.0))
+        draws = Predictive(problem.model, guide=sparsified, num_samples=5, return_sites=list(problem.truth))(
+            *problem.data
+        )
+        for name, true in problem.truth.items():
+            assert draws[name].shape[-true.dim() :] == true.shape if true.dim() else True
+            assert (draws[name].std(0) > 0).all() or name == problem.sparse
+        weights = draws[problem.sparse].reshape(5, *zero.shape)
+        assert torch.equal(weights == 0, zero.expand(5, *zero.shape))
+
+    def test_training_finds_what_matters(self, make):
+        problem = _problem(make)
+        guide, true = _fit(problem), problem.truth[problem.sparse]
+        summary = sparsify(guide, threshold=-2.0)
+        kept, found = summary.masks[problem.sparse], summary.masked(problem.sparse, guide.median()[problem.sparse])
+        if make is factors:  # whose order and signs are free
+            order = next((list(o) for o in permutations(range(2)) if torch.equal(kept[..., o], true != 0)), [0, 1])
+            signs = (found[..., order] * true).sum((0, 1)).sign()
+            kept, found = kept[..., order], found[..., order] * signs
+        assert torch.equal(kept, true != 0)
+        assert ((found - true).abs() <= 0.3 * true.abs()).all()
+        assert sparsify(guide, threshold=3.0).kept < true.numel()

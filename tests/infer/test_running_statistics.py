@@ -52,89 +52,69 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-@pytest.mark.parametrize("trained_before", [True, False])
-@pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("way", ["svi", "loss"])
-def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(way, num_particles, trained_before, device):
-    loss = _loss(device, _Overflowing(), num_particles=num_particles)
-    x, y = smooth_data(device)
-    step = loss
-    if way == "svi":
-        step = SVI(loss.model, loss.guide, pyro.optim.Adam({"lr": 0.01}), loss.elbo).step
-    if trained_before:
+class TestFailedSteps:
+    @pytest.mark.parametrize("trained_before", [True, False])
+    @pytest.mark.parametrize("num_particles", [1, 3])
+    @pytest.mark.parametrize("way", ["svi", "loss"])
+    def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(
+        self, way, num_particles, trained_before, device
+    ):
+        loss = _loss(device, _Overflowing(), num_particles=num_particles)
+        x, y = smooth_data(device)
+        step = loss
+        if way == "svi":
+            step = SVI(loss.model, loss.guide, pyro.optim.Adam({"lr": 0.01}), loss.elbo).step
+        if trained_before:
+            step(x, y)
+        before = _buffers(loss.model)
+        with pytest.raises(ValueError, match=r"^loss: expected a finite number, but got nll (nan|inf)"):
+            step(1e3 * x, y)
+        torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
         step(x, y)
-    before = _buffers(loss.model)
-    with pytest.raises(ValueError, match=r"^loss: expected a finite number, but got nll (nan|inf)"):
-        step(1e3 * x, y)
-    torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
-    step(x, y)
-    assert loss.model.network.norms[0].num_batches_tracked == num_particles * (1 + trained_before)
-    assert all(buffer.isfinite().all() for buffer in loss.model.buffers())
+        assert loss.model.network.norms[0].num_batches_tracked == num_particles * (1 + trained_before)
+        assert all(buffer.isfinite().all() for buffer in loss.model.buffers())
 
+    def test_an_error_of_the_model_leaves_running_statistics_alone(self, device):
+        class Failing(nn.Sequential):
+            fails = False
 
-def test_an_error_of_the_model_leaves_running_statistics_alone(device):
-    class Failing(nn.Sequential):
-        fails = False
+            def forward(self, x: Tensor) -> Tensor:
+                output = super().forward(x)
+                if self.fails:
+                    raise KeyError("mine")
+                return output
 
-        def forward(self, x: Tensor) -> Tensor:
-            output = super().forward(x)
-            if self.fails:
-                raise KeyError("mine")
-            return output
-
-    loss = _loss(device, Failing(nn.BatchNorm1d(4), nn.Linear(4, 1)))
-    loss(*smooth_data(device))
-    before = _buffers(loss.model)
-    loss.model.network.fails = True
-    with pytest.raises(KeyError, match="mine"):
+        loss = _loss(device, Failing(nn.BatchNorm1d(4), nn.Linear(4, 1)))
         loss(*smooth_data(device))
-    torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
+        before = _buffers(loss.model)
+        loss.model.network.fails = True
+        with pytest.raises(KeyError, match="mine"):
+            loss(*smooth_data(device))
+        torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
 
+    def test_without_the_check_statistics_are_those_of_the_pass(self, device):
+        loss = _loss(device, _Overflowing(), check_finite=False)
+        x, y = smooth_data(device)
+        assert not math.isfinite(loss(1e3 * x, y).item())
+        assert loss.model.network.norms[0].num_batches_tracked == 1
 
-def test_without_the_check_statistics_are_those_of_the_pass(device):
-    loss = _loss(device, _Overflowing(), check_finite=False)
-    x, y = smooth_data(device)
-    assert not math.isfinite(loss(1e3 * x, y).item())
-    assert loss.model.network.norms[0].num_batches_tracked == 1
+    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+    def test_what_weights_were_is_not_kept_a_second_time(self, error, device):
+        net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).to(device)
+        net[2].register_buffer("weight_initial", torch.zeros(2, device=device))
+        bnn = svd.bayesianize(net)
+        initial, buffers = bnn[0].weight, list(bnn[1].buffers())
 
+        @unchanged_buffers_on_error(bnn, with_frozen=False)
+        def fail() -> None:
+            for changed in (initial, bnn[2].weight_initial, *buffers):
+                changed.fill_(7)
+            raise error
 
-@pytest.mark.parametrize("once_before", [0, 1, 4])
-def test_a_layer_first_called_twice_in_a_later_step_counts_once(once_before, device):
-    loss, expected = (_loss(device, _SometimesTwice(), local_reparam=local) for local in (True, False))
-    x, y = smooth_data(device)
-    for each in (loss, expected):
-        for _ in range(once_before):
-            each(x, y)
-        each(x.abs() + 0.1, y)
-    assert loss.elbo._sampled_sites == {"layer.weight"}
-    assert loss.model.network.norm.num_batches_tracked == once_before + 1
-    torch.testing.assert_close(*(_buffers(each.model.network.norm) for each in (loss, expected)))
-
-
-def test_buffers_of_modules_that_are_met_again_are_kept_once(device):
-    shared = nn.BatchNorm1d(3)
-    net = nn.Sequential(*[nn.Sequential(shared, shared)] * 5).to(device)
-    shared.add_module("owner", net)  # a circle
-    assert len(_running_buffers(net, with_frozen=False)) == 3
-
-
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_what_weights_were_is_not_kept_a_second_time(error, device):
-    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).to(device)
-    net[2].register_buffer("weight_initial", torch.zeros(2, device=device))
-    bnn = svd.bayesianize(net)
-    initial, buffers = bnn[0].weight, list(bnn[1].buffers())
-
-    @unchanged_buffers_on_error(bnn, with_frozen=False)
-    def fail() -> None:
-        for changed in (initial, bnn[2].weight_initial, *buffers):
-            changed.fill_(7)
-        raise error
-
-    with pytest.raises(error):
-        fail()
-    assert (initial == 7).all()
-    assert all((buffer != 7).all() for buffer in (bnn[2].weight_initial, *buffers))
+        with pytest.raises(error):
+            fail()
+        assert (initial == 7).all()
+        assert all((buffer != 7).all() for buffer in (bnn[2].weight_initial, *buffers))
 
 
 class _Reassigning(nn.Module):
@@ -151,24 +131,6 @@ class _Reassigning(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("bad", [False, True])
-def test_reassigned_buffers_are_left_alone_by_set_up_and_by_errors(bad, device):
-    torch.manual_seed(0)
-    bnn = svd.bayesianize(_Reassigning().to(device))
-    model = svd.Supervised(bnn, lambda out: dist.Normal(out.squeeze(-1), 1.0), 20)
-    guide, x, y = svd.AutoSparseNormal(model), torch.ones(4, 3, device=device), torch.ones(4, device=device)
-    if bad:
-        with torch.no_grad():
-            bnn.linear.bias.fill_(torch.nan)
-        with pytest.raises(ValueError, match=r"linear\.bias: expected finite numbers"):
-            svd.SparseVD_ELBO()(model, guide)(x, y)
-    else:
-        guide(x, y)
-    assert bnn.mean.item() == 0
-    bnn.double()
-    assert bnn.mean.dtype == torch.float64
-
-
 class _Momentum(nn.Module):
     """A frozen copy of its layer follows that by momentum, whenever it runs."""
 
@@ -183,13 +145,49 @@ class _Momentum(nn.Module):
         return (self.layer(x).tanh() + self.layer(self.follower(x))).sum(-1)
 
 
-@pytest.mark.parametrize("local_reparam", [True, False])
-def test_frozen_parameters_change_once_in_a_step(device, local_reparam):
-    net = _Momentum()
-    before = net.follower.weight.double().to(device)
-    loss = _loss(device, net, local_reparam=local_reparam)
-    loss(*smooth_data(device)).backward()
-    torch.testing.assert_close(_follower(loss), before.lerp(torch.ones_like(before), 0.25))
+class TestPassesThatStartAgain:
+    @pytest.mark.parametrize("once_before", [0, 1, 4])
+    def test_a_layer_first_called_twice_in_a_later_step_counts_once(self, once_before, device):
+        loss, expected = (_loss(device, _SometimesTwice(), local_reparam=local) for local in (True, False))
+        x, y = smooth_data(device)
+        for each in (loss, expected):
+            for _ in range(once_before):
+                each(x, y)
+            each(x.abs() + 0.1, y)
+        assert loss.elbo._sampled_sites == {"layer.weight"}
+        assert loss.model.network.norm.num_batches_tracked == once_before + 1
+        torch.testing.assert_close(*(_buffers(each.model.network.norm) for each in (loss, expected)))
+
+    def test_buffers_of_modules_that_are_met_again_are_kept_once(self, device):
+        shared = nn.BatchNorm1d(3)
+        net = nn.Sequential(*[nn.Sequential(shared, shared)] * 5).to(device)
+        shared.add_module("owner", net)  # a circle
+        assert len(_running_buffers(net, with_frozen=False)) == 3
+
+    @pytest.mark.parametrize("bad", [False, True])
+    def test_reassigned_buffers_are_left_alone_by_set_up_and_by_errors(self, bad, device):
+        torch.manual_seed(0)
+        bnn = svd.bayesianize(_Reassigning().to(device))
+        model = svd.Supervised(bnn, lambda out: dist.Normal(out.squeeze(-1), 1.0), 20)
+        guide, x, y = svd.AutoSparseNormal(model), torch.ones(4, 3, device=device), torch.ones(4, device=device)
+        if bad:
+            with torch.no_grad():
+                bnn.linear.bias.fill_(torch.nan)
+            with pytest.raises(ValueError, match=r"linear\.bias: expected finite numbers"):
+                svd.SparseVD_ELBO()(model, guide)(x, y)
+        else:
+            guide(x, y)
+        assert bnn.mean.item() == 0
+        bnn.double()
+        assert bnn.mean.dtype == torch.float64
+
+    @pytest.mark.parametrize("local_reparam", [True, False])
+    def test_frozen_parameters_change_once_in_a_step(self, device, local_reparam):
+        net = _Momentum()
+        before = net.follower.weight.double().to(device)
+        loss = _loss(device, net, local_reparam=local_reparam)
+        loss(*smooth_data(device)).backward()
+        torch.testing.assert_close(_follower(loss), before.lerp(torch.ones_like(before), 0.25))
 
 
 def _follower(loss: Any) -> Tensor:
