@@ -29,43 +29,6 @@ from storable import assert_same_networks, normalised_mlp, opened_file, sparse_n
 
 FAULTS = {"write": (os, "fsync"), "replace": (os, "replace"), "choice of a name": (_files.secrets, "token_hex")}
 
-
-@pytest.mark.parametrize(("module", "name"), FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
-def test_a_fault_leaves_the_old_file_and_nothing_else(module, name, fault, path, monkeypatch):
-    def fail(*args):
-        raise fault
-
-    net = sparse_network(normalised_mlp)
-    for old in (False, True):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, fail)
-            with pytest.raises(type(fault)):
-                save_sparse(normalised_mlp(), path)
-        assert os.listdir(path.parent) == [path.name] * old
-        save_sparse(net, path)
-    assert_same_networks(load_sparse(path, normalised_mlp()), net)
-
-
-def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(path, monkeypatch):
-    old, new = sparse_network(normalised_mlp), sparse_network(normalised_mlp, kept=0.9)
-    save_sparse(old, path)
-    seen = []
-
-    def look(function, *args):
-        seen.append(load_sparse(path, normalised_mlp()))
-        result = function(*args)
-        seen.append(load_sparse(path, normalised_mlp()))
-        return result
-
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, functools.partial(look, getattr(os, name)))
-    save_sparse(new, path)
-    assert len(seen) == 4
-    for net, expected in zip(seen, (old, old, old, new), strict=True):
-        assert_same_networks(net, expected)
-
-
 KILLED = """
 import os, random, signal, sys, time
 import torch
@@ -97,24 +60,57 @@ print(seen, left_behind)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_fifty_killed_saves_leave_the_old_file_or_the_new(path):
-    run = [sys.executable, "-W", "ignore", "-c", KILLED, str(path)]
-    seen, left_behind = map(int, subprocess.check_output(run, text=True).split())
-    assert seen == 3  # both networks were found
-    assert left_behind > 0  # so some were killed while they wrote
+class TestFailedSaves:
+    @pytest.mark.parametrize(("module", "name"), FAULTS.values(), ids=FAULTS)
+    @pytest.mark.parametrize(
+        "fault", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"]
+    )
+    def test_a_fault_leaves_the_old_file_and_nothing_else(self, module, name, fault, path, monkeypatch):
+        def fail(*args):
+            raise fault
 
+        net = sparse_network(normalised_mlp)
+        for old in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                with pytest.raises(type(fault)):
+                    save_sparse(normalised_mlp(), path)
+            assert os.listdir(path.parent) == [path.name] * old
+            save_sparse(net, path)
+        assert_same_networks(load_sparse(path, normalised_mlp()), net)
 
-def test_a_link_stays_a_link(path, tmp_path):
-    link = tmp_path / "link.svd"
-    path.write_bytes(b"")
-    link.symlink_to(path)
-    save_sparse(normalised_mlp(), link)
-    assert link.is_symlink()
-    assert path.stat().st_size > 0
+    def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(self, path, monkeypatch):
+        old, new = sparse_network(normalised_mlp), sparse_network(normalised_mlp, kept=0.9)
+        save_sparse(old, path)
+        seen = []
 
+        def look(function, *args):
+            seen.append(load_sparse(path, normalised_mlp()))
+            result = function(*args)
+            seen.append(load_sparse(path, normalised_mlp()))
+            return result
 
-# Hostile files --------------------------------------------------------------------------------------------------------
+        for name in ("fsync", "replace"):
+            monkeypatch.setattr(os, name, functools.partial(look, getattr(os, name)))
+        save_sparse(new, path)
+        assert len(seen) == 4
+        for net, expected in zip(seen, (old, old, old, new), strict=True):
+            assert_same_networks(net, expected)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+    def test_fifty_killed_saves_leave_the_old_file_or_the_new(self, path):
+        run = [sys.executable, "-W", "ignore", "-c", KILLED, str(path)]
+        seen, left_behind = map(int, subprocess.check_output(run, text=True).split())
+        assert seen == 3  # both networks were found
+        assert left_behind > 0  # so some were killed while they wrote
+
+    def test_a_link_stays_a_link(self, path, tmp_path):
+        link = tmp_path / "link.svd"
+        path.write_bytes(b"")
+        link.symlink_to(path)
+        save_sparse(normalised_mlp(), link)
+        assert link.is_symlink()
+        assert path.stat().st_size > 0
 
 
 def _small():
@@ -224,28 +220,37 @@ def _load(path, data, net):
     return load_sparse(path, net)
 
 
-@pytest.mark.usefixtures("_registry")
-def test_ten_thousand_damaged_files_are_refused_or_harmless(originals, path):
-    loaded, refused = collections.Counter(), collections.Counter()
-    net = _small()
-    before = copy.deepcopy(net)
-    for kind, data in itertools.islice(_files_with_faults(originals, 20_000), 10_000):
-        try:
-            _load(path, data, net)
-            loaded[kind] += 1
-            assert all(p.isfinite().all() for p in net.parameters())
-            net.load_state_dict(before.state_dict())
-        except StorageError as error:
-            refused[kind, re.sub(r"[^a-z]+", " ", str(error).removeprefix(f"{path}: "))[:80]] += 1
-            assert all(map(torch.equal, net.state_dict().values(), before.state_dict().values()))
-    assert loaded.total() + refused.total() == 10_000
-    assert loaded["damaged"] == loaded["truncated"] == 0  # a checksum tells
-    assert refused.total() + loaded["table"] > 9_900  # 9,993 when this was written
-    assert loaded["table"] < 150  # 93: other steps or buffers, that a file might have held
-    assert loaded["payload"] > 0  # other values, that a file might have held
-    assert len(refused) > 80  # kinds of damage and reasons to refuse
-    for reason in ("bytes do not fit the model", "more bytes", "is not in the file"):
-        assert any(reason in message for _, message in refused), reason
+class TestDamage:
+    @pytest.mark.usefixtures("_registry")
+    def test_ten_thousand_damaged_files_are_refused_or_harmless(self, originals, path):
+        loaded, refused = collections.Counter(), collections.Counter()
+        net = _small()
+        before = copy.deepcopy(net)
+        for kind, data in itertools.islice(_files_with_faults(originals, 20_000), 10_000):
+            try:
+                _load(path, data, net)
+                loaded[kind] += 1
+                assert all(p.isfinite().all() for p in net.parameters())
+                net.load_state_dict(before.state_dict())
+            except StorageError as error:
+                refused[kind, re.sub(r"[^a-z]+", " ", str(error).removeprefix(f"{path}: "))[:80]] += 1
+                assert all(map(torch.equal, net.state_dict().values(), before.state_dict().values()))
+        assert loaded.total() + refused.total() == 10_000
+        assert loaded["damaged"] == loaded["truncated"] == 0  # a checksum tells
+        assert refused.total() + loaded["table"] > 9_900  # 9,993 when this was written
+        assert loaded["table"] < 150  # 93: other steps or buffers, that a file might have held
+        assert loaded["payload"] > 0  # other values, that a file might have held
+        assert len(refused) > 80  # kinds of damage and reasons to refuse
+        for reason in ("bytes do not fit the model", "more bytes", "is not in the file"):
+            assert any(reason in message for _, message in refused), reason
+
+    def test_each_flipped_bit_of_a_file_is_found(self, originals, path):
+        data = originals[0]
+        for bit in range(8 * len(data)):
+            wrong = bytearray(data)
+            wrong[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(StorageError):
+                _load(path, bytes(wrong), _small())
 
 
 BYTES = np.zeros(8, np.uint8)
@@ -334,24 +339,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files_are_refused(data, message, path):
-    net = nn.Linear(3, 2, bias=False)
-    before = net.weight.detach().clone()
-    with pytest.raises(StorageError, match=message):
-        _load(path, data, net)
-    assert torch.equal(net.weight, before)
-
-
-def test_each_flipped_bit_of_a_file_is_found(originals, path):
-    data = originals[0]
-    for bit in range(8 * len(data)):
-        wrong = bytearray(data)
-        wrong[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(StorageError):
-            _load(path, bytes(wrong), _small())
-
-
 def _peak(function):
     tracemalloc.start()
     try:
@@ -364,79 +351,87 @@ def _peak(function):
     return peak
 
 
-def test_memory_is_bounded(path):
-    net = sparse_network(lenet_300_100, 0.01)
-    save_sparse(net, path)
-    table, payload = opened_file(path.read_bytes())
-    honest = _peak(lambda: load_sparse(path, net))
-    generator = np.random.default_rng(0)
-    hostile = [data for data, _ in HOSTILE.values()]
-    hostile += [_seal(table, _mutated(payload[:500], generator)) for _ in range(3)]
-    hostile += [_seal(table, b"\xff" * 4 + generator.bytes(1000))]
-    hostile += [_seal(table, generator.bytes(size)) for size in (4, 4_000, 400_000)]
-    for data in hostile:
-        path.write_bytes(data)
-        assert _peak(lambda: load_sparse(path, net)) < 10 * honest
+class TestHostileFiles:
+    @pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE)
+    def test_hostile_files_are_refused(self, data, message, path):
+        net = nn.Linear(3, 2, bias=False)
+        before = net.weight.detach().clone()
+        with pytest.raises(StorageError, match=message):
+            _load(path, data, net)
+        assert torch.equal(net.weight, before)
+
+    def test_memory_is_bounded(self, path):
+        net = sparse_network(lenet_300_100, 0.01)
+        save_sparse(net, path)
+        table, payload = opened_file(path.read_bytes())
+        honest = _peak(lambda: load_sparse(path, net))
+        generator = np.random.default_rng(0)
+        hostile = [data for data, _ in HOSTILE.values()]
+        hostile += [_seal(table, _mutated(payload[:500], generator)) for _ in range(3)]
+        hostile += [_seal(table, b"\xff" * 4 + generator.bytes(1000))]
+        hostile += [_seal(table, generator.bytes(size)) for size in (4, 4_000, 400_000)]
+        for data in hostile:
+            path.write_bytes(data)
+            assert _peak(lambda: load_sparse(path, net)) < 10 * honest
+
+    def test_no_file_runs_code(self, path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("unpickled")
+
+        net = sparse_network(normalised_mlp)
+        save_sparse(net, path)
+        monkeypatch.setattr("pickle.Unpickler", refuse)
+        monkeypatch.setattr("pickle.loads", refuse)
+        monkeypatch.setattr(torch, "load", refuse)
+        assert all(
+            map(torch.equal, load_sparse(path, normalised_mlp()).state_dict().values(), net.state_dict().values())
+        )
+
+    def test_a_table_too_long_is_refused(self, tmp_path):
+        entries = [Entry("x" * 1000 + str(i), torch.float32, (1,)) for i in range(1100)]
+        with pytest.raises(ValueError, match="names and shapes of at most 1048576 bytes, but got 1100 tensors"):
+            container.write_file(tmp_path / "net.svd", "", entries, b"")
+        with pytest.raises(ValueError, match="expected at most 32768 tensors"):
+            container.write_file(tmp_path / "net.svd", "", [Entry("x", torch.float32, ())] * 40_000, b"")
 
 
-def test_no_file_runs_code(path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
+class TestReading:
+    def test_files_are_written_and_read_by_threads(self, tmp_path):
+        nets = [sparse_network(normalised_mlp, 0.1 * i) for i in range(1, 9)]
+        failed = []
 
-    net = sparse_network(normalised_mlp)
-    save_sparse(net, path)
-    monkeypatch.setattr("pickle.Unpickler", refuse)
-    monkeypatch.setattr("pickle.loads", refuse)
-    monkeypatch.setattr(torch, "load", refuse)
-    assert all(map(torch.equal, load_sparse(path, normalised_mlp()).state_dict().values(), net.state_dict().values()))
+        def work(i):
+            for _ in range(5):
+                save_sparse(nets[i], tmp_path / "shared.svd")
+                save_sparse(nets[i], tmp_path / f"{i}.svd")
+                loaded = load_sparse(tmp_path / f"{i}.svd", normalised_mlp())
+                load_sparse(tmp_path / "shared.svd", normalised_mlp())
+                if not torch.equal(loaded[0].weight, nets[i][0].weight):
+                    failed.append(i)
 
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        assert len(os.listdir(tmp_path)) == 9
 
-def test_files_are_written_and_read_by_threads(tmp_path):
-    nets = [sparse_network(normalised_mlp, 0.1 * i) for i in range(1, 9)]
-    failed = []
+    def test_a_file_of_version_2_is_read(self, path):
+        net = nn.Linear(4, 2)
+        path.write_bytes(VERSION_2)
+        load_sparse(path, net)
+        assert torch.equal(net.weight, torch.tensor([[0, 0, 0, 0.5], [0, -0.25, 0, 0]]))
+        assert torch.equal(net.bias, torch.tensor([1.5, -3.0]))
 
-    def work(i):
-        for _ in range(5):
-            save_sparse(nets[i], tmp_path / "shared.svd")
-            save_sparse(nets[i], tmp_path / f"{i}.svd")
-            loaded = load_sparse(tmp_path / f"{i}.svd", normalised_mlp())
-            load_sparse(tmp_path / "shared.svd", normalised_mlp())
-            if not torch.equal(loaded[0].weight, nets[i][0].weight):
-                failed.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-    assert len(os.listdir(tmp_path)) == 9
-
-
-def test_a_file_of_version_2_is_read(path):
-    net = nn.Linear(4, 2)
-    path.write_bytes(VERSION_2)
-    load_sparse(path, net)
-    assert torch.equal(net.weight, torch.tensor([[0, 0, 0, 0.5], [0, -0.25, 0, 0]]))
-    assert torch.equal(net.bias, torch.tensor([1.5, -3.0]))
-
-
-@pytest.mark.parametrize("name", ["constriction", "safetensors"])
-def test_the_optional_packages_are_named(name, path, monkeypatch):
-    save_sparse(normalised_mlp(), path)
-    for module in (name, "safetensors.numpy"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for call in (lambda: save_sparse(normalised_mlp(), path), lambda: load_sparse(path, normalised_mlp())):
-        with pytest.raises(ImportError, match=r'expected \w+; pip install "pyro-sparsevd\[storage\]" installs it'):
-            call()
-
-
-def test_a_table_too_long_is_refused(tmp_path):
-    entries = [Entry("x" * 1000 + str(i), torch.float32, (1,)) for i in range(1100)]
-    with pytest.raises(ValueError, match="names and shapes of at most 1048576 bytes, but got 1100 tensors"):
-        container.write_file(tmp_path / "net.svd", "", entries, b"")
-    with pytest.raises(ValueError, match="expected at most 32768 tensors"):
-        container.write_file(tmp_path / "net.svd", "", [Entry("x", torch.float32, ())] * 40_000, b"")
+    @pytest.mark.parametrize("name", ["constriction", "safetensors"])
+    def test_the_optional_packages_are_named(self, name, path, monkeypatch):
+        save_sparse(normalised_mlp(), path)
+        for module in (name, "safetensors.numpy"):
+            monkeypatch.setitem(sys.modules, module, None)
+        for call in (lambda: save_sparse(normalised_mlp(), path), lambda: load_sparse(path, normalised_mlp())):
+            with pytest.raises(ImportError, match=r'expected \w+; pip install "pyro-sparsevd\[storage\]" installs it'):
+                call()
 
 
 VERSION_2 = (
