@@ -1,12 +1,6 @@
 """Metadata of a model's latents for the guide: transforms, plates, groups, sparsity."""
 
-__all__ = [
-    "Latent",
-    "attribute_sites",
-    "is_target",
-    "keep_latents",
-    "latent_of",
-]
+__all__ = ["Latent", "attribute_sites", "is_target", "keep_latents", "latent_of"]
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -73,13 +67,13 @@ class Latent(NamedTuple):
         return dist.TransformedDistribution(base, [self.transform.with_cache()])
 
 
-def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
-    """Yields each sample site that is an attribute of a module of the model, as Pyro has it before it is sampled."""
+def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
+    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for attribute, prior in sites_of(module).items():
             fn = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(fn, Distribution):
-                yield {**_UNSAMPLED, "name": site_name(module, attribute), "fn": fn, "kwargs": {}, "infer": {}}
+                yield site_name(module, attribute), fn
 
 
 def latent_of(name: str, prior: Distribution, value: Tensor, frames: tuple) -> tuple[Latent, Tensor]:
@@ -138,14 +132,3 @@ def keep_latents(trace: Any) -> None:
             trace.remove_node(name)
         else:
             node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
-
-
-_UNSAMPLED = {  # what Pyro notes of a site without a plate, before it is sampled
-    "type": "sample",
-    "args": (),
-    "value": None,
-    "is_observed": False,
-    "scale": 1.0,
-    "mask": None,
-    "cond_indep_stack": (),
-}
