@@ -15,10 +15,7 @@ Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
 
 def choose(
-    net: nn.Module,
-    *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] = (),
+    net: nn.Module, *, include: Pattern | Iterable[Pattern] | None = None, exclude: Pattern | Iterable[Pattern] = ()
 ) -> list[str]:
     """Returns the names of the parameters to which :func:`~.bayesianize.bayesianize` gives a prior.
 

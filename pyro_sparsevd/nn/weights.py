@@ -40,7 +40,7 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
     """
     rows: dict[int, set[int | None]] = {}
     for module in net.modules():
-        row = module.padding_idx if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+        row = module.padding_idx if isinstance(module, _EMBEDDINGS) else None
         for parameter in module._parameters.values():
             rows.setdefault(id(parameter), set()).add(row)
     sole = {name: next(iter(found)) for name, p in net.named_parameters() if len(found := rows[id(p)]) == 1}
@@ -56,20 +56,9 @@ def is_reparametrised(net: nn.Module, name: str) -> bool:
     return "parametrizations" in path.split(".") or any(attribute.startswith(f"{target}_") for target in targets)
 
 
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, *_CONVOLUTIONS, *_RECURRENT, *_EMBEDDINGS)
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
 _REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

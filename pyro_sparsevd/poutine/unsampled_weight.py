@@ -64,11 +64,7 @@ class UnsampledWeight(Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls,
-        base_dist: torch.distributions.Normal,
-        site: str,
-        workspace: Workspace,
-        notes: PassNotes | None = None,
+        cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace, notes: PassNotes | None = None
     ) -> "UnsampledWeight":
         noise, log_variance = _Noise(base_dist), log_variance_of(base_dist)
         self: UnsampledWeight = _Sampling.apply(base_dist.loc, log_variance, noise)
