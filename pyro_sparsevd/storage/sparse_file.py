@@ -222,11 +222,8 @@ def _check_match(entries: list[Entry], state: dict[str, Tensor]) -> None:
 def _converted(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """Returns a tensor of the file on the device and in the dtype of the network's."""
     result = tensor.to(like)
-    if tensor.is_floating_point():
-        fits = torch.equal(result.isfinite(), tensor.to(like.device).isfinite())
-    else:
-        fits = torch.equal(result.long(), tensor.to(like.device).long())
-    if not fits:
+    held = Tensor.isfinite if tensor.is_floating_point() else Tensor.long
+    if not torch.equal(held(result), held(tensor.to(like.device))):
         raise StorageError(f"{name}: expected values of the network's {like.dtype}, but some are beyond it; {_ADVICE}")
     return result
 
