@@ -10,7 +10,7 @@ import torch
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
-from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
 
 from .._compat import site_name, sites_of
 from ..distributions.empirical_normal import EmpiricalBayesNormal
@@ -19,6 +19,7 @@ from ..distributions.sparse_normal import MaskedNormal, SparseNormal
 from ..distributions.util import map_tensors, unmasked, unwrap_independent
 from ..nn.scales import ShrunkWeightPrior
 from ..nn.sites import SitePrior, WeightPrior
+from .gaussians import parts_of
 
 
 class Latent(NamedTuple):
@@ -39,7 +40,7 @@ class Latent(NamedTuple):
     @property
     def is_real(self) -> bool:
         """Whether its support is all real numbers, so that it may be 0."""
-        return _is_identity(self.transform)
+        return not parts_of(self.transform)
 
     def log_alpha(self, q: SparseNormal) -> Tensor:
         """Returns log α of each weight, or of its group: log Σσ² - log Σθ² over the group."""
@@ -117,12 +118,6 @@ def _simplified(transform: Transform) -> Transform:
     parts = [_simplified(part) for part in transform.parts]
     parts = [part for part in parts if not (isinstance(part, AffineTransform) and part == AffineTransform(0, 1))]
     return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-
-
-def _is_identity(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def keep_latents(trace: Any) -> None:

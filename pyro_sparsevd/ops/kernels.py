@@ -1,9 +1,4 @@
-"""Twice each KL and its derivative as functions of 1/α, elementwise and in place; :mod:`~.divergence` has the formulas.
-
-References:
-    | Variational Dropout Sparsifies Deep Neural Networks (Molchanov, Ashukha, Vetrov, 2017), equation 14
-    | https://arxiv.org/abs/1701.05369
-"""
+"""Twice each KL of :mod:`~.divergence` and its derivative as functions of 1/α, elementwise and in place."""
 
 __all__ = ["DAWSON", "GROWTH", "K1", "K2", "K3", "KERNELS", "Kernel", "ard"]
 

@@ -1,8 +1,6 @@
 """A linear layer that samples its output instead of its weight: of mean x θᵀ and variance x² (σ²)ᵀ.
 
-References:
-    | Variational Dropout and the Local Reparameterization Trick (Kingma, Salimans, Welling, 2015)
-    | https://arxiv.org/abs/1506.02557
+It is the trick of :mod:`~.local_reparam`, which names the paper.
 """
 
 __all__ = ["KLHandle", "LocalLinear", "add_noise_", "finish_gradients_", "once_differentiable"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import _tables as tables
 from ..infer.autoguide import AutoSparseNormal
-from ..nn.selection import first_match
+from ..nn.selection import first_match, require_matches
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,7 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
 
 
 def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
-    for glob in thresholds:
-        if first_match([glob], *names) is None:
-            known = ", ".join(names) or "none"
-            raise ValueError(f"threshold: expected sites of real numbers, of {known}, but got {glob!r}")
+    require_matches(thresholds, names, "threshold: expected sites of real numbers")
     return {name: thresholds[first] for name in names if (first := first_match(thresholds, name)) is not None}
 
 
