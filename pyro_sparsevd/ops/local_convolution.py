@@ -39,9 +39,7 @@ class LocalConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, squares, loc, variance, r = ctx.saved_tensors
         workspace, geometry = ctx.handle.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
@@ -100,9 +98,7 @@ class SingleChannelConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         patches, loc, r = ctx.saved_tensors
         workspace = ctx.handle.workspace
         grad = torch.zeros_like(r) if grad is None else grad.flatten(2)

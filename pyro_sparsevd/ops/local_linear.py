@@ -78,9 +78,7 @@ class LocalLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         inputs, weights, r = ctx.saved_tensors
         workspace = ctx.handle.workspace
         x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad

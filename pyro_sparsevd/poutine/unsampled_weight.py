@@ -168,9 +168,7 @@ class UnsampledWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(UnsampledWeight, UnsampledWeight._numbers, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
