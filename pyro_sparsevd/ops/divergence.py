@@ -148,15 +148,13 @@ def add_gradients_(
     ``derivative`` is 2 dKL/da, ``grad`` the gradient of each weight's divergence or one for all. The gradients to add
     to are contiguous, or None where none is needed.
     """
-    given = {"loc": grad_loc, "log_variance": grad_log_variance, "kl": grad if grad.dim() else None}
-    optional = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for (theta, var, d, *pieces), (ratio, *_) in blocks(loc, variance, derivative, *optional.values()):
-        piece_of = dict(zip(optional, pieces, strict=True))
-        torch.div(theta, var, out=ratio).mul_(d).mul_(piece_of.get("kl", grad))
-        if "log_variance" in piece_of:
-            piece_of["log_variance"].addcmul_(ratio, theta, value=-0.5)
-        if "loc" in piece_of:
-            piece_of["loc"].add_(ratio)
+    tensors = loc, variance, derivative, grad, grad_loc, grad_log_variance
+    for (theta, var, d, of_kl, of_loc, of_log_variance), (ratio, *_) in blocks(*tensors):
+        torch.div(theta, var, out=ratio).mul_(d).mul_(of_kl)
+        if of_log_variance is not None:
+            of_log_variance.addcmul_(ratio, theta, value=-0.5)
+        if of_loc is not None:
+            of_loc.add_(ratio)
 
 
 def _kernel(form: str) -> Kernel:
