@@ -1,8 +1,8 @@
 """The private names of torch and Pyro that this package uses.
 
-Not here are names that subclasses are meant to override or call, as ``_validate_sample`` of a distribution, and the
-dictionaries of a module, as ``_buffers``; a test lists them. Each says the version it was seen in, why no public name
-serves, and what happens where it is missing.
+Each entry, or group of entries, says the version it was seen in, why no public name serves, and what happens where it
+is missing. Not here are names that subclasses are meant to override or call, as ``_validate_sample`` of a distribution,
+and the dictionaries of a module, as ``_buffers``; a test lists them.
 """
 
 __all__ = [
@@ -47,6 +47,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import wraps
+from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
@@ -68,15 +69,22 @@ P = ParamSpec("P")
 S = TypeVar("S", bound=Tensor)
 T = TypeVar("T")
 
-# Pyro 1.9.2. Which handlers are active; the public am_i_wrapped() tells only whether any is. Missing: the import fails.
-HANDLER_STACK: list[Any] = _PYRO_STACK
-
-# Pyro 1.9.2. What modules share in a call of a PyroModule, whose beginning nothing public tells. Missing: the import
-# fails.
-PyroContext = _Context
-
 # torch 2.13. torch's notes on extending it use this name; there is no public one. Missing: the import fails.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+# torch 2.13. Whether a transform such as vmap is active, as autograd.Function.apply asks. Nothing public tells, nor
+# whether a tensor is the zero without memory that forward-mode autograd makes. Missing: the import fails.
+in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+
+# torch 2.13. How often a tensor was changed in place; torch's notes on autograd name it. Missing: the call fails.
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+
+# Pyro 1.9.2. The mask of a masked distribution, which has no public attribute. Missing: the call fails.
+mask_of: Callable[[dist.MaskedDistribution], Tensor | bool] = attrgetter("_mask")
+
+# Pyro 1.9.2. Which handlers are active; the public am_i_wrapped() tells only whether any is. Missing: the import fails.
+HANDLER_STACK: list[Any] = _PYRO_STACK
 
 
 def not_compiled(function: Callable[P, T]) -> Callable[P, T]:
@@ -112,28 +120,12 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def in_function_transform() -> bool:
-    """Tells whether a transform of torch.func, such as vmap, is active.
-
-    torch 2.13. ``autograd.Function.apply`` asks in the same way; there is no public function. Missing: the call fails.
-    """
-    return torch._C._are_functorch_transforms_active()
-
-
 def operations_are_watched() -> bool:
     """Tells whether a ``TorchDispatchMode`` is active.
 
     torch 2.13. There is no public function that tells. Missing: the call fails.
     """
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Tells whether a tensor is the zero without memory that forward-mode autograd makes.
-
-    torch 2.13. There is no public function that tells. Missing: the call fails.
-    """
-    return tensor._is_zerotensor()
 
 
 @contextmanager
@@ -152,26 +144,15 @@ def validation_kept() -> Iterator[None]:
 def on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
     """Has a function of module, state and prefix change each state of a module.
 
-    torch 2.13. The public ``register_state_dict_post_hook`` is not in every torch that is supported. Missing: the call
-    fails.
+    torch 2.13. The public ``register_state_dict_post_hook`` is not in every torch that is supported, and its handle
+    does not remove the hook of a copy of the module. Missing: the call fails.
     """
     module._register_state_dict_hook(hook)
 
 
 def forget_on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Undoes :func:`on_state_dict`.
-
-    torch 2.13. The public handle removes a hook of the module, not of its copies. Missing: the call fails.
-    """
+    """Undoes :func:`on_state_dict`, also of a copy of the module."""
     module._state_dict_hooks = OrderedDict((k, h) for k, h in module._state_dict_hooks.items() if h is not hook)
-
-
-def mask_of(distribution: dist.MaskedDistribution) -> Tensor | bool:
-    """Returns the mask of a masked distribution.
-
-    Pyro 1.9.2. It has no public attribute. Missing: the call fails.
-    """
-    return distribution._mask
 
 
 def is_untraced(site: dict[str, Any]) -> bool:
@@ -182,19 +163,18 @@ def is_untraced(site: dict[str, Any]) -> bool:
     return bool(site["infer"].get("_do_not_trace") or site["infer"].get("_deterministic"))
 
 
-def stored_params() -> dict[str, Tensor]:
-    """Returns Pyro's parameter store by name, without constraints.
+# Pyro's parameter store, seen in Pyro 1.9.2. The public named_parameters() is a view without look-up; setdefault copies
+# a tensor that is not contiguous; del changes dictionaries that a loop over the store may be going through when a
+# garbage collection removes parameters. Missing: the calls fail.
 
-    Pyro 1.9.2. The public ``named_parameters()`` is a view without look-up. Missing: the call fails.
-    """
+
+def stored_params() -> dict[str, Tensor]:
+    """Returns the parameters by name, without constraints."""
     return pyro.get_param_store()._params
 
 
 def store_param(name: str, parameter: Tensor) -> None:
-    """Puts a parameter into Pyro's store as it is.
-
-    Pyro 1.9.2. The public ``setdefault`` copies a tensor that is not contiguous. Missing: the call fails.
-    """
+    """Puts a parameter into the store as it is."""
     store = pyro.get_param_store()
     store._params[name] = parameter
     store._param_to_name[parameter] = name
@@ -202,72 +182,40 @@ def store_param(name: str, parameter: Tensor) -> None:
 
 
 def forget_params(names: Collection[str]) -> None:
-    """Removes parameters from Pyro's store, also during a garbage collection amid a loop over the store.
-
-    Pyro 1.9.2. The public ``del`` changes the dictionaries that such a loop goes through. Missing: the call fails.
-    """
+    """Removes parameters from the store."""
     store = pyro.get_param_store()
     store._params = {key: value for key, value in store._params.items() if key not in names}
     store._param_to_name = {value: key for value, key in store._param_to_name.items() if key not in names}
     store._constraints = {key: value for key, value in store._constraints.items() if key not in names}
 
 
-def site_name(module: nn.Module, attribute: str) -> str:
-    """Returns the name of the sample site that an attribute of a ``PyroModule`` is.
+# The path, context and sites of a PyroModule, seen in Pyro 1.9.2. Reading a site by its public attribute samples it;
+# the others have no public reader, and are publicly set only by assigning the module to another one. Missing: the
+# calls fail, but no module seems to have sites, and names change in a call where set_place has no effect.
 
-    Pyro 1.9.2. The path of a module has no public reader. Missing: the call fails.
-    """
-    path = module.__dict__["_pyro_name"]
-    return f"{path}.{attribute}" if path else attribute
-
-
-def sites_of(module: nn.Module) -> MutableMapping[str, Any]:
-    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing.
-
-    Pyro 1.9.2. Public access to the attribute would sample it. Missing: no module seems to have sites.
-    """
-    return module.__dict__.get("_pyro_samples", {})
+# What modules share in a call of a PyroModule, whose beginning nothing public tells.
+PyroContext = _Context
 
 
-def call_context(module: nn.Module) -> Any:
-    """Returns the context of a call of a ``PyroModule``; ``active`` says whether the call is under way.
-
-    Pyro 1.9.2. It has no public reader. Missing: the call fails.
-    """
-    return module.__dict__["_pyro_context"]
-
-
-def path_of(module: Any) -> str:
-    """Returns the path of a ``PyroModule`` below the outermost one, which the names of its sites begin with.
-
-    Pyro 1.9.2. It has no public reader. Missing: the call fails.
-    """
+def path_of(module: nn.Module) -> str:
+    """Returns the path of a module below the outermost one, which the names of its sites begin with."""
     return module.__dict__["_pyro_name"]
 
 
 def rename(module: Any, path: str) -> None:
-    """Gives a ``PyroModule`` another path.
-
-    Pyro 1.9.2. Publicly, only assigning it to another module does. Missing: the call fails.
-    """
+    """Gives a module another path."""
     module._pyro_name = path
 
 
-def set_place(module: Any, path: str, context: Any, on_move: Callable[[str, Any], None]) -> None:
-    """Gives a ``PyroModule`` a path and a context, and what to call when another module takes it in.
+def call_context(module: nn.Module) -> Any:
+    """Returns the context of a call of a module; ``active`` says whether the call is under way."""
+    return module.__dict__["_pyro_context"]
 
-    Pyro 1.9.2. Publicly, only assigning it to another module sets the first two. Missing: names change in a call.
-    """
+
+def set_place(module: Any, path: str, context: Any, on_move: Callable[[str, Any], None]) -> None:
+    """Gives a module a path and a context, and what to call when another module takes it in."""
     module._pyro_name, module._pyro_context = path, context
     module.__dict__["_pyro_set_supermodule"] = on_move
-
-
-def move(module: Any, path: str, context: Any) -> None:
-    """Gives a ``PyroModule`` and those in it the paths and the context that another module's has for them.
-
-    Pyro 1.9.2. It is what assigning a module calls. Missing: the call fails.
-    """
-    type(module)._pyro_set_supermodule(module, path, context)
 
 
 def forget_place(module: nn.Module) -> None:
@@ -275,38 +223,43 @@ def forget_place(module: nn.Module) -> None:
     module.__dict__.pop("_pyro_set_supermodule", None)
 
 
-def set_sites(module: Any, sites: MutableMapping[str, Any]) -> None:
-    """Sets what Pyro samples where an attribute of a ``PyroModule`` is read, by attribute.
+def move(module: Any, path: str, context: Any) -> None:
+    """Gives a module and those in it the paths and the context that another module's has for them."""
+    type(module)._pyro_set_supermodule(module, path, context)
 
-    Pyro 1.9.2. Publicly, attributes are set one by one, in a dictionary of Pyro's. Missing: the call fails.
-    """
+
+def sites_of(module: nn.Module) -> MutableMapping[str, Any]:
+    """Returns what Pyro samples where an attribute of a module is read, by attribute; of other modules, nothing."""
+    return module.__dict__.get("_pyro_samples", {})
+
+
+def set_sites(module: Any, sites: MutableMapping[str, Any]) -> None:
+    """Sets what Pyro samples where an attribute of a module is read, by attribute."""
     module._pyro_samples = sites
 
 
-def declare_param(module: Any, attribute: str, event_dim: int) -> None:
-    """Declares an unconstrained parameter of a ``PyroModule``, whose value is there already, as a ``PyroParam``.
+def site_name(module: nn.Module, attribute: str) -> str:
+    """Returns the name of the sample site that an attribute of a module is."""
+    path = path_of(module)
+    return f"{path}.{attribute}" if path else attribute
 
-    Pyro 1.9.2. The public assignment of a ``PyroParam`` sets the value, too. Missing: the call fails.
+
+def declare_param(module: Any, attribute: str, event_dim: int) -> None:
+    """Declares an unconstrained parameter of a module, whose value is there already, as a ``PyroParam``.
+
+    The public assignment of a ``PyroParam`` sets the value, too.
     """
     module._pyro_params[attribute] = constraints.real, event_dim
 
 
 def leave_pyro(module: Any, original: type[nn.Module]) -> None:
-    """Makes a ``PyroModule`` without sites one of its original class again.
+    """Makes a module without sites one of its original class again.
 
-    Pyro 1.9.2, torch 2.13. The public ``to_pyro_module_`` has no inverse; layers of torch that keep a list of their
-    weights renew it by a private method. Missing: Pyro's attributes stay, or the call fails.
+    The public ``to_pyro_module_`` has no inverse; layers of torch 2.13 that keep a list of their weights renew it by a
+    private method. Missing: Pyro's attributes stay, or the call fails.
     """
     module.__class__ = original
     for name in ("_pyro_name", "_pyro_context", "_pyro_params", "_pyro_samples", "_pyro_set_supermodule"):
         module.__dict__.pop(name, None)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-
-
-def version_of(tensor: Tensor) -> int:
-    """Returns a number that counts the changes of a tensor in place.
-
-    torch 2.13. torch's notes on autograd name it; there is no public one. Missing: the call fails.
-    """
-    return tensor._version

@@ -153,31 +153,12 @@ def _show(bound: Tensor) -> str:
     return f"{bound.reshape(-1)[0].item():g}" if bound.unique().numel() == 1 else f"of shape {tuple(bound.shape)}"
 
 
-class Jeffreys(dist.TorchDistribution):
+class Jeffreys(dist.FoldedDistribution):
     """The improper prior of a scale, p(z) ∝ 1 / z; its samples are the magnitudes of those of :class:`LogUniform`."""
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.positive
-    has_rsample = True
-
     def __init__(self, validate_args: bool | None = None) -> None:
-        self._signed = LogUniform()
-        super().__init__(validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Jeffreys":
-        """Returns this distribution with its batch shape expanded."""
-        new = self._get_checked_instance(Jeffreys, _instance)
-        new._signed = self._signed.expand(batch_shape)
-        super(Jeffreys, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+        super().__init__(LogUniform(), validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each value in nats, up to a constant."""
-        if self._validate_args:
-            self._validate_sample(value)
-        return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 # as in torch
-        """Samples the truncation to ``1e-8 ≤ z ≤ 1``, with a warning."""
-        return self._signed.rsample(sample_shape).abs()
+        return super().log_prob(value) - math.log(2)

@@ -6,7 +6,7 @@ Its parameters are in :mod:`~.parameters`; :mod:`~.latents` says what is sampled
 __all__ = ["AutoSparseNormal"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,15 +14,15 @@ import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import unwrap
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from .._compat import call_context
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
 from ..poutine.param_store import ensure_unique_name, params_are_traced, register_guide_params
-from ..poutine.trace import active_trace
+from ..poutine.trace import SiteTrace, active_trace
 from .buffers import unchanged_buffers
 from .initialization import Start, init_to_weights, initial_value
 from .latents import Latent, attribute_sites, is_target, keep_latents, latent_of
@@ -89,9 +89,10 @@ class AutoSparseNormal(GaussianParameters):
         module = unwrap(model)
         others = module.parameters() if isinstance(module, nn.Module) else ()
         self.num_model_parameters = sum(p.numel() for p in others)
-        for site in attribute_sites(model):
-            with torch.no_grad(), helpful_support_errors(site), InitMessenger(init_loc_fn):
-                self._add_site(site["name"], site["fn"], initial_value(site, init_loc_fn(site)), ())
+        with BlockMessenger(), SiteTrace() as early, InitMessenger(self._initial_value):
+            for name, prior in attribute_sites(model):
+                pyro.sample(name, prior)
+        self._add_sites(early.found)
 
     @property
     def model(self) -> Callable:
@@ -249,9 +250,7 @@ class AutoSparseNormal(GaussianParameters):
         if unknown:
             raise ValueError(f"guide: its state was loaded with sites that the model does not have: {sorted(unknown)}")
         self._sites = {}
-        for name, site in found.items():
-            with helpful_support_errors(site):
-                self._add_site(name, site["fn"], site["value"], site["cond_indep_stack"])
+        self._add_sites(found)
 
     def _initial_value(self, site: Any) -> Any:
         # After a state was loaded, a site without parameters there is a target, which a prediction leaves unobserved.
@@ -260,11 +259,15 @@ class AutoSparseNormal(GaussianParameters):
             return site["fn"]()
         return initial_value(site, self.init_loc_fn(site))
 
-    def _add_site(self, name: str, prior: Distribution, value: Tensor, frames: tuple) -> None:
-        site, loc = latent_of(name, prior, value, frames)
-        self._sites[name] = site
-        log_variance = self.init_log_variance if site.is_sparse else 2 * math.log(self.init_scale)
-        self._write(name, loc, site.event_dim, log_variance)
+    @torch.no_grad()
+    def _add_sites(self, found: Mapping[str, Any]) -> None:
+        """Makes the parameters of the sites of a trace."""
+        for name, site in found.items():
+            with helpful_support_errors(site):
+                latent, loc = latent_of(name, site["fn"], site["value"], site["cond_indep_stack"])
+            self._sites[name] = latent
+            log_variance = self.init_log_variance if latent.is_sparse else 2 * math.log(self.init_scale)
+            self._write(name, loc, latent.event_dim, log_variance)
 
     def _posterior(self, name: str) -> SparseNormal:
         loc, log_variance = self._parameters_of(name)

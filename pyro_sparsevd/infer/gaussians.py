@@ -1,6 +1,6 @@
 """Gaussians that a guide writes as transforms of Gaussians, or as a Delta at an auxiliary Gaussian site."""
 
-__all__ = ["as_gaussian", "with_auxiliary_sites_exchanged"]
+__all__ = ["as_gaussian", "parts_of", "with_auxiliary_sites_exchanged"]
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def as_gaussian(distribution: Any) -> Any:
     base = unwrap_independent(distribution.base_dist)
     if not isinstance(base, torch.distributions.Normal):
         return distribution
-    for part in _parts(ComposeTransform(list(distribution.transforms))):
+    for part in parts_of(ComposeTransform(list(distribution.transforms))):
         if not isinstance(part, AffineTransform):
             return distribution
         loc, scale = torch.as_tensor(part.loc), torch.as_tensor(part.scale)
@@ -28,12 +28,12 @@ def as_gaussian(distribution: Any) -> Any:
     return Independent(base, event_dims) if event_dims else base
 
 
-def _parts(transform: Transform) -> list[Transform]:
+def parts_of(transform: Transform) -> list[Transform]:
     """Returns the transforms that a transform is composed of, each without its event dimensions."""
     if isinstance(transform, IndependentTransform):
-        return _parts(transform.base_transform)
+        return parts_of(transform.base_transform)
     if isinstance(transform, ComposeTransform):
-        return [inner for part in transform.parts for inner in _parts(part)]
+        return [inner for part in transform.parts for inner in parts_of(part)]
     return [transform]
 
 

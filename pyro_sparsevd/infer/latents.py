@@ -1,12 +1,6 @@
 """Metadata of a model's latents for the guide: transforms, plates, groups, sparsity."""
 
-__all__ = [
-    "Latent",
-    "attribute_sites",
-    "is_target",
-    "keep_latents",
-    "latent_of",
-]
+__all__ = ["Latent", "attribute_sites", "is_target", "keep_latents", "latent_of"]
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +10,7 @@ import torch
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
-from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, Transform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
 
 from .._compat import site_name, sites_of
 from ..distributions.empirical_normal import EmpiricalBayesNormal
@@ -25,6 +19,7 @@ from ..distributions.sparse_normal import MaskedNormal, SparseNormal
 from ..distributions.util import map_tensors, unmasked, unwrap_independent
 from ..nn.scales import ShrunkWeightPrior
 from ..nn.sites import SitePrior, WeightPrior
+from .gaussians import parts_of
 
 
 class Latent(NamedTuple):
@@ -45,7 +40,7 @@ class Latent(NamedTuple):
     @property
     def is_real(self) -> bool:
         """Whether its support is all real numbers, so that it may be 0."""
-        return _is_identity(self.transform)
+        return not parts_of(self.transform)
 
     def log_alpha(self, q: SparseNormal) -> Tensor:
         """Returns log α of each weight, or of its group: log Σσ² - log Σθ² over the group."""
@@ -73,13 +68,13 @@ class Latent(NamedTuple):
         return dist.TransformedDistribution(base, [self.transform.with_cache()])
 
 
-def attribute_sites(model: Any) -> Iterator[dict[str, Any]]:
-    """Yields each sample site that is an attribute of a module of the model, as Pyro has it before it is sampled."""
+def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:
+    """Yields the name and the prior of each sample site that is an attribute of a module of the model."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for attribute, prior in sites_of(module).items():
             fn = prior.of(module) if isinstance(prior, SitePrior) else prior
             if isinstance(fn, Distribution):
-                yield {**_UNSAMPLED, "name": site_name(module, attribute), "fn": fn, "kwargs": {}, "infer": {}}
+                yield site_name(module, attribute), fn
 
 
 def latent_of(name: str, prior: Distribution, value: Tensor, frames: tuple) -> tuple[Latent, Tensor]:
@@ -125,12 +120,6 @@ def _simplified(transform: Transform) -> Transform:
     return parts[0] if len(parts) == 1 else ComposeTransform(parts)
 
 
-def _is_identity(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, ComposeTransform) and not transform.parts
-
-
 def keep_latents(trace: Any) -> None:
     """Removes from a prototype what a copy or a pickle of it could not, or need not, hold."""
     for name, node in list(trace.nodes.items()):
@@ -138,14 +127,3 @@ def keep_latents(trace: Any) -> None:
             trace.remove_node(name)
         else:
             node.update(fn=map_tensors(node["fn"], Tensor.detach), value=node["value"].detach(), continuation=None)
-
-
-_UNSAMPLED = {  # what Pyro notes of a site without a plate, before it is sampled
-    "type": "sample",
-    "args": (),
-    "value": None,
-    "is_observed": False,
-    "scale": 1.0,
-    "mask": None,
-    "cond_indep_stack": (),
-}

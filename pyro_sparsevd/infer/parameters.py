@@ -65,7 +65,7 @@ class GaussianParameters(AutoGuide):
             locs = {key[len(start) :].removesuffix(_UNCONSTRAINED): state_dict[key] for key in keys}
             self._loaded = set(locs)
             for name, value in locs.items():
-                if not self._has_parameters(name) or _is_in_plates(self._parameters_of(name)[0], value):
+                if name not in self._site_names() or _is_in_plates(self._parameters_of(name)[0], value):
                     new = torch.zeros_like(value, device=next(self.parameters(), value).device)
                     self._make(name, (new, new.clone()), None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -98,7 +98,7 @@ class GaussianParameters(AutoGuide):
 
     def _write(self, name: str, loc: Tensor, event_dim: int, log_variance: float) -> None:
         """Makes the parameters of a site; existing ones keep their values, unless the site now has another shape."""
-        known = self._parameters_of(name)[0].shape if self._has_parameters(name) else None
+        known = self._parameters_of(name)[0].shape if name in self._site_names() else None
         if known is not None and known != loc.shape and name in self._loaded:
             raise ValueError(
                 f"{name}: the state loaded is of shape {tuple(known)}, but the model's site needs {tuple(loc.shape)}"
@@ -164,14 +164,9 @@ class GaussianParameters(AutoGuide):
         key = attribute + _UNCONSTRAINED
         return locs._parameters[key], scale_params._parameters[key]
 
-    def _has_parameters(self, name: str) -> bool:
-        return name in self._names_of_parameters()
-
-    def _names_of_parameters(self) -> dict[str, None]:
-        return dict.fromkeys(name.removesuffix(_UNCONSTRAINED) for name, _ in self.locs.named_parameters())
-
     def _site_names(self) -> list[str]:
-        made = self._names_of_parameters()
+        """Returns the names of the sites that have parameters, in the order of the model as far as that is known."""
+        made = [name.removesuffix(_UNCONSTRAINED) for name, _ in self.locs.named_parameters()]
         return [name for name in self._sites if name in made] + [name for name in made if name not in self._sites]
 
 

@@ -2,6 +2,7 @@
 
 __all__ = ["NetworkContext", "join_network"]
 
+from functools import partial
 from typing import Any
 
 from pyro.nn import PyroModule
@@ -30,18 +31,13 @@ class NetworkContext(PyroContext):
 
 def join_network(module: PyroModule, path: str, context: NetworkContext) -> None:
     """Gives a module its name and context in a network."""
-    set_place(module, path, context, on_move=_SetSupermodule(module))
+    set_place(module, path, context, on_move=partial(_move_unless_running, module))
 
 
-class _SetSupermodule:
+def _move_unless_running(module: PyroModule, path: str, context: PyroContext) -> None:
     """Gives a module the name and the context of another module that takes it in, unless the network is running.
 
     So the sites of ``self.layers[:2](x)``, a new module around old ones, are those of ``self.layers(x)``.
     """
-
-    def __init__(self, module: PyroModule) -> None:
-        self.module = module
-
-    def __call__(self, name: str, context: PyroContext) -> None:
-        if not call_context(self.module).active:
-            move(self.module, name, context)
+    if not call_context(module).active:
+        move(module, path, context)

@@ -1,8 +1,8 @@
 """The choice of the parameters of a network that get a prior, by globs, types and predicates."""
 
-__all__ = ["Pattern", "choose", "first_match", "glob_matches", "matches"]
+__all__ = ["Pattern", "choose", "first_match", "glob_matches", "matches", "require_matches"]
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -15,10 +15,7 @@ Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
 
 def choose(
-    net: nn.Module,
-    *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] = (),
+    net: nn.Module, *, include: Pattern | Iterable[Pattern] | None = None, exclude: Pattern | Iterable[Pattern] = ()
 ) -> list[str]:
     """Returns the names of the parameters to which :func:`~.bayesianize.bayesianize` gives a prior.
 
@@ -99,6 +96,13 @@ def glob_matches(glob: str, name: str) -> bool:
 def first_match(globs: Iterable[str], *names: str) -> str | None:
     """Returns the first glob that matches one of the names, or None."""
     return next((glob for glob in globs if any(glob_matches(glob, name) for name in names)), None)
+
+
+def require_matches(globs: Iterable[str], names: Collection[str], expected: str) -> None:
+    """Refuses a glob that matches none of the names, as an error says by what was expected."""
+    for glob in globs:
+        if first_match([glob], *names) is None:
+            raise ValueError(f"{expected}, of {_names(names)}, but got {glob!r}")
 
 
 def _names(parameters: Iterable[str]) -> str:

@@ -3,9 +3,6 @@
 __all__ = ["is_reparametrised", "padding_rows", "weights_of"]
 
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 
 def weights_of(net: nn.Module) -> set[str]:
@@ -40,7 +37,7 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
     """
     rows: dict[int, set[int | None]] = {}
     for module in net.modules():
-        row = module.padding_idx if isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+        row = module.padding_idx if isinstance(module, _EMBEDDINGS) else None
         for parameter in module._parameters.values():
             rows.setdefault(id(parameter), set()).add(row)
     sole = {name: next(iter(found)) for name, p in net.named_parameters() if len(found := rows[id(p)]) == 1}
@@ -50,26 +47,13 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
 def is_reparametrised(net: nn.Module, name: str) -> bool:
     """Tells whether a layer computes its weight from a parameter, as ``weight_norm`` has it."""
     path, _, attribute = name.rpartition(".")
-    hooks = [h for h in net.get_submodule(path)._forward_pre_hooks.values() if isinstance(h, _REPARAMETRISATIONS)]
-    # "weight" of the layer is weight_g, weight_v or weight_orig here
-    targets = [getattr(hook, "_tensor_name", None) or getattr(hook, "name", "") for hook in hooks]
-    return "parametrizations" in path.split(".") or any(attribute.startswith(f"{target}_") for target in targets)
+    target, _, end = attribute.rpartition("_")
+    computed = vars(net.get_submodule(path)).get(target)  # "weight" beside weight_g, weight_v or weight_orig
+    return "parametrizations" in path.split(".") or (end in ("g", "v", "orig") and isinstance(computed, Tensor))
 
 
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, *_CONVOLUTIONS, *_RECURRENT, *_EMBEDDINGS)
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)
-_REPARAMETRISATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -5,15 +5,9 @@ its dropout rate is α = σ²/θ². Each divergence below depends on θ and σ²
 α → ∞ (a weight of pure noise costs nothing) and grows like -½ log α as α → 0.
 """
 
-__all__ = [
-    "add_gradients_",
-    "kl_ard",
-    "kl_log_uniform",
-    "kl_log_uniform_total",
-    "log_alpha",
-    "total_and_derivatives",
-]
+__all__ = ["add_gradients_", "kl_ard", "kl_log_uniform", "kl_log_uniform_total", "log_alpha", "total_and_derivatives"]
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,13 +121,12 @@ def total_and_derivatives(
 
     The derivatives are views of the flat tensor ``derivatives``, which has an element for each weight.
     """
-    sizes = [loc.numel() for loc in locs]
-    of_each = [d.view(loc.shape) for d, loc in zip(derivatives.split(sizes), locs, strict=True)]
-    totals = []
+    parts = derivatives.split([loc.numel() for loc in locs])
+    of_each = [part.view(loc.shape) for part, loc in zip(parts, locs, strict=True)]
     if fused.serve(derivatives, *locs, *variances):
-        for of_loc in zip(locs, variances, of_each, strict=True):
-            totals.append(fused.divergence(kernel, *of_loc))
+        totals = [fused.divergence(kernel, *of_loc) for of_loc in zip(locs, variances, of_each, strict=True)]
     else:
+        totals = []
         for a, loc, variance in zip(of_each, locs, variances, strict=True):
             torch.mul(loc, loc, out=a).div_(variance)
         for (a,), scratch in blocks(derivatives):
@@ -155,15 +148,13 @@ def add_gradients_(
     ``derivative`` is 2 dKL/da, ``grad`` the gradient of each weight's divergence or one for all. The gradients to add
     to are contiguous, or None where none is needed.
     """
-    given = {"loc": grad_loc, "log_variance": grad_log_variance, "kl": grad if grad.dim() else None}
-    optional = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for (theta, var, d, *pieces), (ratio, *_) in blocks(loc, variance, derivative, *optional.values()):
-        piece_of = dict(zip(optional, pieces, strict=True))
-        torch.div(theta, var, out=ratio).mul_(d).mul_(piece_of.get("kl", grad))
-        if "log_variance" in piece_of:
-            piece_of["log_variance"].addcmul_(ratio, theta, value=-0.5)
-        if "loc" in piece_of:
-            piece_of["loc"].add_(ratio)
+    tensors = loc, variance, derivative, grad, grad_loc, grad_log_variance
+    for (theta, var, d, of_kl, of_loc, of_log_variance), (ratio, *_) in blocks(*tensors):
+        torch.div(theta, var, out=ratio).mul_(d).mul_(of_kl)
+        if of_log_variance is not None:
+            of_log_variance.addcmul_(ratio, theta, value=-0.5)
+        if of_loc is not None:
+            of_loc.add_(ratio)
 
 
 def _kernel(form: str) -> Kernel:
@@ -172,12 +163,10 @@ def _kernel(form: str) -> Kernel:
     return KERNELS[form]
 
 
-def _operands(loc: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(loc: Tensor, log_variance: Tensor) -> Sequence[Tensor]:
     dtype = torch.promote_types(loc.dtype, log_variance.dtype)
-    if dtype not in (torch.float32, torch.float64):
-        dtype = torch.float32
-    loc, log_variance = torch.broadcast_tensors(loc.to(dtype), log_variance.to(dtype))
-    return loc, log_variance
+    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.broadcast_tensors(loc.to(dtype), log_variance.to(dtype))
 
 
 class _Elementwise(torch.autograd.Function):

@@ -49,8 +49,6 @@ def patches_of(x: Tensor, kernel: torch.Size, geometry: tuple, workspace: Worksp
     if any(padding):
         x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
     of_image, _, *of_pixel = x.stride()
-    steps = [s * d for s, d in zip(of_pixel, dilation, strict=True)] + [
-        s * t for s, t in zip(of_pixel, stride, strict=True)
-    ]
+    steps = [size * step for steps in (dilation, stride) for size, step in zip(of_pixel, steps, strict=True)]
     patches = workspace.empty(windows, x).copy_(x.as_strided(windows, (of_image, *steps)))
     return patches.flatten(3).flatten(1, 2)

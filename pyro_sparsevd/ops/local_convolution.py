@@ -14,7 +14,7 @@ from torch import Tensor
 from . import fused
 from .geometry import output_size, patches_of, prefers_channels_last
 from .local_linear import KLHandle, add_noise_, finish_gradients_, once_differentiable
-from .memory import Workspace, is_channels_last
+from .memory import is_channels_last
 
 
 class LocalConvolution(torch.autograd.Function):
@@ -26,7 +26,7 @@ class LocalConvolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         workspace = handle.workspace
         handle.variance = variance = fused.exp(log_variance, out=workspace.empty_like(log_variance))
-        inputs = _channels_last(x, workspace) if prefers_channels_last(x, loc, geometry) else x
+        inputs = workspace.empty_channels_last(x.shape, x).copy_(x) if prefers_channels_last(x, loc, geometry) else x
         squares = torch.mul(inputs, inputs, out=workspace.empty_like(inputs))
         output = torch.convolution(inputs, loc, bias, *geometry)
         r = add_noise_(output, torch.convolution(squares, variance, None, *geometry), workspace)
@@ -39,16 +39,14 @@ class LocalConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, squares, loc, variance, r = ctx.saved_tensors
         workspace, geometry = ctx.handle.workspace, ctx.geometry
         x_needed, loc_needed, log_variance_needed, bias_needed, *_ = ctx.needs_input_grad
         if grad is None:
             grad = torch.zeros_like(r)
         elif not grad.is_contiguous(memory_format=torch.channels_last) and is_channels_last(r):
-            grad = _channels_last(grad, workspace)
+            grad = workspace.empty_channels_last(grad.shape, grad).copy_(grad)
         grad_x, grad_loc = _convolution_gradients(grad, x, loc, geometry, (x_needed, loc_needed))
         grad_squares = torch.mul(grad, r, out=workspace.empty_like(r))  # twice the gradient of the variance
         needed = x_needed, log_variance_needed
@@ -58,7 +56,7 @@ class LocalConvolution(torch.autograd.Function):
         grad_loc = grad_loc.contiguous() if loc_needed else None
         grad_log_variance = grad_variance.contiguous() if log_variance_needed else None
         finish_gradients_(grad_loc, grad_log_variance, loc, ctx.handle, grad_kl)
-        grad_bias = _sum_of_channels(grad) if bias_needed else None
+        grad_bias = grad.sum((0, *range(2, grad.dim()))) if bias_needed else None
         return grad_x, grad_loc, grad_log_variance, grad_bias, None, *(None for _ in geometry)
 
 
@@ -100,9 +98,7 @@ class SingleChannelConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         patches, loc, r = ctx.saved_tensors
         workspace = ctx.handle.workspace
         grad = torch.zeros_like(r) if grad is None else grad.flatten(2)
@@ -113,12 +109,8 @@ class SingleChannelConvolution(torch.autograd.Function):
             for of_output, of in ((grad, patches), (grad_squares, squares))
         )
         finish_gradients_(grad_loc, grad_log_variance, loc, ctx.handle, grad_kl)
-        grad_bias = _sum_of_channels(grad) if ctx.needs_input_grad[3] else None
+        grad_bias = grad.sum((0, 2)) if ctx.needs_input_grad[3] else None
         return None, grad_loc, grad_log_variance, grad_bias, *(None for _ in ctx.needs_input_grad[4:])
-
-
-def _channels_last(x: Tensor, workspace: Workspace) -> Tensor:
-    return workspace.empty_channels_last(x.shape, x).copy_(x)
 
 
 def _convolution_gradients(
@@ -126,7 +118,3 @@ def _convolution_gradients(
 ) -> list[Any]:
     """Returns the gradients in the input and the weight that are needed. For the bias, a sum is much cheaper."""
     return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, (*needed, False))[:2]
-
-
-def _sum_of_channels(grad: Tensor) -> Tensor:
-    return grad.sum([dim for dim in range(grad.dim()) if dim != 1])

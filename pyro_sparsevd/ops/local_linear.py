@@ -1,8 +1,6 @@
 """A linear layer that samples its output instead of its weight: of mean x θᵀ and variance x² (σ²)ᵀ.
 
-References:
-    | Variational Dropout and the Local Reparameterization Trick (Kingma, Salimans, Welling, 2015)
-    | https://arxiv.org/abs/1506.02557
+It is the trick of :mod:`~.local_reparam`, which names the paper.
 """
 
 __all__ = ["KLHandle", "LocalLinear", "add_noise_", "finish_gradients_", "once_differentiable"]
@@ -80,9 +78,7 @@ class LocalLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, grad: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         inputs, weights, r = ctx.saved_tensors
         workspace = ctx.handle.workspace
         x_needed, loc_needed, log_variance_needed, bias_needed, _ = ctx.needs_input_grad

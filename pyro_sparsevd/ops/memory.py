@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,17 +63,21 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
-    """Yields matching pieces of tensors of one shape, and four pieces of scratch memory, which each thread keeps."""
-    like = tensors[0]
+def blocks(like: Tensor, *others: Tensor | None) -> Iterator[tuple[list[Any], tuple[Tensor, ...]]]:
+    """Yields matching pieces of tensors of one shape, and four pieces of scratch memory, which each thread keeps.
+
+    A scalar is its own piece, and so is None.
+    """
+    tensors = [like, *others]
     total = like.numel()
     if total <= _BLOCK or not like.is_cpu:
-        yield list(tensors), _scratch(like.shape, like)
+        yield tensors, _scratch(like.shape, like)
         return
-    flat = [t.reshape(-1) for t in tensors]
+    flat = [t.reshape(-1) if t is not None and t.dim() else t for t in tensors]
     for start in range(0, total, _BLOCK):
         length = min(_BLOCK, total - start)
-        yield [t.narrow(0, start, length) for t in flat], _scratch(torch.Size([length]), like)
+        pieces = [t.narrow(0, start, length) if t is not None and t.dim() else t for t in flat]
+        yield pieces, _scratch(torch.Size([length]), like)
 
 
 def _scratch(shape: torch.Size, like: Tensor) -> tuple[Tensor, ...]:

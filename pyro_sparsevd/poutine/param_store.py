@@ -4,9 +4,9 @@ __all__ = ["IsolateParamsMessenger", "ensure_unique_name", "params_are_traced", 
 
 import weakref
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from typing import Any
 
-import pyro
 from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
@@ -38,10 +38,8 @@ class IsolateParamsMessenger(Messenger):
             return
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined] # as Pyro does elsewhere
         stored = stored_params()
-        number = 1
-        while stored.get(msg["name"], parameter) is not parameter:
-            number += 1
-            msg["name"] = f"{name}_{number}"
+        names = chain([msg["name"]], (f"{name}_{number}" for number in count(2)))
+        msg["name"] = next(free for free in names if stored.get(free, parameter) is parameter)
         msg["args"] = (msg["name"], parameter)
         if msg["name"] in stored:
             return
@@ -66,15 +64,14 @@ def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
     mine = {f"{path_of(guide)}.{name}": value for name, value in own.items()}
     if mine and all(stored.get(key) is value for key, value in mine.items()):
         return
-    below = {key: value for key, value in stored.items() if key.startswith(f"{path_of(guide)}.")}
-    others = {key: value for key, value in below.items() if value in _OF_GUIDES}
+    others = {key for key, value in stored.items() if key.startswith(f"{path_of(guide)}.") and value in _OF_GUIDES}
     if mine:
-        others = {key: value for key, value in others.items() if key in mine and value is not mine[key]}
-        for key in mine:  # in the order of the sites
-            if key in below and key not in others and below[key].shape != mine[key].shape:
+        others = {key for key in others & mine.keys() if stored[key] is not mine[key]}
+        for key, value in mine.items():
+            if key in stored and key not in others and stored[key].shape != value.shape:
                 raise ValueError(
-                    f"{key}: expected a parameter of shape {tuple(mine[key].shape)}, but Pyro's parameter store was "
-                    f"loaded with one of {tuple(below[key].shape)}; clear the store, or load that of this model"
+                    f"{key}: expected a parameter of shape {tuple(value.shape)}, but Pyro's parameter store was "
+                    f"loaded with one of {tuple(stored[key].shape)}; clear the store, or load that of this model"
                 )
     if others:
         _add_number(guide)
@@ -106,13 +103,11 @@ def _leave_store(own: Mapping[str, Callable[[], Tensor | None]]) -> None:
 
 
 def _add_number(guide: PyroModule) -> None:
-    old, number = path_of(guide), 2
-    start = f"{old}_"
-    taken = {key[len(start) :].split(".")[0] for key in pyro.get_param_store() if key.startswith(start)}
-    while str(number) in taken:
-        number += 1
+    old, stored = path_of(guide), stored_params()
+    names = (f"{old}_{number}" for number in count(2))
+    new = next(name for name in names if not any(key.startswith(f"{name}.") for key in stored))
     for module in guide.modules():
-        rename(module, f"{old}_{number}{path_of(module)[len(old) :]}")
+        rename(module, new + path_of(module).removeprefix(old))
 
 
 _OF_GUIDES: Any = WeakTensorKeyDictionary()

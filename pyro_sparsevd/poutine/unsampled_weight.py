@@ -64,11 +64,7 @@ class UnsampledWeight(Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls,
-        base_dist: torch.distributions.Normal,
-        site: str,
-        workspace: Workspace,
-        notes: PassNotes | None = None,
+        cls, base_dist: torch.distributions.Normal, site: str, workspace: Workspace, notes: PassNotes | None = None
     ) -> "UnsampledWeight":
         noise, log_variance = _Noise(base_dist), log_variance_of(base_dist)
         self: UnsampledWeight = _Sampling.apply(base_dist.loc, log_variance, noise)
@@ -172,9 +168,7 @@ class UnsampledWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(UnsampledWeight, UnsampledWeight._numbers, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 

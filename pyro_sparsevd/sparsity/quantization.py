@@ -80,9 +80,7 @@ def quantization_steps(
 @torch.no_grad()
 def _scales(guide: AutoGuide, net: nn.Module) -> dict[str, float]:
     """Returns the scales that the steps of the parameters are proportional to."""
-    posteriors: dict[str, SparseNormal] = {}
-    for part in sparse_normal_parts(guide):
-        posteriors.update(part.posteriors)
+    posteriors = {name: q for part in sparse_normal_parts(guide) for name, q in part.posteriors.items()}
     parameters = {name: p for name, p in net.named_parameters() if p.is_floating_point()}
     sites = _by_parameter(posteriors, parameters)
     scales = {name: _width(name, parameters[name], q) for name, q in sites.items()}

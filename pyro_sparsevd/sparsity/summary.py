@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import _tables as tables
 from ..infer.autoguide import AutoSparseNormal
-from ..nn.selection import first_match
+from ..nn.selection import first_match, require_matches
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class SiteSparsity:
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that is dropped."""
-        return _sparsity(self.kept, self.total)
+        return 1 - self.kept / self.total if self.total else 0.0
 
     @property
     def compression(self) -> float:
         """The number of weights over the number of weights kept."""
-        return _compression(self.kept, self.total)
+        if self.total == 0:
+            return 1.0
+        return self.total / self.kept if self.kept else math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +77,12 @@ class SparsitySummary:
     @property
     def sparsity(self) -> float:
         """The fraction of the weights that is dropped."""
-        return _sparsity(self.kept, self.total)
+        return self._totals()[0].sparsity
 
     @property
     def compression(self) -> float:
         """The number of weights over the number kept."""
-        return _compression(self.kept, self.total)
+        return self._totals()[0].compression
 
     @property
     def kept_parameters(self) -> int:
@@ -101,14 +103,10 @@ class SparsitySummary:
             >>> SparsitySummary((), {}, num_parameters=110).to_dict()["all_parameters"]
             {'kept': 110, 'total': 110, 'sparsity': 0.0, 'compression': 1.0}
         """
-        rows = {site.name: _row(site.kept, site.total) for site in self.sites}
-        for site in self.sites:
-            rows[site.name].update(shape=list(site.shape), threshold=_finite(site.threshold))
-        return {
-            "sites": rows,
-            "sparse_weights": _row(self.kept, self.total),
-            "all_parameters": _row(self.kept_parameters, self.num_parameters),
-        }
+        more = {site.name: {"shape": list(site.shape), "threshold": _finite(site.threshold)} for site in self.sites}
+        sites = {site.name: _counts(site) | more[site.name] for site in self.sites}
+        weights, parameters = map(_counts, self._totals())
+        return {"sites": sites, "sparse_weights": weights, "all_parameters": parameters}
 
     def __str__(self) -> str:
         return tables.as_text(self._cells()) + (f"\n{_NOTHING_KEPT}" if self.total and not self.kept else "")
@@ -117,14 +115,15 @@ class SparsitySummary:
         return tables.as_html(self._cells()) + (f"<p>{_NOTHING_KEPT}</p>" if self.total and not self.kept else "")
 
     def _cells(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [_HEADER]
-        rows += [
-            (site.name, " x ".join(map(str, site.shape)), *_numbers(site.kept, site.total), f"{site.threshold:.2f}")
-            for site in self.sites
-        ]
-        rows.append(("sparse weights", "", *_numbers(self.kept, self.total), ""))
-        rows.append(("all parameters", "", *_numbers(self.kept_parameters, self.num_parameters), ""))
-        return rows
+        sites = [(s.name, " x ".join(map(str, s.shape)), *_numbers(s), f"{s.threshold:.2f}") for s in self.sites]
+        return [_HEADER, *sites, *((total.name, "", *_numbers(total), "") for total in self._totals())]
+
+    def _totals(self) -> tuple[SiteSparsity, SiteSparsity]:
+        """Returns the last rows of the table."""
+        return (
+            SiteSparsity("sparse weights", (self.total,), self.kept, math.inf),
+            SiteSparsity("all parameters", (self.num_parameters,), self.kept_parameters, math.inf),
+        )
 
 
 @torch.no_grad()
@@ -199,12 +198,8 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
 
 
 def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
-    for glob in thresholds:
-        if first_match([glob], *names) is None:
-            known = ", ".join(names) or "none"
-            raise ValueError(f"threshold: expected sites of real numbers, of {known}, but got {glob!r}")
-    first = {name: first_match(thresholds, name) for name in names}
-    return {name: thresholds[glob] for name, glob in first.items() if glob is not None}
+    require_matches(thresholds, names, "threshold: expected sites of real numbers")
+    return {name: thresholds[first] for name in names if (first := first_match(thresholds, name)) is not None}
 
 
 _NOTHING_KEPT = (
@@ -214,28 +209,13 @@ _NOTHING_KEPT = (
 _HEADER = ("site", "shape", "kept", "of weights", "dropped %", "compression", "log alpha <=")
 
 
-def _sparsity(kept: int, total: int) -> float:
-    return 1 - kept / total if total else 0.0
-
-
-def _compression(kept: int, total: int) -> float:
-    if total == 0:
-        return 1.0
-    return total / kept if kept else math.inf
-
-
-def _row(kept: int, total: int) -> dict[str, Any]:
-    return {
-        "kept": kept,
-        "total": total,
-        "sparsity": _sparsity(kept, total),
-        "compression": _finite(_compression(kept, total)),
-    }
+def _counts(of: SiteSparsity) -> dict[str, Any]:
+    return {"kept": of.kept, "total": of.total, "sparsity": of.sparsity, "compression": _finite(of.compression)}
 
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _numbers(kept: int, total: int) -> tuple[str, ...]:
-    return f"{kept:,}", f"{total:,}", f"{100 * _sparsity(kept, total):.2f}", f"{_compression(kept, total):.1f}"
+def _numbers(of: SiteSparsity) -> tuple[str, ...]:
+    return f"{of.kept:,}", f"{of.total:,}", f"{100 * of.sparsity:.2f}", f"{of.compression:.1f}"

@@ -8,11 +8,9 @@ every machine.
 
 __all__ = ["code_array", "code_numbers", "code_positions"]
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from .range_coder import WHOLE, Coder, StorageError, code_choices, code_symbols, code_uniform
+from .range_coder import WHOLE, Coder, StorageError, code_choices, code_symbols, code_uniform, growing_slices
 
 
 def code_array(
@@ -71,7 +69,7 @@ def code_positions(
     result = np.zeros(shape, bool)
     above = np.zeros(columns, np.int64)
     phases = _phases(columns, width)
-    for part in _row_blocks(len(used_rows), columns):
+    for part in growing_slices(len(used_rows), lambda start: max(1, min(start // 4, 2**16 // columns))):
         index = used_rows[part]
         weights = 10 * above + 2
         weights[1:] += 3 * above[:-1]
@@ -185,15 +183,6 @@ def _odds(weights: np.ndarray, density: np.ndarray) -> np.ndarray:
 def _chances(odds: np.ndarray) -> np.ndarray:
     """Returns the probabilities as integer multiples of 1 / WHOLE, whose sums are exact."""
     return np.minimum(np.maximum(np.floor(WHOLE * (odds / (1 + odds))), 1), WHOLE - 1)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yields slices of rows that grow with what came before, of a bounded number of elements."""
-    start = 0
-    while start < rows:
-        stop = min(rows, start + max(1, min(start // 4, 2**16 // columns)))
-        yield slice(start, stop)
-        start = stop
 
 
 def _bit_length(values: np.ndarray) -> np.ndarray:

@@ -19,10 +19,11 @@ __all__ = [
     "code_choices",
     "code_symbols",
     "code_uniform",
+    "growing_slices",
     "imported",
 ]
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -106,7 +107,7 @@ def code_symbols(coder: Coder, values: np.ndarray | None, count: int, size: int)
     result = np.full(count, low, np.int32)
     if low < high:
         counts = np.zeros(high - low + 1, np.int64)
-        for part in _blocks(count):
+        for part in growing_slices(count, lambda start: max(8, start // 2)):
             model = coder.models.Categorical(_probabilities(2 * counts + 1), perfect=False)
             given = None if values is None else values[part].astype(np.int64) - low
             coded = coder.code(given, part.stop - part.start, model)
@@ -122,11 +123,11 @@ def _probabilities(frequencies: np.ndarray) -> np.ndarray:
     return (shares / WHOLE).astype(np.float32)
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """Yields slices that grow with what came before: frequencies change much at first, and little later."""
+def growing_slices(count: int, length: Callable[[int], int]) -> Iterator[slice]:
+    """Yields slices, the length of each a function of its start: frequencies change much at first, and little later."""
     start = 0
     while start < count:
-        stop = min(count, start + max(8, start // 2))
+        stop = min(count, start + length(start))
         yield slice(start, stop)
         start = stop
 

@@ -222,11 +222,8 @@ def _check_match(entries: list[Entry], state: dict[str, Tensor]) -> None:
 def _converted(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """Returns a tensor of the file on the device and in the dtype of the network's."""
     result = tensor.to(like)
-    if tensor.is_floating_point():
-        fits = torch.equal(result.isfinite(), tensor.to(like.device).isfinite())
-    else:
-        fits = torch.equal(result.long(), tensor.to(like.device).long())
-    if not fits:
+    held = Tensor.isfinite if tensor.is_floating_point() else Tensor.long
+    if not torch.equal(held(result), held(tensor.to(like.device))):
         raise StorageError(f"{name}: expected values of the network's {like.dtype}, but some are beyond it; {_ADVICE}")
     return result
 
@@ -236,7 +233,7 @@ def _check_values(net: nn.Module, state: dict[str, Tensor], values: dict[str, Te
         if name in values:
             _require_finite(name, values[name], StorageError)
     for name, first in _first_names(state).items():
-        if not _are_equal(values[name], values[first]):
+        if not torch.allclose(values[name], values[first], rtol=0, atol=0, equal_nan=True):
             raise StorageError(
                 f"{name}: expected the values of {first}, as the network has one tensor for both, but the file has "
                 f"others; {_ADVICE}"
@@ -245,10 +242,6 @@ def _check_values(net: nn.Module, state: dict[str, Tensor], values: dict[str, Te
         check_indices(net, values)
     except ValueError as error:
         raise StorageError(str(error)) from error
-
-
-def _are_equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _require_finite(name: str, tensor: Tensor, error: type[ValueError]) -> None:

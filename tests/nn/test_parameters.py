@@ -13,6 +13,7 @@ import torch
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
+from torch.nn.utils import prune
 
 import pyro_sparsevd as svd
 from checks import sites_of, stored_tensors
@@ -183,7 +184,7 @@ class TestRefusals:
 
     def test_a_pruned_weight_is_refused(self):
         net = nn.Linear(4, 3)
-        torch.nn.utils.prune.l1_unstructured(net, "weight", amount=2)
+        prune.l1_unstructured(net, "weight", amount=2)
         with pytest.raises(ValueError, match="weight_orig: expected a plain parameter"):
             svd.bayesianize(net)
 
