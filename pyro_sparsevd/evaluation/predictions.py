@@ -5,17 +5,16 @@ __all__ = ["Predictions", "network_predictions", "sampled_predictions"]
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
-from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .._modules import evaluation_mode, require_deterministic, same_random_numbers
+from .._modules import device_of, evaluation_mode, same_random_numbers
 from ..nn.batches import pairs
+from ..nn.deterministic import deterministic_model
 from ..nn.supervised import Supervised
 from ..poutine.observations import Observations, class_log_probs, errors, observe
 from ..poutine.trace import Sites, SiteTrace
@@ -83,10 +82,9 @@ def network_predictions(
         >>> sorted(sparsevd.evaluation.scores(found))
         ['coverage', 'crps', 'nll', 'rmse']
     """
-    require_deterministic(network)
-    model = Supervised(_Deterministic(network), likelihood, num_data=1)
+    model = deterministic_model(network, likelihood)
     with evaluation_mode(network):
-        return _predictions(model, [lambda x, y: {}], batches, _device_of(network))
+        return _predictions(model, [lambda x, y: None], batches, device_of(network, model))
 
 
 @torch.no_grad()
@@ -121,23 +119,7 @@ def sampled_predictions(
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples <= 0:
         raise ValueError(f"num_samples: expected a positive integer, but got {num_samples!r}")
-    return _predictions(model, [guide] * num_samples, batches, _device_of(model, guide))
-
-
-class _Deterministic(PyroModule):
-    """A network without latents, as what ``Supervised`` takes."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["network"] = network  # past PyroModule, which would put its parameters into Pyro's store
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
-
-
-def _device_of(*parts: Any) -> torch.device | None:
-    parameters = chain.from_iterable(part.parameters() for part in parts if isinstance(part, nn.Module))
-    return next((p.device for p in parameters), None)
+    return _predictions(model, [guide] * num_samples, batches, device_of(model, guide))
 
 
 def _predictions(model: Supervised, guides: list[Any], batches: Any, device: torch.device | None) -> Predictions:

@@ -36,10 +36,10 @@ def observe(sites: Sequence[Any]) -> Observations:
     for site in sites:
         fn, value = site["fn"], site["value"]
         log_prob = density(site["name"], fn, value, site["cond_indep_stack"]).double()
-        without_masks, seen = unmasked(fn)
+        without_masks, own_mask = unmasked(fn)
         part: Any = unwrap_independent(without_masks)
         within = part.batch_shape[len(fn.batch_shape) :]  # the values of a datum
-        seen = torch.as_tensor(seen, device=log_prob.device).expand(log_prob.shape + within)
+        seen = torch.as_tensor(own_mask, device=log_prob.device).expand(log_prob.shape + within)
         if site["mask"] is not None:
             mask = torch.as_tensor(site["mask"], device=log_prob.device)
             seen = seen & mask.reshape(mask.shape + (1,) * len(within))
