@@ -138,6 +138,8 @@ class TestGuidesThatAreGone:
             gc.collect()
             assert _store().keys() == before.keys()
             assert all(_store()[name] is value for name, value in before.items())
+            store = pyro.get_param_store()
+            assert all(store.param_name(store.get_param(name).unconstrained()) == name for name in before)
 
     def test_a_guide_that_goes_takes_nothing_that_was_loaded_meanwhile(self, device, tmp_path):
         case = function_case(device)
