@@ -8,7 +8,6 @@ and the dictionaries of a module, as ``_buffers``; a test lists them.
 __all__ = [
     "HANDLER_STACK",
     "PyroContext",
-    "WeakTensorKeyDictionary",
     "call_context",
     "declare_param",
     "forget_on_state_dict",
@@ -61,9 +60,6 @@ from torch.distributions import Distribution
 
 # torch 2.13. Nested containers; torch has no public twin (optree is another package). Missing: the import fails.
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
-
-# torch 2.13. Keys by identity where Tensor.__eq__ is elementwise; undocumented. Missing: the import fails.
-from torch.utils.weak import WeakTensorKeyDictionary
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=Tensor)

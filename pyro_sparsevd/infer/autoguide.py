@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._compat import call_context
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
-from ..poutine.param_store import ensure_unique_name, params_are_traced, register_guide_params
+from ..poutine.param_store import ensure_unique_name, params_are_traced, register_params
 from ..poutine.trace import SiteTrace, active_trace
 from .buffers import unchanged_buffers
 from .initialization import Start, init_to_weights, initial_value
@@ -207,7 +207,7 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # also after an error, since the store holds this guide's parameters by then
-            register_guide_params(self, self._stored())
+            register_params(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)
