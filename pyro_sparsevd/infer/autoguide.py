@@ -199,7 +199,7 @@ class AutoSparseNormal(GaussianParameters):
         """Samples all latents, see :meth:`forward`."""
         if not self._uses_store():
             return super().__call__(*args, **kwargs)
-        ensure_unique_name(self, {f"locs.{name}": self._raw_parameters_of(name)[0] for name in self._sites})
+        ensure_unique_name(self, self._stored())
         if self.prototype_trace is None:
             with call_context(self):
                 for name in self._sites:  # by pyro.param, which takes the values that the store was loaded with

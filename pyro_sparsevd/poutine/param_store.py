@@ -53,15 +53,14 @@ def params_are_traced() -> bool:
     return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in HANDLER_STACK)
 
 
-def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
+def ensure_unique_name(guide: PyroModule, mine: Mapping[str, Tensor]) -> None:
     """Adds a number to the names of a guide and its parts where Pyro's store holds parameters of another of its name.
 
     What no guide has put there, as after ``pyro.get_param_store().load``, is not another's: Pyro makes it the guide's,
-    but an error is raised if its shape differs. ``own`` are the parameters of the guide that the store may hold, by
-    their names below the guide's; if it is empty, the store must hold no other guide's below the guide's name.
+    but an error is raised if its shape differs. ``mine`` are the parameters of the guide, by their names in the store;
+    if there are none, the store must hold no other guide's below the guide's name.
     """
     stored = stored_params()
-    mine = {f"{path_of(guide)}.{name}": value for name, value in own.items()}
     if mine and all(stored.get(key) is value for key, value in mine.items()):
         return
     owned = {id(value()) for own_of in _OWN.values() for value in own_of.values()}
