@@ -22,8 +22,8 @@ __all__ = [
     "mask_of",
     "move",
     "not_compiled",
+    "num_dispatch_modes",
     "on_state_dict",
-    "operations_are_watched",
     "path_of",
     "rename",
     "set_place",
@@ -68,9 +68,11 @@ T = TypeVar("T")
 # torch 2.13. torch's notes on extending it use this name; there is no public one. Missing: the import fails.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 
-# torch 2.13. Whether a transform such as vmap is active, as autograd.Function.apply asks. Nothing public tells, nor
-# whether a tensor is the zero without memory that forward-mode autograd makes. Missing: the import fails.
+# torch 2.13. Whether a transform such as vmap is active, as autograd.Function.apply asks; how many TorchDispatchModes
+# are; whether a tensor is the zero without memory that forward-mode autograd makes. No public function tells. Missing:
+# the import fails.
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
 
 # torch 2.13. How often a tensor was changed in place; torch's notes on autograd name it. Missing: the call fails.
@@ -114,14 +116,6 @@ def in_backward_pass() -> bool:
     torch 2.13. torch.utils.checkpoint asks in the same way; there is no public function. Missing: the call fails.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def operations_are_watched() -> bool:
-    """Tells whether a ``TorchDispatchMode`` is active.
-
-    torch 2.13. There is no public function that tells. Missing: the call fails.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager

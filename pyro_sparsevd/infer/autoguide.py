@@ -89,10 +89,10 @@ class AutoSparseNormal(GaussianParameters):
         module = unwrap(model)
         others = module.parameters() if isinstance(module, nn.Module) else ()
         self.num_model_parameters = sum(p.numel() for p in others)
-        with BlockMessenger(), SiteTrace() as early, InitMessenger(self._initial_value):
-            for name, prior in attribute_sites(model):
+        for name, prior in attribute_sites(model):  # each in a trace of its own, as a handler may tell names apart
+            with BlockMessenger(), SiteTrace() as early, InitMessenger(self._initial_value):
                 pyro.sample(name, prior)
-        self._add_sites(early.found)
+            self._add_sites(early.found)
 
     @property
     def model(self) -> Callable:
