@@ -183,7 +183,7 @@ def forget_params(names: Collection[str]) -> None:
 # the others have no public reader, and are publicly set only by assigning the module to another one. Missing: the
 # calls fail, but no module seems to have sites, and names change in a call where set_place has no effect.
 
-# What modules share in a call of a PyroModule, whose beginning nothing public tells.
+# What modules share in a call of a PyroModule, whose beginning nothing public tells. Missing: the import fails.
 PyroContext = _Context
 
 
