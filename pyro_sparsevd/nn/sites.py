@@ -15,6 +15,7 @@ __all__ = [
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -121,12 +122,12 @@ class SitePrior:
         return self._last
 
 
+@dataclass(eq=False)
 class SharedSite:
     """The site of a parameter that another module owns, too: it reads the owner's attribute."""
 
-    def __init__(self, owner: nn.Module, attribute: str) -> None:
-        self.owner = owner
-        self.attribute = attribute
+    owner: nn.Module
+    attribute: str
 
     def __call__(self, module: nn.Module) -> Tensor:
         """Returns the owner's sample."""
