@@ -76,9 +76,6 @@ class UnsampledWeight(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"UnsampledWeight({self.site!r}, shape={tuple(self.shape)})"
 
-    def __format__(self, spec: str) -> str:
-        return repr(self)
-
     def numpy(self, *, force: bool = False) -> Any:
         """Returns the sample as an array; torch's own method would see a tensor without memory."""
         if self.requires_grad and not force:
