@@ -9,7 +9,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.contrib.autoname import scope
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import nn
 
@@ -261,23 +260,3 @@ def test_a_guide_after_a_failed_one_starts_at_its_own_weights(outputs, device):
     model, guide = model_and_guide(network, lambda logits: dist.Categorical(logits=logits))
     svd.SparseVD_ELBO()(model, guide)(x, y)
     assert torch.equal(guide.posteriors["weight"].loc, network.weight)
-
-
-class TwoNetworks(nn.Module):
-    """Two networks with a site of one name, which a handler tells apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = (bayesianize(nn.Linear(4, size)) for size in (4, 2))
-
-    def forward(self, x):
-        with scope(prefix="first"):
-            x = self.first(x)
-        with scope(prefix="second"):
-            return self.second(x)
-
-
-def test_sites_of_one_name_that_a_handler_tells_apart(device):
-    guide = AutoSparseNormal(TwoNetworks().to(device))
-    sample = guide(torch.randn(3, 4, device=device))
-    assert {name: value.shape for name, value in sample.items()} == {"first/weight": (4, 4), "second/weight": (2, 4)}
