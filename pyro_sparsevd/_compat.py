@@ -8,7 +8,6 @@ and the dictionaries of a module, as ``_buffers``; a test lists them.
 __all__ = [
     "HANDLER_STACK",
     "PyroContext",
-    "WeakTensorKeyDictionary",
     "call_context",
     "declare_param",
     "forget_on_state_dict",
@@ -23,8 +22,8 @@ __all__ = [
     "mask_of",
     "move",
     "not_compiled",
+    "num_dispatch_modes",
     "on_state_dict",
-    "operations_are_watched",
     "path_of",
     "rename",
     "set_place",
@@ -62,9 +61,6 @@ from torch.distributions import Distribution
 # torch 2.13. Nested containers; torch has no public twin (optree is another package). Missing: the import fails.
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
-# torch 2.13. Keys by identity where Tensor.__eq__ is elementwise; undocumented. Missing: the import fails.
-from torch.utils.weak import WeakTensorKeyDictionary
-
 P = ParamSpec("P")
 S = TypeVar("S", bound=Tensor)
 T = TypeVar("T")
@@ -72,9 +68,11 @@ T = TypeVar("T")
 # torch 2.13. torch's notes on extending it use this name; there is no public one. Missing: the import fails.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 
-# torch 2.13. Whether a transform such as vmap is active, as autograd.Function.apply asks. Nothing public tells, nor
-# whether a tensor is the zero without memory that forward-mode autograd makes. Missing: the import fails.
+# torch 2.13. Whether a transform such as vmap is active, as autograd.Function.apply asks; how many TorchDispatchModes
+# are; whether a tensor is the zero without memory that forward-mode autograd makes. No public function tells. Missing:
+# the import fails.
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
 
 # torch 2.13. How often a tensor was changed in place; torch's notes on autograd name it. Missing: the call fails.
@@ -118,14 +116,6 @@ def in_backward_pass() -> bool:
     torch 2.13. torch.utils.checkpoint asks in the same way; there is no public function. Missing: the call fails.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def operations_are_watched() -> bool:
-    """Tells whether a ``TorchDispatchMode`` is active.
-
-    torch 2.13. There is no public function that tells. Missing: the call fails.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager
@@ -193,7 +183,7 @@ def forget_params(names: Collection[str]) -> None:
 # the others have no public reader, and are publicly set only by assigning the module to another one. Missing: the
 # calls fail, but no module seems to have sites, and names change in a call where set_place has no effect.
 
-# What modules share in a call of a PyroModule, whose beginning nothing public tells.
+# What modules share in a call of a PyroModule, whose beginning nothing public tells. Missing: the import fails.
 PyroContext = _Context
 
 

@@ -110,10 +110,7 @@ class MaskedNormal(SparseNormal):
         """Samples the weights that are kept; the others are 0."""
         return super().rsample(torch.Size(sample_shape)) * self.kept
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Samples as :meth:`rsample`, without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+    sample = Distribution.sample  # by rsample
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each weight, 0 where it is held at zero."""

@@ -1,6 +1,6 @@
-"""Distributions without their wrappers, copies of them, and their densities."""
+"""Distributions without their wrappers, and copies of them."""
 
-__all__ = ["density", "map_tensors", "unmasked", "unwrap_independent"]
+__all__ = ["map_tensors", "unmasked", "unwrap_independent"]
 
 import copy
 from collections.abc import Callable
@@ -51,18 +51,3 @@ def unmasked(distribution: Distribution) -> tuple[Any, Tensor | bool]:
             own = own.reshape(own.shape + (1,) * (len(unwrap_independent(base).batch_shape) - len(base.batch_shape)))
         return base, own & mask
     return distribution, True
-
-
-def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> Tensor:
-    """Returns the log density of a value, of the batch shape, in nats.
-
-    A value that broadcasts with its distribution to something larger is refused, except along those of ``plates`` that
-    have no size.
-    """
-    found: Tensor = fn.log_prob(value)
-    if found.shape != fn.batch_shape:
-        open_dims = {frame.dim for frame in plates if frame.vectorized and frame.size == -1}
-        sizes = [found.shape[dim] if dim in open_dims else 1 for dim in range(-found.dim(), 0)]
-        if found.shape != torch.broadcast_shapes(fn.batch_shape, sizes):
-            raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
-    return found

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._compat import call_context
 from .._modules import same_random_numbers
 from ..distributions.sparse_normal import SparseNormal
-from ..poutine.param_store import ensure_unique_name, params_are_traced, register_guide_params
+from ..poutine.param_store import ensure_unique_name, params_are_traced, register_params
 from ..poutine.trace import SiteTrace, active_trace
 from .buffers import unchanged_buffers
 from .initialization import Start, init_to_weights, initial_value
@@ -89,10 +89,10 @@ class AutoSparseNormal(GaussianParameters):
         module = unwrap(model)
         others = module.parameters() if isinstance(module, nn.Module) else ()
         self.num_model_parameters = sum(p.numel() for p in others)
-        with BlockMessenger(), SiteTrace() as early, InitMessenger(self._initial_value):
-            for name, prior in attribute_sites(model):
+        for name, prior in attribute_sites(model):  # each in a trace of its own, as a handler may tell names apart
+            with BlockMessenger(), SiteTrace() as early, InitMessenger(self._initial_value):
                 pyro.sample(name, prior)
-        self._add_sites(early.found)
+            self._add_sites(early.found)
 
     @property
     def model(self) -> Callable:
@@ -199,7 +199,7 @@ class AutoSparseNormal(GaussianParameters):
         """Samples all latents, see :meth:`forward`."""
         if not self._uses_store():
             return super().__call__(*args, **kwargs)
-        ensure_unique_name(self, {f"locs.{name}": self._raw_parameters_of(name)[0] for name in self._sites})
+        ensure_unique_name(self, self._stored())
         if self.prototype_trace is None:
             with call_context(self):
                 for name in self._sites:  # by pyro.param, which takes the values that the store was loaded with
@@ -207,7 +207,7 @@ class AutoSparseNormal(GaussianParameters):
         try:
             return super().__call__(*args, **kwargs)
         finally:  # also after an error, since the store holds this guide's parameters by then
-            register_guide_params(self, self._stored())
+            register_params(self, self._stored())
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         early = dict(self._sites)

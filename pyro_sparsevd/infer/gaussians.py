@@ -50,8 +50,6 @@ def with_auxiliary_sites_exchanged(sites: dict[str, Any]) -> dict[str, Any]:
         found = auxiliary.pop(id(_value_of_delta(site["fn"])), None)
         if found is not None and _shapes(sites[found]["fn"]) == _shapes(site["fn"]):
             partners.update({name: found, found: name})
-    if not partners:
-        return sites
     names = {name: partners.get(name, name) for name in sites}
     return {names[name]: {**site, "infer": sites[names[name]]["infer"]} for name, site in sites.items()}
 

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._compat import declare_param
+from .._compat import declare_param, path_of
 from .latents import Latent
 
 Parameterization = Literal["additive", "multiplicative"]
@@ -139,10 +139,11 @@ class GaussianParameters(AutoGuide):
         return loc, self._log_variance(loc, scale_param)
 
     def _stored(self) -> dict[str, Tensor]:
-        """Returns the parameters by the names that Pyro's store has for them, below the guide's."""
+        """Returns the parameters by the names that Pyro's store has for them."""
         kinds = ("locs", _SCALE_PARAMS[self.parameterization])
         named = [(name, self._unconstrained(name)) for name in self._sites]
-        return {f"{kind}.{name}": of_site[i] for i, kind in enumerate(kinds) for name, of_site in named}
+        start = path_of(self)
+        return {f"{start}.{kind}.{name}": of_site[i] for i, kind in enumerate(kinds) for name, of_site in named}
 
     def _log_variance(self, loc: Tensor, scale_param: Tensor) -> Tensor:
         return scale_param if self.parameterization == "additive" else scale_param + _log_squares(loc)

@@ -2,7 +2,7 @@
 
 __all__ = ["Prior", "bayesianize"]
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from .._modules import copied, takes
 from ..distributions.log_uniform import LogUniform
 from .context import NetworkContext, join_network
 from .scales import HierarchicalPrior
-from .selection import Pattern, choose, first_match, matches
+from .selection import Pattern, choose, matches
 from .sites import SharedSite, SitePrior, set_site, take_parameter, without_sites
 from .weights import padding_rows
 
@@ -77,15 +77,14 @@ def bayesianize(
                 "bayesianize the network before that (instead of a feature extractor, a module that calls its layers)"
             )
     chosen = choose(net, include=include, exclude=exclude)
-    names = _aliases(net)
-    priors = _fitted_priors(net, {name: names[name] for name in chosen}, LogUniform() if prior is None else prior)
+    priors = _fitted_priors(net, chosen, LogUniform() if prior is None else prior)
     bnn = copied(net)
     _to_pyro_modules(bnn)
     context = NetworkContext()
     for path, module in bnn.named_modules():  # a shared module goes by its first name, as its parameters do
         if isinstance(module, PyroModule):
             join_network(module, path, context)
-    rows = padding_rows(net)
+    names, rows = _aliases(net), padding_rows(net)
     for name, fitted in priors.items():
         for alias in names[name]:
             _make_site(bnn, alias, name, fitted, rows.get(name))
@@ -120,10 +119,10 @@ def _is_stateless_layer(module: nn.Module) -> bool:
     return package == ["torch", "nn", "modules"] and file != "container" and not (holds or has_reals)
 
 
-def _fitted_priors(net: nn.Module, chosen: Mapping[str, Sequence[str]], prior: Prior) -> dict[str, WeightPriors]:
-    """Returns the prior of each chosen parameter, of its shape, given all names of each."""
+def _fitted_priors(net: nn.Module, chosen: Collection[str], prior: Prior) -> dict[str, WeightPriors]:
+    """Returns the prior of each chosen parameter, of its shape."""
     if isinstance(prior, Mapping):
-        found: dict[str, Any] = {name: prior[glob] for name, glob in _first_globs(net, chosen, prior).items()}
+        found = _by_glob(net, chosen, prior)
     elif callable(prior) and not isinstance(prior, WeightPriors | type):
         if not takes(prior, "name", None):
             raise TypeError(f"prior: expected a function of (name, parameter), but got {prior}; perhaps call it first")
@@ -133,25 +132,16 @@ def _fitted_priors(net: nn.Module, chosen: Mapping[str, Sequence[str]], prior: P
     return {name: _fitted(name, net.get_parameter(name).shape, value) for name, value in found.items()}
 
 
-def _first_globs(net: nn.Module, chosen: Mapping[str, Sequence[str]], table: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the first glob that matches a name of each chosen parameter."""
-    for glob in table:
+def _by_glob(net: nn.Module, chosen: Collection[str], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the prior of the first glob that matches each chosen parameter.
+
+    Globs without effect are refused: those that match no chosen parameter, and those after a glob that matches more.
+    """
+    found: dict[str, Any] = {}
+    wider: list[set[str]] = []
+    for glob, prior in table.items():
         if not isinstance(glob, str):
             raise TypeError(f"prior: expected globs on the names of parameters as keys, but got {glob!r}")
-    found = {}
-    for name, names in chosen.items():
-        first = first_match(table, *names)
-        if first is None:
-            raise ValueError(f"{name}: expected a prior, but none of {list(table)} matches; add one or exclude it")
-        found[name] = first
-    _check_table(net, chosen, table)
-    return found
-
-
-def _check_table(net: nn.Module, chosen: Collection[str], table: Iterable[str]) -> None:
-    """Refuses globs without effect: those that match no chosen parameter, and those after a glob that matches more."""
-    wider: list[set[str]] = []
-    for glob in table:
         matched = matches(net, dict(net.named_parameters()), glob, "prior")
         if matched.isdisjoint(chosen):
             raise ValueError(
@@ -163,6 +153,11 @@ def _check_table(net: nn.Module, chosen: Collection[str], table: Iterable[str]) 
                 f"prior: expected {glob!r} before the globs that match more, as the first that matches counts"
             )
         wider.append(matched)
+        found = dict.fromkeys(matched, prior) | found
+    for name in chosen:
+        if name not in found:
+            raise ValueError(f"{name}: expected a prior, but none of {list(table)} matches; add one or exclude it")
+    return {name: found[name] for name in chosen}
 
 
 def _fitted(name: str, shape: torch.Size, prior: Any) -> WeightPriors:

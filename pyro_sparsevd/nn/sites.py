@@ -15,6 +15,7 @@ __all__ = [
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -35,16 +36,11 @@ class WeightPrior(dist.Independent):
     """
 
     def __init__(
-        self,
-        base_dist: Distribution,
-        reinterpreted_batch_ndims: int,
-        value: Tensor,
-        zero_row: int | None = None,
-        site: str = "weight",
+        self, base_dist: Distribution, event_dims: int, value: Tensor, zero_row: int | None = None, site: str = "weight"
     ) -> None:
-        super().__init__(base_dist, reinterpreted_batch_ndims, validate_args=False)
+        super().__init__(base_dist, event_dims, validate_args=False)
         self.value = value
-        self.zero_row = zero_row if reinterpreted_batch_ndims else None  # a joint prior has no separate rows
+        self.zero_row = zero_row if event_dims else None  # a joint prior has no separate rows
         self.site = site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -91,10 +87,10 @@ class SitePrior:
 
     attribute: str
     buffer: str
+    zero_row: int | None = None
 
-    def __init__(self, prior: Distribution, zero_row: int | None = None) -> None:
+    def __init__(self, prior: Distribution) -> None:
         self.prior = prior
-        self.zero_row = zero_row
         self._last: WeightPrior | None = None
 
     def __call__(self, module: PyroModule) -> WeightPrior | Tensor:
@@ -126,12 +122,12 @@ class SitePrior:
         return self._last
 
 
+@dataclass(eq=False)
 class SharedSite:
     """The site of a parameter that another module owns, too: it reads the owner's attribute."""
 
-    def __init__(self, owner: nn.Module, attribute: str) -> None:
-        self.owner = owner
-        self.attribute = attribute
+    owner: nn.Module
+    attribute: str
 
     def __call__(self, module: nn.Module) -> Tensor:
         """Returns the owner's sample."""

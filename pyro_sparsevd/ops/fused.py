@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._compat import is_zero_tensor, operations_are_watched
+from .._compat import is_zero_tensor, num_dispatch_modes
 from .kernels import DAWSON, GROWTH, K1, K2, K3, KERNELS, Kernel, ard
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def serve(*tensors: Tensor | None) -> bool:
     """
     if _LIBRARY is None or not all(map(_is_plain, tensors)):
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or operations_are_watched())
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or num_dispatch_modes() > 0)
 
 
 def divergence(

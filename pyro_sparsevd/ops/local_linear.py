@@ -6,6 +6,7 @@ It is the trick of :mod:`~.local_reparam`, which names the paper.
 __all__ = ["KLHandle", "LocalLinear", "add_noise_", "finish_gradients_", "once_differentiable"]
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -17,6 +18,7 @@ from . import divergence, fused
 from .memory import Workspace, is_channels_last
 
 
+@dataclass(slots=True, eq=False)
 class KLHandle:
     """What the KL of a weight shares with the operation that sampled its output.
 
@@ -25,13 +27,10 @@ class KLHandle:
     this object, so it must not hold that zero.
     """
 
-    __slots__ = ("derivative", "on_backward", "variance", "workspace")
-
-    def __init__(self, workspace: Workspace, on_backward: Callable[[], None]) -> None:
-        self.workspace = workspace
-        self.on_backward = on_backward
-        self.variance: Tensor
-        self.derivative: Tensor | None = None  # of the first KL, whose gradients are added here
+    workspace: Workspace
+    on_backward: Callable[[], None]
+    variance: Tensor = field(init=False)
+    derivative: Tensor | None = None  # of the first KL, whose gradients are added here
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def local_convolution(dims: int, transposed: bool, input: Any, weight: Any, *arg
     """Samples the output of a convolution, or of a transposed one, over ``dims`` dimensions."""
     names = _TRANSPOSED_ARGUMENTS if transposed else _ARGUMENTS
     given = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
-    if len(args) > len(names) or not kwargs.keys() <= set(names):  # torch's own function says what is wrong
+    if len(args) > len(names) or not kwargs.keys() <= _DEFAULTS.keys():  # torch's own function says what is wrong
         return NotImplemented
     bias, padding = given["bias"], given["padding"]
     if not _can_sample_output(input, weight, bias):

@@ -1,6 +1,6 @@
 """Names in Pyro's parameter store: kept apart between models and guides, and freed with their owners."""
 
-__all__ = ["IsolateParamsMessenger", "ensure_unique_name", "params_are_traced", "register_guide_params"]
+__all__ = ["IsolateParamsMessenger", "ensure_unique_name", "params_are_traced", "register_params"]
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .._compat import HANDLER_STACK, WeakTensorKeyDictionary, forget_params, path_of, rename, store_param, stored_params
+from .._compat import HANDLER_STACK, forget_params, path_of, rename, store_param, stored_params
 
 
 class IsolateParamsMessenger(Messenger):
@@ -45,7 +45,7 @@ class IsolateParamsMessenger(Messenger):
             return
         if not parameter.is_contiguous():
             store_param(msg["name"], parameter)
-        _register(self.model, {msg["name"]: parameter})
+        register_params(self.model, {msg["name"]: parameter})
 
 
 def params_are_traced() -> bool:
@@ -53,18 +53,18 @@ def params_are_traced() -> bool:
     return any(hasattr(handler, "_pyro_param") or hasattr(handler, "_pyro_post_param") for handler in HANDLER_STACK)
 
 
-def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
+def ensure_unique_name(guide: PyroModule, mine: Mapping[str, Tensor]) -> None:
     """Adds a number to the names of a guide and its parts where Pyro's store holds parameters of another of its name.
 
     What no guide has put there, as after ``pyro.get_param_store().load``, is not another's: Pyro makes it the guide's,
-    but an error is raised if its shape differs. ``own`` are the parameters of the guide that the store may hold, by
-    their names below the guide's; if it is empty, the store must hold no other guide's below the guide's name.
+    but an error is raised if its shape differs. ``mine`` are the parameters of the guide, by their names in the store;
+    if there are none, the store must hold no other guide's below the guide's name.
     """
     stored = stored_params()
-    mine = {f"{path_of(guide)}.{name}": value for name, value in own.items()}
     if mine and all(stored.get(key) is value for key, value in mine.items()):
         return
-    others = {key for key, value in stored.items() if key.startswith(f"{path_of(guide)}.") and value in _OF_GUIDES}
+    owned = {id(value()) for own_of in _OWN.values() for value in own_of.values()}
+    others = {key for key, value in stored.items() if key.startswith(f"{path_of(guide)}.") and id(value) in owned}
     if mine:
         others = {key for key in others & mine.keys() if stored[key] is not mine[key]}
         for key, value in mine.items():
@@ -77,21 +77,13 @@ def ensure_unique_name(guide: PyroModule, own: Mapping[str, Tensor]) -> None:
         _add_number(guide)
 
 
-def register_guide_params(guide: PyroModule, parameters: Mapping[str, Tensor]) -> None:
-    """Notes that parameters, by their names below the guide's, are a guide's, with which they leave the store."""
-    for parameter in _register(guide, {f"{path_of(guide)}.{name}": value for name, value in parameters.items()}):
-        _OF_GUIDES[parameter] = True
-
-
-def _register(owner: object, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """Notes whose parameters they are, and returns those that are new."""
+def register_params(owner: object, parameters: Mapping[str, Tensor]) -> None:
+    """Notes whose the parameters are, by their names in the store, which they leave with their owner."""
     own = _OWN.get(owner)
     if own is None:
         own = _OWN[owner] = {}
         weakref.finalize(owner, _leave_store, own).atexit = False
-    new = {key: value for key, value in parameters.items() if key not in own or own[key]() is not value}
-    own.update((key, weakref.ref(value)) for key, value in new.items())
-    return list(new.values())
+    own.update((key, weakref.ref(value)) for key, value in parameters.items())
 
 
 def _leave_store(own: Mapping[str, Callable[[], Tensor | None]]) -> None:
@@ -110,6 +102,5 @@ def _add_number(guide: PyroModule) -> None:
         rename(module, new + path_of(module).removeprefix(old))
 
 
-_OF_GUIDES: Any = WeakTensorKeyDictionary()
 # The names in the store, and the parameters, of each guide and model.
 _OWN: Any = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._compat import HANDLER_STACK, is_untraced
 from ..distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
-from ..distributions.util import density, unmasked, unwrap_independent
+from ..distributions.util import unmasked, unwrap_independent
 from .local_reparam import LocalReparamMessenger
 from .unsampled_weight import UnsampledWeight
 
@@ -114,6 +114,21 @@ def log_prob(site: Any) -> Tensor:
         weights = torch.as_tensor(counted, device=found.device).to(found).expand(base.batch_shape)
         found = found + IMPROPER_LOG_NORMALIZER * sum_rightmost(weights, len(fn.event_shape))
     return scale_and_mask(found, site["scale"], site["mask"]).sum()
+
+
+def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> Tensor:
+    """Returns the log density of a value, of the batch shape, in nats.
+
+    A value that broadcasts with its distribution to something larger is refused, except along those of ``plates`` that
+    have no size.
+    """
+    found: Tensor = fn.log_prob(value)
+    if found.shape != fn.batch_shape:
+        open_dims = {frame.dim for frame in plates if frame.vectorized and frame.size == -1}
+        sizes = [found.shape[dim] if dim in open_dims else 1 for dim in range(-found.dim(), 0)]
+        if found.shape != torch.broadcast_shapes(fn.batch_shape, sizes):
+            raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
+    return found
 
 
 def _check_subsample(plate: Any, of_guide: Any) -> None:

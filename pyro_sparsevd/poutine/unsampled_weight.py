@@ -4,6 +4,7 @@ __all__ = ["LOCAL_FORMS", "PassNotes", "PassSpoiled", "RepeatedUseError", "Unsam
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -74,9 +75,6 @@ class UnsampledWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"UnsampledWeight({self.site!r}, shape={tuple(self.shape)})"
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
 
     def numpy(self, *, force: bool = False) -> Any:
         """Returns the sample as an array; torch's own method would see a tensor without memory."""
@@ -200,16 +198,14 @@ def _note_derivative(site: str, notes: PassNotes | None) -> None:
         )
 
 
+@dataclass(slots=True, eq=False)
 class _Noise:
     """The one sample of a weight, once it is needed, and its standard normal ε."""
 
-    __slots__ = ("base_dist", "eps", "is_inference", "sample")
-
-    def __init__(self, base_dist: torch.distributions.Normal) -> None:
-        self.base_dist = base_dist
-        self.is_inference = torch.is_inference_mode_enabled()
-        self.eps: Tensor
-        self.sample: Tensor | None = None
+    base_dist: torch.distributions.Normal
+    is_inference: bool = field(default_factory=torch.is_inference_mode_enabled)
+    eps: Tensor = field(init=False)
+    sample: Tensor | None = None
 
     def draw(self) -> None:
         loc = self.base_dist.loc

@@ -188,18 +188,17 @@ def _thresholds(parts: list[AutoSparseNormal], threshold: float | Mapping[str, f
     real = [name for part in parts for name in part.real_sites]
     if not isinstance(threshold, Mapping | SupportsFloat):
         raise TypeError(f"threshold: expected a number or a mapping, but got {threshold!r}")
-    found = _by_glob(threshold, real) if isinstance(threshold, Mapping) else dict.fromkeys(sparse, threshold)
+    if isinstance(threshold, Mapping):
+        require_matches(threshold, real, "threshold: expected sites of real numbers")
+        found = {name: threshold[first] for name in real if (first := first_match(threshold, name)) is not None}
+    else:
+        found = dict.fromkeys(sparse, threshold)
     for name, value in found.items():
         if not isinstance(value, SupportsFloat):
             raise TypeError(f"threshold: expected a number for {name}, but got {value!r}")
         if math.isnan(value):
             raise ValueError(f"threshold: expected a number for {name}, but got NaN")
     return {name: float(found.get(name, math.inf)) for name in real if name in found or name in sparse}
-
-
-def _by_glob(thresholds: Mapping[str, float], names: list[str]) -> dict[str, float]:
-    require_matches(thresholds, names, "threshold: expected sites of real numbers")
-    return {name: thresholds[first] for name in names if (first := first_match(thresholds, name)) is not None}
 
 
 _NOTHING_KEPT = (

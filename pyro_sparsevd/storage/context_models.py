@@ -10,12 +10,12 @@ __all__ = ["code_array", "code_numbers", "code_positions"]
 
 import numpy as np
 
-from .range_coder import WHOLE, Coder, StorageError, code_choices, code_symbols, code_uniform, growing_slices
+from .range_coder import WHOLE, Coder, Given, StorageError, code_choices, code_symbols, code_uniform, growing_slices
 
 
 def code_array(
     coder: Coder,
-    values: np.ndarray | None,
+    values: Given,
     shape: tuple[int, int],
     mantissa: int = 0,
     width: int = 1,
@@ -37,11 +37,7 @@ def code_array(
 
 
 def code_positions(
-    coder: Coder,
-    positions: np.ndarray | None,
-    shape: tuple[int, int],
-    width: int = 1,
-    expected: np.ndarray | None = None,
+    coder: Coder, positions: Given, shape: tuple[int, int], width: int = 1, expected: np.ndarray | None = None
 ) -> np.ndarray:
     r"""Codes which elements of a matrix are not zero.
 
@@ -84,7 +80,7 @@ def code_positions(
     return result
 
 
-def code_numbers(coder: Coder, values: np.ndarray | None, count: int, mantissa: int = 0) -> np.ndarray:
+def code_numbers(coder: Coder, values: Given, count: int, mantissa: int = 0) -> np.ndarray:
     """Codes integers, or floating-point numbers with a ``mantissa`` of so many bits.
 
     An integer is a class (itself where it is small; else its length and its three bits after the first), the other
@@ -107,7 +103,7 @@ _CHUNK = 20  # the model for random bits takes fewer than 24
 _POWERS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 
-def _integers(coder: Coder, magnitudes: np.ndarray | None, count: int) -> np.ndarray:
+def _integers(coder: Coder, magnitudes: Given, count: int) -> np.ndarray:
     classes = None
     if magnitudes is not None:
         shift = np.maximum(_bit_length(magnitudes) - _LEADING - 1, 0).astype(np.uint64)
@@ -118,7 +114,7 @@ def _integers(coder: Coder, magnitudes: np.ndarray | None, count: int) -> np.nda
     return leading << widths.astype(np.uint64) | _random_bits(coder, magnitudes, widths)
 
 
-def _floats(coder: Coder, magnitudes: np.ndarray | None, count: int, mantissa: int) -> np.ndarray:
+def _floats(coder: Coder, magnitudes: Given, count: int, mantissa: int) -> np.ndarray:
     width = np.uint64(mantissa)
     exponents = None if magnitudes is None else magnitudes >> width
     found = code_symbols(coder, exponents, count, 2048).astype(np.uint64) << width
@@ -131,7 +127,7 @@ def _floats(coder: Coder, magnitudes: np.ndarray | None, count: int, mantissa: i
     return found | _random_bits(coder, rest, np.full(count, mantissa - zeros)) << np.uint64(zeros)
 
 
-def _random_bits(coder: Coder, values: np.ndarray | None, widths: np.ndarray) -> np.ndarray:
+def _random_bits(coder: Coder, values: Given, widths: np.ndarray) -> np.ndarray:
     """Codes the lowest bits of each value, as many as its width."""
     result = np.zeros(len(widths), np.uint64)
     for start in range(0, int(widths.max(initial=0)), _CHUNK):
@@ -153,7 +149,7 @@ class _Phase:
         self._found: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
         self._expected: np.ndarray = np.full(len(shifts) + 1, 4.0 * WHOLE)
 
-    def code(self, coder: Coder, given: np.ndarray | None, odds: np.ndarray, block: np.ndarray) -> np.ndarray:
+    def code(self, coder: Coder, given: Given, odds: np.ndarray, block: np.ndarray) -> np.ndarray:
         odds = odds[:, self.columns]
         if not self._beside:
             return code_choices(coder, given, _chances(odds))

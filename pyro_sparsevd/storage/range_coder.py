@@ -15,6 +15,7 @@ __all__ = [
     "Coder",
     "Decoder",
     "Encoder",
+    "Given",
     "StorageError",
     "code_choices",
     "code_symbols",
@@ -25,10 +26,11 @@ __all__ = [
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+Given: TypeAlias = np.ndarray | None  # what is to be encoded; None where a Decoder returns it
 WHOLE = 2**16  # probabilities are multiples of 1 / WHOLE, and so exact as float32, and in sums
 
 
@@ -48,7 +50,7 @@ class Encoder:
         self.models: Any = imported("constriction").stream.model
         self._coder = imported("constriction").stream.queue.RangeEncoder()
 
-    def code(self, values: np.ndarray | None, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
+    def code(self, values: Given, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
         """Writes integers by a model of constriction, or by a family of models with parameters for each integer."""
         if values is None:
             raise TypeError("values: expected an array to encode, but got None, which is for a Decoder")
@@ -68,7 +70,7 @@ class Decoder:
         self.models: Any = imported("constriction").stream.model
         self._coder = imported("constriction").stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
-    def code(self, values: np.ndarray | None, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
+    def code(self, values: Given, count: int, model: Any, *parameters: np.ndarray) -> np.ndarray:
         """Reads so many integers, with the model and the parameters that they were written with."""
         try:
             return self._coder.decode(model, *parameters) if parameters else self._coder.decode(model, count)
@@ -83,12 +85,12 @@ class Decoder:
 Coder = Encoder | Decoder
 
 
-def code_uniform(coder: Coder, values: np.ndarray | None, sizes: np.ndarray) -> np.ndarray:
+def code_uniform(coder: Coder, values: Given, sizes: np.ndarray) -> np.ndarray:
     """Codes integers of which each is as likely as every other, below ``sizes``, from 2 to 2^24 - 1 each."""
     return coder.code(values, len(sizes), coder.models.Uniform(), sizes.astype(np.int32))
 
 
-def code_choices(coder: Coder, values: np.ndarray | None, chances: np.ndarray) -> np.ndarray:
+def code_choices(coder: Coder, values: Given, chances: np.ndarray) -> np.ndarray:
     """Codes zeros and ones, given the chance of each to be 1 as a multiple of 1 / ``WHOLE``, not 0 or 1."""
     probabilities = (chances / WHOLE).astype(np.float32).ravel()
     given = None if values is None else values.ravel()
@@ -96,7 +98,7 @@ def code_choices(coder: Coder, values: np.ndarray | None, chances: np.ndarray) -
     return coder.code(given, chances.size, model, probabilities).reshape(chances.shape) != 0
 
 
-def code_symbols(coder: Coder, values: np.ndarray | None, count: int, size: int) -> np.ndarray:
+def code_symbols(coder: Coder, values: Given, count: int, size: int) -> np.ndarray:
     """Codes integers below ``size``, at most 2^14: their range, and themselves with frequencies learnt so far."""
     if not count:
         return np.zeros(0, np.int32)

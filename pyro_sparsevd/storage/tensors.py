@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .container import Entry
 from .context_models import code_array
-from .range_coder import Coder, Decoder, Encoder, StorageError
+from .range_coder import Coder, Decoder, Encoder, Given, StorageError
 from .rounding import from_multiples, to_multiples
 
 
@@ -37,7 +37,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _code(
-    coder: Coder, entries: Sequence[Entry], given: Callable[[Entry], np.ndarray | None]
+    coder: Coder, entries: Sequence[Entry], given: Callable[[Entry], Given]
 ) -> Iterator[tuple[Entry, np.ndarray]]:
     units: np.ndarray | None = None  # which units of the layer before have weights
     for entry in entries:
