@@ -1,6 +1,7 @@
 """From a torch network to a Pyro model."""
 
 __all__ = [
+    "PRIOR_NAMES",
     "GaussianLikelihood",
     "HeteroscedasticGaussianLikelihood",
     "NegativeBinomialLikelihood",
@@ -11,6 +12,7 @@ __all__ = [
     "fan_in_normal",
     "group_normal_jeffreys",
     "horseshoe",
+    "named_prior",
     "scale_mixture",
 ]
 
@@ -21,6 +23,6 @@ from .likelihoods import (
     NegativeBinomialLikelihood,
     StudentTLikelihood,
 )
-from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
+from .priors import PRIOR_NAMES, fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
 from .selection import choose
 from .supervised import Supervised

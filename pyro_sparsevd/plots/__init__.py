@@ -1,7 +1,8 @@
 """Figures from plain data; imported on demand."""
 
-__all__ = ["log_alpha_histogram", "mean_and_scale", "threshold_curves", "training_curves", "weight_images"]
+__all__ = ["intervals", "log_alpha_histogram", "mean_and_scale", "threshold_curves", "training_curves", "weight_images"]
 
+from .comparison import intervals
 from .curves import threshold_curves, training_curves
 from .posterior import log_alpha_histogram, mean_and_scale
 from .weights import weight_images

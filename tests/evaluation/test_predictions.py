@@ -109,11 +109,27 @@ def test_a_model_is_left_as_it_was(bayesian, data):
 def test_a_network_leaves_no_trace(device, data):
     likelihood = svd.GaussianLikelihood().to(device)
     network, y = _network(device), torch.randn(23, 3, device=device)
+    first = network_predictions(network, likelihood, batches((data[0], y)))
+    torch.rand(1)
     state = torch.get_rng_state()
-    first, second = (network_predictions(network, likelihood, batches((data[0], y))) for _ in range(2))
+    second = network_predictions(network, likelihood, batches((data[0], y)))
     assert scores(first) == scores(second)
     assert torch.equal(torch.get_rng_state(), state)
     assert not list(pyro.get_param_store().keys())
+
+
+def test_a_network_whose_class_is_pyros_is_left_as_it_was(device, data):
+    network = pyro.nn.PyroModule[nn.Sequential](nn.Flatten(), pyro.nn.PyroModule[nn.Linear](4, 3)).to(device)
+    before = [dict(vars(module)) for module in network.modules()]
+    network_predictions(network, categorical, batches(data))
+    assert [vars(module) for module in network.modules()] == before
+
+
+def test_probabilities_of_low_precision_sum_to_1(data):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).bfloat16()
+    found = network_predictions(network, categorical, batches((data[0].cpu().bfloat16(), data[1].cpu())))
+    assert (found.log_probs.logsumexp(-1).abs() < 1e-12).all()
+    assert scores(found)["entropy"] > 0
 
 
 # Likelihoods: a network that gives back its input, and two samples that are constants.
@@ -203,6 +219,12 @@ def test_masked_values_are_left_out_however_the_mask_is_written(device):
         found = network_predictions(nn.Identity(), likelihood, [(output, y)])
         assert torch.equal(found.log_likelihoods, alone.log_likelihoods)
         assert torch.equal(found.targets, alone.targets)
+
+
+def test_targets_that_are_all_masked_are_refused():
+    none = torch.zeros(9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="batches: expected at least one target that is not masked, but got none"):
+        network_predictions(nn.Identity(), lambda f: dist.Normal(f, 1.0).mask(none), [(torch.zeros(9), torch.zeros(9))])
 
 
 def test_one_hot_targets_are_classes(device):
