@@ -1,11 +1,13 @@
 """Helpers for nn.Module: validation, copying, temporary modes."""
 
 __all__ = [
+    "call_arguments",
     "check_finite",
     "copied",
     "evaluation_mode",
     "random_state",
     "require_deterministic",
+    "run_network",
     "same_random_numbers",
     "takes",
 ]
@@ -115,3 +117,32 @@ def takes(function: Callable[..., Any], *args: Any) -> bool:
     except ValueError:
         pass
     return True
+
+
+def run_network(network: nn.Module, x: Any) -> Any:
+    """Calls a network with the inputs of a batch, of any kind, as :func:`call_arguments` says."""
+    args, kwargs = call_arguments(network, x)
+    return network(*args, **kwargs)
+
+
+def call_arguments(network: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments, by position and by name, that a network gets for the inputs of a batch.
+
+    The parts of a tuple or list are given by position, and those of a mapping by name, if its keys are names of
+    parameters of ``network.forward``. Anything else is the one argument, and so is a mapping with no such key.
+    """
+    if type(x) in (tuple, list):
+        return tuple(x), {}
+    if not isinstance(x, Mapping):
+        return (x,), {}
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind(**x)
+    except TypeError as error:
+        if not signature.parameters.keys() & x.keys():
+            return (x,), {}
+        raise TypeError(
+            f"x: expected keys that are the parameters of the network's forward, {', '.join(signature.parameters)}, "
+            f"but got {', '.join(map(str, x))}: {error}; a dictionary that is its one argument is given as (x,)"
+        ) from error
+    return (), dict(x)

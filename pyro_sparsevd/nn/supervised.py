@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution
 
 from .._compat import call_context
-from .._modules import takes
+from .._modules import run_network, takes
 from ..distributions.util import unwrap_independent
 from ..poutine.param_store import IsolateParamsMessenger
 from ..poutine.trace import active_trace
@@ -119,7 +119,7 @@ class Supervised(PyroModule):
 
     def _run(self, x: Any) -> Any:
         try:
-            return self.network(*x) if type(x) is tuple else self.network(x)
+            return run_network(self.network, x)
         except StopIteration as error:
             raise RuntimeError(
                 "network: expected parameters where it calls next(self.parameters()), but weights with a prior are "
