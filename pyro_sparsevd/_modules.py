@@ -1,24 +1,30 @@
 """Helpers for nn.Module: validation, copying, temporary modes."""
 
 __all__ = [
+    "batch_tensor",
     "call_arguments",
     "check_finite",
     "copied",
     "evaluation_mode",
+    "named_leaves",
     "random_state",
     "require_deterministic",
     "run_network",
     "same_random_numbers",
     "takes",
+    "with_leaves",
 ]
 
 import copy
 import inspect
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -146,3 +152,47 @@ def call_arguments(network: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[st
             f"but got {', '.join(map(str, x))}: {error}; a dictionary that is its one argument is given as (x,)"
         ) from error
     return (), dict(x)
+
+
+def named_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what nested tuples, lists, mappings and dataclasses hold, with names such as ``x[0]['mask']``."""
+    if isinstance(value, Mapping):
+        parts = [(f"{name}[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, tuple | list):
+        parts = [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [(f"{name}.{field.name}", getattr(value, field.name)) for field in fields(value)]
+    else:
+        yield name, value
+        return
+    for part_name, part in parts:
+        yield from named_leaves(part_name, part)
+
+
+def with_leaves(x: Any, leaves: Mapping[Tensor, Any]) -> Any:
+    """Returns a copy of the inputs of a batch in which others take the place of its tensors."""
+    return copy.deepcopy(x, {id(tensor): leaf for tensor, leaf in leaves.items()})
+
+
+def batch_tensor(name: str, x: Any) -> Tensor:
+    """Returns the tensor that the batch size is of: the first of two or more dimensions, else the first of one.
+
+    It raises TypeError for inputs of a kind that :func:`call_arguments` does not know, and for NumPy arrays, and
+    ValueError where no tensor has a datum.
+    """
+    leaves = list(named_leaves(name, x))
+    for part, leaf in leaves:
+        if isinstance(leaf, np.ndarray) or (part == name and not isinstance(leaf, Tensor)):
+            raise TypeError(
+                f"{part}: expected a tensor, or a tuple or dictionary of tensors, but got {type(leaf).__name__}; make "
+                "numbers a tensor by torch.as_tensor, and take anything else apart in a module around the network"
+            )
+    tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, but got {reprlib.repr(x)}")
+    batch = next((t for t in tensors if t.dim() > 1), next((t for t in tensors if t.dim()), None))
+    if batch is None:
+        raise ValueError(f"{name}: expected a tensor of shape (M, ...), but got a scalar")
+    if len(batch) == 0:
+        raise ValueError(f"{name}: expected at least one datum, but got an empty batch")
+    return batch
