@@ -4,6 +4,7 @@ __all__ = [
     "batch_tensor",
     "call_arguments",
     "check_finite",
+    "cloned",
     "copied",
     "evaluation_mode",
     "named_leaves",
@@ -12,6 +13,7 @@ __all__ = [
     "run_network",
     "same_random_numbers",
     "takes",
+    "tensors_of",
     "with_leaves",
 ]
 
@@ -169,9 +171,19 @@ def named_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from named_leaves(part_name, part)
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Returns the tensors that nested tuples, lists, mappings and dataclasses hold."""
+    return [leaf for _, leaf in named_leaves("", value) if isinstance(leaf, Tensor)]
+
+
 def with_leaves(x: Any, leaves: Mapping[Tensor, Any]) -> Any:
     """Returns a copy of the inputs of a batch in which others take the place of its tensors."""
     return copy.deepcopy(x, {id(tensor): leaf for tensor, leaf in leaves.items()})
+
+
+def cloned(x: Any) -> Any:
+    """Returns a copy of the inputs of a batch, since a network may change them in place."""
+    return with_leaves(x, {tensor: tensor.clone() for tensor in tensors_of(x)})
 
 
 def batch_tensor(name: str, x: Any) -> Tensor:
@@ -187,7 +199,7 @@ def batch_tensor(name: str, x: Any) -> Tensor:
                 f"{part}: expected a tensor, or a tuple or dictionary of tensors, but got {type(leaf).__name__}; make "
                 "numbers a tensor by torch.as_tensor, and take anything else apart in a module around the network"
             )
-    tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_of(x)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, but got {reprlib.repr(x)}")
     batch = next((t for t in tensors if t.dim() > 1), next((t for t in tensors if t.dim()), None))

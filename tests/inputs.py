@@ -1,7 +1,7 @@
 """Networks whose inputs are more than one tensor, or whose output is none, with inputs for them."""
 
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,3 +124,14 @@ KINDS = {
         2,
     ),
 }
+
+
+def moved(x: Any, device: torch.device) -> Any:
+    """Moves the tensors of inputs, in place where they are in a mapping."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, tuple | list):
+        return type(x)(moved(part, device) for part in x)
+    if isinstance(x, MutableMapping):
+        x.update({key: moved(part, device) for key, part in x.items()})
+    return x

@@ -11,27 +11,16 @@ from pyro import poutine
 from torch import nn
 
 import pyro_sparsevd as svd
-from inputs import KINDS, TextClassifier
+from inputs import KINDS, TextClassifier, moved
 from problems import regression_model
 
 EXAMPLE = torch.zeros(5, 4)
 
 
-def _moved(x, device):
-    """Moves the tensors of inputs, in place where they are in a mapping."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    if isinstance(x, (tuple, list)):
-        return type(x)(_moved(part, device) for part in x)
-    if hasattr(x, "keys"):
-        x.update({key: _moved(part, device) for key, part in x.items()})
-    return x
-
-
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "predicted"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_inputs_of_any_kind_reach_the_network_and_give_the_batch_size(kind, observed, device):
-    x, y = _moved(kind.make(), device), torch.arange(kind.size, device=device) % 3
+    x, y = moved(kind.make(), device), torch.arange(kind.size, device=device) % 3
     net = kind.network().to(device)
     model = svd.Supervised(svd.bayesianize(net), lambda out: dist.Categorical(logits=kind.logits(out)), num_data=100)
     guide = svd.AutoSparseNormal(model)
@@ -52,7 +41,7 @@ def test_inputs_of_any_kind_reach_the_network_and_give_the_batch_size(kind, obse
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_inputs_of_any_kind_train_predict_and_prune(kind, device):
-    x, y = _moved(kind.make(), device), torch.arange(kind.size, device=device) % 3
+    x, y = moved(kind.make(), device), torch.arange(kind.size, device=device) % 3
     bnn = svd.bayesianize(kind.network().to(device))
     model = svd.Supervised(bnn, lambda out: dist.Categorical(logits=kind.logits(out)), num_data=kind.size)
     guide = svd.AutoSparseNormal(model)
