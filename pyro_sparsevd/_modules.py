@@ -7,6 +7,7 @@ __all__ = [
     "cloned",
     "copied",
     "evaluation_mode",
+    "map_tensors",
     "named_leaves",
     "random_state",
     "require_deterministic",
@@ -14,13 +15,13 @@ __all__ = [
     "same_random_numbers",
     "takes",
     "tensors_of",
-    "with_leaves",
+    "with_tensors",
 ]
 
 import copy
 import inspect
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -176,14 +177,37 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [leaf for _, leaf in named_leaves("", value) if isinstance(leaf, Tensor)]
 
 
-def with_leaves(x: Any, leaves: Mapping[Tensor, Any]) -> Any:
-    """Returns a copy of the inputs of a batch in which others take the place of its tensors."""
-    return copy.deepcopy(x, {id(tensor): leaf for tensor, leaf in leaves.items()})
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Returns a copy of nested tuples, lists, mappings and dataclasses with a function applied to every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        parts = {key: map_tensors(function, part) for key, part in value.items()}
+        if not isinstance(value, MutableMapping):
+            return parts
+        mapped: Any = copy.copy(value)
+        mapped.update(parts)
+        return mapped
+    if isinstance(value, tuple | list):
+        mapped = [map_tensors(function, part) for part in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    if is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(mapped, field.name, map_tensors(function, getattr(value, field.name)))
+        return mapped
+    return value
+
+
+def with_tensors(value: Any, tensors: Iterable[Any]) -> Any:
+    """Returns a copy in which others take the place of the tensors, in the order of :func:`tensors_of`."""
+    rest = iter(tensors)
+    return map_tensors(lambda _: next(rest), value)
 
 
 def cloned(x: Any) -> Any:
     """Returns a copy of the inputs of a batch, since a network may change them in place."""
-    return with_leaves(x, {tensor: tensor.clone() for tensor in tensors_of(x)})
+    return map_tensors(torch.clone, x)
 
 
 def batch_tensor(name: str, x: Any) -> Tensor:

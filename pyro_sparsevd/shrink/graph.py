@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from .._compat import version_of
-from .._modules import call_arguments, named_leaves, tensors_of, with_leaves
+from .._modules import call_arguments, named_leaves, tensors_of, with_tensors
 from .flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
 
 
@@ -31,8 +31,9 @@ class InputTracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Returns what is traced, and its arguments, of which it needs none."""
-        proxies = {t: self.create_proxy("placeholder", f"input_{i}", (), {}) for i, t in enumerate(tensors_of(self._x))}
-        args, kwargs = call_arguments(self.root, with_leaves(self._x, proxies))
+        count = len(tensors_of(self._x))
+        proxies = [self.create_proxy("placeholder", f"input_{i}", (), {}) for i in range(count)]
+        args, kwargs = call_arguments(self.root, with_tensors(self._x, proxies))
 
         def outputs() -> list[Any]:
             leaves = named_leaves("", root_fn(self.root, *args, **kwargs))
