@@ -123,18 +123,22 @@ class Supervised(PyroModule):
                 output = self._run(x)
                 sample_unused_sites(self.network, self._site_names)
             likelihood = self._distribution(output, size)
-        size = likelihood.batch_shape[-1]
         if targets is not None:
             targets = _fitted_targets(targets, likelihood, None if targets is y else batch.device)
-        recorder = active_trace()
-        if recorder is not None and targets is not None:
+        self._observe(likelihood, targets, batch)
+        return output
+
+    def _observe(self, likelihood: Any, targets: Tensor | None, batch: Tensor) -> None:
+        """Samples or observes ``y`` in its plate, or records it where that is all that would happen."""
+        size = likelihood.batch_shape[-1]
+        trace = active_trace()
+        if trace is not None and targets is not None:
             plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
-            recorder.sample("y", likelihood, targets, self.num_data / size, (plate,))
-            return output
+            trace.sample("y", likelihood, targets, self.num_data / size, (plate,))
+            return
         subsample = batch if len(batch) == size else torch.arange(size, device=batch.device)
         with pyro.plate("data", self.num_data, subsample=subsample):
             pyro.sample("y", likelihood, obs=targets, infer={"is_target": True})
-        return output
 
     def _size(self, x: Any, batch: Tensor, y: Tensor | None) -> int | None:
         """Returns the batch size as far as inputs and targets say: several inputs may be of one size each."""
@@ -175,9 +179,10 @@ class Supervised(PyroModule):
                 f"likelihood: expected a function that returns a distribution, but it gave {type(likelihood).__name__}"
             )
         shape = tuple(likelihood.batch_shape)
-        if not shape or shape[-1] != (size or shape[-1]):
+        if not (shape and shape[-1]) or size not in (None, shape[-1]):
+            expected = "M" if size is None else size
             raise ValueError(
-                f"likelihood: expected one distribution per datum, batch_shape (..., {size or 'M'}), but got {shape}; "
+                f"likelihood: expected one distribution per datum, batch_shape (..., {expected}), but got {shape}; "
                 ".to_event(n) declares trailing dimensions as parts of a datum"
             )
         return likelihood

@@ -90,9 +90,14 @@ def test_inputs_of_another_kind_are_refused_by_name(x, error, message):
 def test_targets_of_several_inputs_are_as_many_as_distributions(targets):
     kind = KINDS["tuple"]
     model = regression_model("cpu", net=kind.network())
-    expected = "(..., 4), but got (6,)" if targets else "(6, 3), but got (0, 3)"
-    with pytest.raises(ValueError, match=re.escape(expected)):
+    with pytest.raises(ValueError, match=re.escape(f"(..., {targets}), but got (6,)")):
         model(kind.make(), torch.zeros(targets, 3))
+
+
+def test_a_likelihood_of_no_data_is_refused():
+    model = regression_model("cpu", net=KINDS["tuple"].network(), likelihood=lambda out: dist.Normal(out[:0, 0], 1.0))
+    with pytest.raises(ValueError, match=re.escape("(..., M), but got (0,)")):
+        model(KINDS["tuple"].make())
 
 
 def test_a_forgotten_event_dimension_is_found_with_several_inputs():
