@@ -15,6 +15,7 @@ __all__ = [
     "forget_place",
     "in_backward_pass",
     "in_function_transform",
+    "is_deferred",
     "is_untraced",
     "is_zero_tensor",
     "keystr",
@@ -36,6 +37,7 @@ __all__ = [
     "tree_flatten_with_path",
     "tree_leaves",
     "tree_map_only",
+    "validation_deferred",
     "validation_kept",
     "version_of",
     "without_torch_function",
@@ -129,6 +131,27 @@ def validation_kept() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(validates)
+
+
+@contextmanager
+def validation_deferred() -> Iterator[None]:
+    """Has distributions that are made meanwhile, and would be validated, note this instead, see :func:`is_deferred`.
+
+    torch 2.9 to 2.15. As for :func:`validation_kept`; 0 is as good a default as False, and no ``validate_args=False``.
+    """
+    with validation_kept():
+        if Distribution._validate_args:
+            Distribution.set_default_validate_args(0)  # type: ignore[arg-type]
+        yield
+
+
+def is_deferred(distribution: Distribution) -> bool:
+    """Tells whether the validation of a distribution was deferred where it was made.
+
+    torch 2.9 to 2.15. There is no public name for whether a distribution validates. Missing: the call fails.
+    """
+    validates = distribution._validate_args
+    return not validates and validates is not False
 
 
 def on_state_dict(module: nn.Module, hook: Callable[..., Any]) -> None:

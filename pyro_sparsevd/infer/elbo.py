@@ -11,11 +11,12 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from .._compat import not_compiled
+from .._compat import not_compiled, validation_deferred
 from .._modules import random_state
+from ..distributions.validation import raise_invalid
 from ..ops.memory import Workspace
 from ..poutine.local_reparam import LocalReparamMessenger
-from ..poutine.trace import Sites, SiteTrace, log_prob, without_subsampling
+from ..poutine.trace import Sites, SiteTrace, log_prob, value_for_density, without_subsampling
 from ..poutine.unsampled_weight import PassNotes, PassSpoiled, RepeatedUseError, UnsampledWeight
 from .buffers import unchanged_buffers_on_error
 from .checks import check_auxiliary, check_latent, check_plates, finite_value, raise_device_error, raise_nonfinite
@@ -64,9 +65,10 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         local_reparam: Whether to sample outputs instead of weights; not where the model differentiates its network
             with ``create_graph=True``, since sampled outputs have no second derivative.
         num_particles: The number of samples that are averaged.
-        check_finite: Whether to raise where the loss or what is given is not finite, before a gradient is computed:
-            on an accelerator, the one wait of a step; ``pyro.enable_validation(False)`` saves those of the
-            likelihood's own checks. A gradient that is not finite where the loss is, as of ``sqrt`` at 0 or where
+        check_finite: Whether to raise where the loss or what is given is not finite, or not valid for a distribution
+            that validates, before a gradient is computed: one read of the loss, and the one wait of a step on an
+            accelerator. Without it, the loss is NaN where a value or a parameter is not valid, and a step can be
+            captured as a CUDA graph. A gradient that is not finite where the loss is, as of ``sqrt`` at 0 or where
             log σ² leaves -87 to 87 in single precision, is not looked for: the next step names the parameter.
         exclude: Names or globs of sites whose weights are sampled in spite of ``local_reparam``: where rows that a
             layer gives are mixed later on, as in a graph, see :func:`~.local_gap.local_reparam_gap`.
@@ -189,26 +191,30 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         """
         while True:
             self._newly_sampled = PassNotes()
-            # Later passes neither look for generators in all modules nor save frozen parameters: both cost time.
-            restore_random_state = random_state(None if self.terms else unwrap(model))
+            # Later passes save neither generators nor frozen parameters: both cost time, and no CUDA graph can hold the
+            # former. One that starts again goes on with other random numbers.
+            restore_random_state = None if self.terms else random_state(unwrap(model))
             try:
-                with unchanged_buffers_on_error(model, with_frozen=not self.terms):
+                with unchanged_buffers_on_error(model, with_frozen=not self.terms), validation_deferred():
                     return self._evaluate_once(model, guide, args, kwargs)
             except Exception:  # of any type, since the pass ran with weights that cannot be used like this
                 if not self._newly_sampled:
                     raise
                 self._sampled_sites |= self._newly_sampled
-                restore_random_state()
+                if restore_random_state is not None:
+                    restore_random_state()
 
     def _evaluate_once(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> _Evaluation:
         factorised = is_factorised(guide)
-        traces = self._get_traces(model, guide, args, kwargs)
+        traces = list(self._get_traces(model, guide, args, kwargs))
         particles = [self._terms(of_model, of_guide, factorised) for of_model, of_guide in traces]
         self._newly_sampled.is_running = False
         nll, kl = (_mean([_sum(terms) for terms in of_kind]) for of_kind in zip(*particles, strict=True))
         loss = nll + self.kl_weight * kl
         value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
         if self.check_finite and value is None:
+            for name, site in (item for trace in traces for sites in trace for item in sites.items()):
+                raise_invalid(name, site["fn"], value_for_density(site))
             raise ValueError(
                 f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"
                 + _sites_not_finite(particles)

@@ -3,6 +3,7 @@
 __all__ = ["KL", "Terms", "kl_terms"]
 
 import logging
+import math
 import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, Literal, TypeAlias, cast
@@ -17,6 +18,7 @@ from ..distributions.improper import ImproperPriorWarning
 from ..distributions.kl import kl_normal_log_uniform
 from ..distributions.log_uniform import LogUniform
 from ..distributions.util import unmasked, unwrap_independent
+from ..distributions.validation import parameters_are_valid
 from ..ops.divergence import Form
 from ..poutine.kl import kl_log_uniform_total
 from ..poutine.trace import log_prob
@@ -113,6 +115,7 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
     if isinstance(q_base, Delta):  # Pyro's KL of a Delta ignores its log_density
         return None
     event_dims = len(q_base.batch_shape) - len(q_fn.batch_shape)
+    is_same = all(_are_same(*pair) for pair in ((q["scale"], p["scale"]), (q["mask"], p["mask"]), (q_mask, p_mask)))
     if q_base.batch_shape == p_base.batch_shape:
         kept = getattr(q_base, "kept", True)
         q_mask, p_mask = q_mask & kept, p_mask & kept
@@ -120,7 +123,6 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
         q_base, p_base, event_dims = q_fn, p_fn, 0
     else:
         return None
-    is_same = all(_are_same(*pair) for pair in ((q["scale"], p["scale"]), (q["mask"], p["mask"]), (q_mask, p_mask)))
     try:
         if isinstance(q_base, torch.distributions.Normal) and isinstance(p_base, LogUniform):
             known = kl_normal_log_uniform(q_base, p_base, form)
@@ -132,7 +134,8 @@ def _closed_form(q: Any, p: Any, form: Any) -> Tensor | None:
             total = total + _counted(entropy, p, p_mask, event_dims) - _counted(entropy, q, q_mask, event_dims)
     except NotImplementedError:
         return None
-    return total
+    valid = parameters_are_valid(q["fn"], p["fn"])
+    return total if valid is None else torch.where(valid, total, math.nan)
 
 
 def _counted(values: Tensor, site: Any, mask: Any, event_dims: int) -> Tensor:

@@ -65,7 +65,7 @@ class Latent(NamedTuple):
         if self.is_real:
             return base
         # The cache makes the density at a sample exact, and finite where the inverse is not.
-        return dist.TransformedDistribution(base, [self.transform.with_cache()])
+        return dist.TransformedDistribution(base, [self.transform.with_cache()], validate_args=False)
 
 
 def attribute_sites(model: Any) -> Iterator[tuple[str, Distribution]]:

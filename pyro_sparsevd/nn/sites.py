@@ -71,7 +71,8 @@ class WeightPrior(dist.Independent):
     def _with_row(self, values: Tensor, number: float, dims: int) -> Tensor:
         if self.zero_row is None:
             return values
-        return values.index_fill(-dims, torch.tensor(self.zero_row, device=values.device), number)
+        row = values.select(-dims, self.zero_row)
+        return values.select_scatter(torch.full_like(row, number), -dims, self.zero_row)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> dist.Independent:
         """Returns the expanded prior, without the value."""

@@ -1,6 +1,15 @@
 """A lean trace and replay of sample sites, and the densities of the sites."""
 
-__all__ = ["SiteTrace", "Sites", "active_trace", "density", "log_prob", "recompute_contexts", "without_subsampling"]
+__all__ = [
+    "SiteTrace",
+    "Sites",
+    "active_trace",
+    "density",
+    "log_prob",
+    "recompute_contexts",
+    "value_for_density",
+    "without_subsampling",
+]
 
 from typing import Any, TypeAlias
 
@@ -13,6 +22,7 @@ from torch import Tensor
 from .._compat import HANDLER_STACK, is_untraced
 from ..distributions.log_uniform import IMPROPER_LOG_NORMALIZER, LogUniform
 from ..distributions.util import unmasked, unwrap_independent
+from ..distributions.validation import deferred_log_prob
 from .local_reparam import LocalReparamMessenger
 from .unsampled_weight import UnsampledWeight
 
@@ -100,20 +110,29 @@ def without_subsampling(sites: Sites) -> Sites:
 def log_prob(site: Any) -> Tensor:
     """Returns the log density of a site's value in nats, scaled, masked and summed to a scalar.
 
-    An improper log-uniform prior counts with the constant with which its divergence vanishes as α → ∞.
+    What is not valid has NaN, see :func:`~.validation.deferred_log_prob`. An improper log-uniform prior
+    counts with the constant with which its divergence vanishes as α → ∞.
     """
-    fn, value = site["fn"], site["value"]
+    fn, value = site["fn"], value_for_density(site)
     without_masks, counted = unmasked(fn)
     base: Any = unwrap_independent(without_masks)
     is_improper = isinstance(base, LogUniform) and not base.is_proper
-    value = value.value_for_density() if isinstance(value, UnsampledWeight) else value
     if is_improper:  # a sample that rounding made 0, once in some 1e9, has no density
         value = torch.where(value == 0, torch.finfo(value.dtype).eps, value)
-    found = density(site["name"], fn, value, site["cond_indep_stack"])
+    found = deferred_log_prob(site["name"], fn, value)
+    _check_shape(site["name"], fn, value, found, site["cond_indep_stack"])
     if is_improper:
-        weights = torch.as_tensor(counted, device=found.device).to(found).expand(base.batch_shape)
+        weights = (counted.to(found) if isinstance(counted, Tensor) else found.new_full((), counted)).expand(
+            base.batch_shape
+        )
         found = found + IMPROPER_LOG_NORMALIZER * sum_rightmost(weights, len(fn.event_shape))
     return scale_and_mask(found, site["scale"], site["mask"]).sum()
+
+
+def value_for_density(site: Any) -> Tensor:
+    """Returns a site's value; a weight that is not sampled has a sample of its own for this."""
+    value = site["value"]
+    return value.value_for_density() if isinstance(value, UnsampledWeight) else value
 
 
 def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> Tensor:
@@ -123,12 +142,16 @@ def density(name: str, fn: Any, value: Tensor, plates: tuple[Any, ...] = ()) -> 
     have no size.
     """
     found: Tensor = fn.log_prob(value)
+    _check_shape(name, fn, value, found, plates)
+    return found
+
+
+def _check_shape(name: str, fn: Any, value: Tensor, found: Tensor, plates: tuple[Any, ...]) -> None:
     if found.shape != fn.batch_shape:
         open_dims = {frame.dim for frame in plates if frame.vectorized and frame.size == -1}
         sizes = [found.shape[dim] if dim in open_dims else 1 for dim in range(-found.dim(), 0)]
         if found.shape != torch.broadcast_shapes(fn.batch_shape, sizes):
             raise ValueError(f"{name}: expected a value of shape {tuple(fn.shape())}, but got {tuple(value.shape)}")
-    return found
 
 
 def _check_subsample(plate: Any, of_guide: Any) -> None:

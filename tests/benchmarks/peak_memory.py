@@ -47,10 +47,10 @@ def by_hand(net):
     return lambda x, y: 60_000 * F.cross_entropy(network(x), y) + sum(m.kl() for m in noisy), network.parameters()
 
 
-def package(net):
-    """Returns the loss of a batch, by this package, and its parameters."""
+def package(net, **options):
+    """Returns the loss of a batch, by this package with options of its bound, and its parameters."""
     model = svd.Supervised(svd.bayesianize(net), lambda logits: dist.Categorical(logits=logits), 60_000)
-    loss = svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))
+    loss = svd.SparseVD_ELBO(**options)(model, svd.AutoSparseNormal(model))
     return loss, loss.parameters()
 
 
