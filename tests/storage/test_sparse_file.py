@@ -341,9 +341,7 @@ class TestFilesThatDoNotFit:
         save_sparse(_counted(1, 0).to(device), path)
         assert load_sparse(path, net).counts.tolist() == [1, 0]
 
-    def test_buffers_beyond_the_dtype_of_the_network_are_refused(
-        self, path, device
-    ):
+    def test_buffers_beyond_the_dtype_of_the_network_are_refused(self, path, device):
         net = nn.BatchNorm1d(3).to(device)
         net.running_var.copy_(torch.tensor([1.0, 1e6, math.inf]))
         save_sparse(net, path)
