@@ -12,7 +12,7 @@ from pyro.infer.autoguide import init_to_feasible
 from pyro.poutine.util import site_is_subsample
 
 from checks import named, seeded, set_posterior, state_of, svi_of
-from problems import GUIDES, ZOO, auto_normal, auto_sparse_normal, hierarchy_model, subsampled_model
+from pyro_models import GUIDES, ZOO, auto_normal, auto_sparse_normal, hierarchy_model, subsampled_model
 from pyro_sparsevd import SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

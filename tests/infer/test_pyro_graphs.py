@@ -17,7 +17,8 @@ from pyro.infer.inspect import get_dependencies, get_model_relations
 from torch import Tensor, nn
 
 from checks import state_of, svi_of
-from problems import GUIDES, SMALL_WEIGHTS, regression_data, small_model
+from problems import regression_data, small_model
+from pyro_models import GUIDES, SMALL_WEIGHTS
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

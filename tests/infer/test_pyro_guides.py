@@ -30,7 +30,15 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from checks import same_values, seeded, state_of, stored_names, svi_of
-from problems import GUIDES, INIT_SCALE, auto_sparse_normal, factors_model, hierarchy_model, mixed_model, module_model
+from pyro_models import (
+    GUIDES,
+    INIT_SCALE,
+    auto_sparse_normal,
+    factors_model,
+    hierarchy_model,
+    mixed_model,
+    module_model,
+)
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

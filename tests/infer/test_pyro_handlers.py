@@ -13,19 +13,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from checks import mean_of, named, same_values, seeded, set_posterior, spread_of, state_of, svi_of
-from problems import (
-    GUIDES,
-    IMPROPER,
-    NUM_DATA,
-    PROPER,
-    SMALL_WEIGHTS,
-    TWO_WEIGHTS_Y,
-    auto_sparse_normal,
-    regression_data,
-    small_model,
-    small_network,
-    two_weights,
-)
+from problems import NUM_DATA, regression_data, small_model, small_network
+from pyro_models import GUIDES, IMPROPER, PROPER, SMALL_WEIGHTS, TWO_WEIGHTS_Y, auto_sparse_normal, two_weights
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -24,7 +24,8 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor, nn
 
 from checks import seeded, set_posterior
-from problems import GUIDES, Broadcasting, auto_sparse_normal, regression_data, small_model
+from problems import regression_data, small_model
+from pyro_models import GUIDES, Broadcasting, auto_sparse_normal
 from pyro_sparsevd import AutoSparseNormal, ImproperPriorWarning, LogUniform, Supervised, bayesianize, init_to_weights
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -11,7 +11,8 @@ from pyro.infer import JitTrace_ELBO, Predictive, Trace_ELBO
 from torch import nn
 
 from checks import mean_of, same_values, seeded, set_posterior, state_of
-from problems import GUIDES, SMALL_WEIGHTS, ZOO, regression_data, small_model
+from problems import regression_data, small_model
+from pyro_models import GUIDES, SMALL_WEIGHTS, ZOO
 from pyro_sparsevd import LogUniform
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

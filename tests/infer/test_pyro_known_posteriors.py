@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 
 from checks import mean_of, named, seeded, set_posterior, state_of, svi_of
-from problems import GUIDES
+from pyro_models import GUIDES
 from pyro_sparsevd import LogUniform, SparseVD_ELBO, Supervised, bayesianize
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

@@ -12,18 +12,8 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from checks import mean_of
-from problems import (
-    GUIDES,
-    IMPROPER,
-    INIT_SCALE,
-    PROPER,
-    SMALL_WEIGHTS,
-    Broadcasting,
-    auto_sparse_normal,
-    regression_data,
-    small_model,
-    small_network,
-)
+from problems import regression_data, small_model, small_network
+from pyro_models import GUIDES, IMPROPER, INIT_SCALE, PROPER, SMALL_WEIGHTS, Broadcasting, auto_sparse_normal
 from pyro_sparsevd import LogUniform, sparsify
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")

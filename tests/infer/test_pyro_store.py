@@ -13,16 +13,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import Tensor
 
 from checks import same_values, seeded, state_of, stored_names, svi_of
-from problems import (
-    GUIDES,
-    SMALL_WEIGHTS,
-    TWO_WEIGHTS_Y,
-    auto_sparse_normal,
-    mixed_model,
-    regression_data,
-    small_model,
-    two_weights,
-)
+from problems import regression_data, small_model
+from pyro_models import GUIDES, SMALL_WEIGHTS, TWO_WEIGHTS_Y, auto_sparse_normal, mixed_model, two_weights
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised
 
 pytestmark = pytest.mark.usefixtures("double", "on_device")
