@@ -269,7 +269,65 @@ def model_with_batch_norm(device: torch.device) -> Supervised:
     return Supervised(bayesianize(net), precise_likelihood, NUM_DATA)
 
 
-# Networks with priors.
+# Every kind of network: a row here is under the laws of bayesianize, of the bound, of copies and states, and of prune.
+
+
+class Network(NamedTuple):
+    """A network, and what makes its inputs, whose first dimensions are equal."""
+
+    make: Callable[[], nn.Module]
+    inputs: list[Callable[[], Tensor]]
+
+    def on(self, device: torch.device) -> tuple[nn.Module, list[Tensor]]:
+        """The network in float64 and inputs of it."""
+        return self.make().to(device, F64), [make_input().to(device) for make_input in self.inputs]
+
+
+class Block(nn.Module):
+    """Modules in modules, a parameter of its own and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 4, bias=False)))
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.gain = nn.Parameter(torch.randn(4))
+        self.register_buffer("shift", torch.randn(4, 4))
+
+    def forward(self, x):
+        return self.inner(x) + self.gain * (x @ (self.mix + self.shift))
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.many = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4), torch.randn(4)])
+        self.named = nn.ParameterDict({"a": torch.randn(4, 2)})
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x):
+        for layer, weight in zip(self.layers, self.many, strict=False):
+            x = torch.tanh(layer(x) @ weight)
+        return (x + self.many[2]) @ self.named["a"]
+
+
+class Attention(nn.Module):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **sizes)
+
+    def forward(self, query, key, value):
+        return self.attention(query, key, value)[0]
+
+
+class FirstOutput(nn.Module):
+    """A recurrent layer without the state that it returns, too."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
 
 
 class Tied(nn.Module):
@@ -285,8 +343,87 @@ class Tied(nn.Module):
         return self.output(self.embedding(tokens))
 
 
+def shared():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def convolutional():
+    layers = nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(16)
+    return nn.Sequential(*layers, nn.Linear(16, 2))
+
+
+def transformer():
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+
+
+def floats(*shape):
+    return lambda: torch.randn(*shape, dtype=F64)
+
+
 def some_tokens():
     return torch.tensor([[1, 2, 5], [0, 0, 3]])
+
+
+NETWORKS = {
+    "linear": Network(lambda: nn.Linear(4, 3), [floats(5, 4)]),
+    "mlp": Network(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), [floats(5, 4)]
+    ),
+    "conv": Network(convolutional, [floats(3, 2, 4, 4)]),
+    "transposed conv": Network(lambda: nn.ConvTranspose1d(2, 3, 3, groups=1), [floats(3, 2, 5)]),
+    "nested": Network(Block, [floats(5, 4)]),
+    "lists": Network(Lists, [floats(5, 4)]),
+    "shared": Network(shared, [floats(5, 4)]),
+    "tied": Network(Tied, [some_tokens]),
+    "embedding": Network(lambda: nn.Embedding(6, 3, padding_idx=0), [some_tokens]),
+    "bag": Network(lambda: nn.EmbeddingBag(6, 3), [some_tokens]),
+    "bilinear": Network(lambda: nn.Bilinear(3, 4, 2), [floats(5, 3), floats(5, 4)]),
+    "lstm": Network(lambda: FirstOutput(nn.LSTM(3, 4, 2, bidirectional=True)), [floats(5, 2, 3)]),
+    "bare lstm": Network(lambda: nn.LSTM(3, 4), [floats(5, 2, 3)]),
+    "gru": Network(lambda: FirstOutput(nn.GRU(3, 4, batch_first=True)), [floats(5, 2, 3)]),
+    "rnn": Network(lambda: FirstOutput(nn.RNN(3, 4)), [floats(5, 2, 3)]),
+    "lstm cell": Network(lambda: nn.LSTMCell(3, 4), [floats(5, 3)]),
+    "loop over time": Network(HandMadeRecurrent, [floats(5, 4)]),
+    "attention": Network(Attention, [floats(5, 2, 4)] * 3),
+    "cross attention": Network(lambda: Attention(kdim=3, vdim=5), [floats(2, 5, 4), floats(2, 6, 3), floats(2, 6, 5)]),
+    "transformer": Network(transformer, [floats(5, 2, 4)]),
+    "evaluated transformer": Network(lambda: transformer().eval(), [floats(5, 2, 4)]),
+}
+
+
+# Every prior: a row here is under the laws of tests/sparsity/test_every_prior.py and tests/nn/test_padding.py.
+
+
+class Prior(NamedTuple):
+    """What makes a prior of a network of linear layers with six inputs each, and what it is."""
+
+    make: Callable[[], Any]
+    sparse: bool = False  # whether log α of its sites says which weights to drop
+    density: bool = True  # without one, it is fitted to the posterior
+    proper: bool = True
+    by_weight: bool = False  # whether its divergence is in closed form, and a sum over weights
+    of_network: bool = False  # whether it needs a parameter to be the prior of
+
+
+PRIORS = {
+    "improper": Prior(lambda: LogUniform(), sparse=True, proper=False, by_weight=True),
+    "log-uniform": Prior(lambda: LogUniform(1e-6, 1e3), sparse=True, by_weight=True),
+    "normal": Prior(lambda: dist.Normal(0.0, 0.7), by_weight=True),
+    "rows": Prior(lambda: dist.MultivariateNormal(torch.zeros(6), 0.5 * torch.eye(6))),
+    "laplace": Prior(lambda: dist.Laplace(0.1, 0.6), by_weight=True),
+    "student": Prior(lambda: dist.StudentT(3.0, 0.0, 0.5)),
+    "mixture": Prior(lambda: svd.nn.scale_mixture(0.3, 1.0, 0.1)),
+    "fan-in": Prior(lambda: svd.nn.fan_in_normal(1.5), by_weight=True, of_network=True),
+    "layer": Prior(lambda: svd.EmpiricalBayesNormal(()), density=False),
+    "relevance": Prior(lambda: svd.EmpiricalBayesNormal(), sparse=True, density=False),
+    "units": Prior(lambda: svd.EmpiricalBayesNormal((0,)), sparse=True, density=False),
+    "horseshoe": Prior(lambda: svd.horseshoe(0.5), sparse=True, of_network=True),
+    "jeffreys": Prior(lambda: svd.group_normal_jeffreys((1,)), sparse=True, of_network=True),
+}
+
+
+# Networks with priors.
 
 
 MLP_NAMES = ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", "head.weight", "head.bias"]

@@ -11,106 +11,17 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from checks import assert_same_function, conditioned, first_of, matrices_of, random_values, sites_of, torch_saved
-from problems import Tied, some_tokens
+from problems import NETWORKS, Tied, shared
 from pyro_sparsevd.nn.sites import WeightPrior
 
 # cuDNN wants the weights of a recurrent layer in one piece of memory, which weights that are drawn are not.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 
 
-class Block(nn.Module):
-    """Modules in modules, a parameter of its own and a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Tanh(), nn.Linear(5, 4, bias=False)))
-        self.mix = nn.Parameter(torch.randn(4, 4))
-        self.gain = nn.Parameter(torch.randn(4))
-        self.register_buffer("shift", torch.randn(4, 4))
-
-    def forward(self, x):
-        return self.inner(x) + self.gain * (x @ (self.mix + self.shift))
-
-
-class Lists(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.many = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4), torch.randn(4)])
-        self.named = nn.ParameterDict({"a": torch.randn(4, 2)})
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
-
-    def forward(self, x):
-        for layer, weight in zip(self.layers, self.many, strict=False):
-            x = torch.tanh(layer(x) @ weight)
-        return (x + self.many[2]) @ self.named["a"]
-
-
-class Attention(nn.Module):
-    def __init__(self, **sizes):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, **sizes)
-
-    def forward(self, query, key, value):
-        return self.attention(query, key, value)[0]
-
-
-class Recurrent(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)[0]
-
-
-def shared():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def conv():
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 2)
-    )
-
-
-def floats(*shape):
-    return lambda: torch.randn(*shape, dtype=torch.float64)
-
-
-def transformer():
-    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
-
-
-NETS = {
-    "linear": (lambda: nn.Linear(4, 3), [floats(5, 4)]),
-    "mlp": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)), [floats(5, 4)]),
-    "conv": (conv, [floats(3, 2, 4, 4)]),
-    "transposed conv": (lambda: nn.ConvTranspose1d(2, 3, 3, groups=1), [floats(3, 2, 5)]),
-    "nested": (Block, [floats(5, 4)]),
-    "lists": (Lists, [floats(5, 4)]),
-    "shared": (shared, [floats(5, 4)]),
-    "tied": (Tied, [some_tokens]),
-    "embedding": (lambda: nn.Embedding(6, 3, padding_idx=0), [some_tokens]),
-    "bag": (lambda: nn.EmbeddingBag(6, 3), [some_tokens]),
-    "bilinear": (lambda: nn.Bilinear(3, 4, 2), [floats(5, 3), floats(5, 4)]),
-    "lstm": (lambda: Recurrent(nn.LSTM(3, 4, 2, bidirectional=True)), [floats(5, 2, 3)]),
-    "bare lstm": (lambda: nn.LSTM(3, 4), [floats(5, 2, 3)]),
-    "gru": (lambda: Recurrent(nn.GRU(3, 4, batch_first=True)), [floats(5, 2, 3)]),
-    "rnn": (lambda: Recurrent(nn.RNN(3, 4)), [floats(5, 2, 3)]),
-    "lstm cell": (lambda: nn.LSTMCell(3, 4), [floats(5, 3)]),
-    "attention": (Attention, [floats(5, 2, 4)] * 3),
-    "cross attention": (lambda: Attention(kdim=3, vdim=5), [floats(5, 2, 4), floats(6, 2, 3), floats(6, 2, 5)]),
-    "transformer": (transformer, [floats(5, 2, 4)]),
-    "evaluated transformer": (lambda: transformer().eval(), [floats(5, 2, 4)]),
-}
-
-
-@pytest.fixture(params=NETS)
+@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
 def case(request, device):
     """A network in float64 and inputs for it."""
-    make, inputs = NETS[request.param]
-    return make().to(device, torch.float64), [make_input().to(device) for make_input in inputs]
+    return request.param.on(device)
 
 
 def all_names(net):
