@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -454,3 +454,9 @@ BOUNDS = [(1e-3, 1.0), (0.5, 0.6), (1e-8, 1e4), (2.0, 300.0)]
 
 def normal_of(q):
     return dist.Normal(q.loc, (0.5 * q.log_variance).exp())
+
+
+def random_posterior(shape, dtype=F64):
+    generator = torch.Generator().manual_seed(2)
+    loc, log_variance = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+    return SparseNormal(loc, log_variance - 1)

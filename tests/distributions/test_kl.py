@@ -9,7 +9,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from checks import SAMPLES, assert_mean
-from problems import BOUNDS, bounded, normal_of, tensor64
+from problems import BOUNDS, bounded, normal_of, random_posterior, tensor64
 from pyro_sparsevd import LogUniform, SparseNormal
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.log_uniform import IMPROPER_LOG_NORMALIZER
@@ -113,6 +113,15 @@ class TestOtherPairs:
         torch.testing.assert_close(kl_divergence(posterior, prior), kl_divergence(normal_of(posterior), prior))
         torch.testing.assert_close(kl_divergence(prior, posterior), kl_divergence(prior, normal_of(posterior)))
         assert (kl_divergence(posterior, posterior).abs() < 1e-12).all()
+
+    @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+    @pytest.mark.parametrize("centre", [0.0, -2.0])
+    def test_the_divergence_from_a_laplace_prior_is_the_integral(self, scale, centre):
+        q, p = random_posterior((7,)), dist.Laplace(torch.tensor(centre, dtype=torch.float64), scale)
+        z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)[:, None]
+        w = q.loc + q.scale * z
+        integrand = q.log_prob(w).exp() * (q.log_prob(w) - p.log_prob(w)) * q.scale
+        torch.testing.assert_close(kl_divergence(q, p), torch.trapezoid(integrand, z, dim=0), rtol=1e-6, atol=1e-8)
 
     def test_divergence_the_other_way_round_is_not_known(self, posterior):
         with pytest.raises(NotImplementedError, match="LogUniform"):

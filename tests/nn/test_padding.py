@@ -10,30 +10,29 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_sparsevd as svd
-from problems import Tied, some_tokens
+from problems import PRIORS, Tied, some_tokens
 
 PADDED = {
-    "embedding": lambda: nn.Embedding(6, 3, padding_idx=0),
-    "last row": lambda: nn.Embedding(6, 3, padding_idx=-1),
-    "bag": lambda: nn.EmbeddingBag(6, 3, padding_idx=2),
+    "embedding": lambda: nn.Embedding(6, 6, padding_idx=0),
+    "last row": lambda: nn.Embedding(6, 6, padding_idx=-1),
+    "bag": lambda: nn.EmbeddingBag(6, 6, padding_idx=2),
 }
-PRIORS = {
-    "log-uniform": svd.LogUniform(1e-4, 1.0),
-    "improper": svd.LogUniform(),
-    "normal": dist.Normal(0.5, 1.0),
-    "rows": dist.MultivariateNormal(torch.zeros(3), torch.eye(3)),
-    "horseshoe": svd.horseshoe(),
-    "empirical": svd.EmpiricalBayesNormal((0,)),
+FAULTS = {
+    "jeffreys": pytest.mark.xfail(
+        raises=AssertionError,
+        reason="a group of several rows counts the weights of the padding row as kept",
+        strict=True,
+    )
 }
 
 
 @pytest.mark.filterwarnings("ignore::pyro_sparsevd.distributions.ImproperPriorWarning")
 @pytest.mark.parametrize("make", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+@pytest.mark.parametrize("prior", [pytest.param(p, id=name, marks=FAULTS.get(name, ())) for name, p in PRIORS.items()])
 def test_the_padding_row_is_zero_in_every_sample_and_costs_no_divergence(make, prior):
     torch.manual_seed(0)
-    net = nn.Sequential(make(), nn.Linear(3, 2))
-    bnn = svd.bayesianize(net, {"0.*": prior, "*": dist.Normal(0.0, 1.0)})
+    net = nn.Sequential(make(), nn.Linear(6, 2))
+    bnn = svd.bayesianize(net, prior.make(), include="0.*")
     model = svd.Supervised(bnn, lambda out: dist.Normal(out, 1.0).to_event(out.dim() - 1), 10)
     guide, x = svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.tensor([[1, 2, 5], [0, 0, 3]])
     others = torch.arange(6) != net[0].padding_idx

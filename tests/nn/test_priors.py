@@ -1,5 +1,6 @@
 """The prior of each parameter."""
 
+import math
 import re
 
 import pyro.distributions as dist
@@ -142,6 +143,33 @@ SHAPED_PRIORS = {
     "bounded": lambda d: svd.LogUniform(torch.tensor([0.1, 0.2, 0.1, 0.1], device=d), 2.0),
     "positive": lambda d: dist.Gamma(torch.ones((), device=d), 1.0),
 }
+
+
+class TestBuilders:
+    def test_a_scale_mixture_has_the_density_of_its_formula(self):
+        w = torch.linspace(-3, 3, 13)
+        wide, narrow = (dist.Normal(0.0, s).log_prob(w).exp() for s in (2.0, 0.1))
+        torch.testing.assert_close(svd.nn.scale_mixture(0.25, 2.0, 0.1).log_prob(w).exp(), 0.25 * wide + 0.75 * narrow)
+
+    @pytest.mark.parametrize(
+        ("weight", "inputs"),
+        [(nn.Linear(9, 4).weight, 9), (nn.Conv2d(3, 2, 5).weight, 75), (nn.Linear(1, 4).weight, 1)],
+    )
+    def test_the_fan_in_is_the_number_of_inputs_of_a_unit(self, weight, inputs):
+        assert float(svd.nn.fan_in_normal(3.0)("w", weight).scale) == pytest.approx(3 / math.sqrt(inputs))
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: svd.nn.fan_in_normal(0.0), "scale: expected a positive and finite number, but got 0.0"),
+            (lambda: svd.nn.scale_mixture(1.0), "scale_mixture: expected 0 < weight < 1"),
+            (lambda: svd.nn.scale_mixture(0.5, 1.0, 2.0), "narrow < wide < inf, but got 0.5, 1.0, 2.0"),
+        ],
+        ids=["fan-in", "mixture", "widths"],
+    )
+    def test_bad_scales_are_refused(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 class TestWeightPrior:
