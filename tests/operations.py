@@ -1,9 +1,11 @@
 """The operations that sample their output, with inputs and plain formulas, and the divergences of their weights."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import mpmath
 import pyro
 import pytest
 import torch
@@ -191,3 +193,31 @@ DIVERGENCES = [
     pytest.param(kl_ard, id="ard"),
 ]
 TOTALS = [pytest.param(partial(kl_log_uniform_total, form=form), id=f"total-{form}") for form in FORMS]
+
+
+# Divergences by hand.
+
+
+EULER = 0.5772156649015329
+
+
+def normal_to_normal(loc: Tensor, variance: Tensor) -> Tensor:
+    return 0.5 * (loc**2 + variance - 1 - variance.log()).sum()
+
+
+def exact_kl(loc: Tensor, variance: Tensor) -> Tensor:
+    halves = (loc**2 / (2 * variance)).reshape(-1).tolist()
+    return loc.new_tensor(sum(float(u * mpmath.hyper([1, 1], [1.5, 2], -u)) for u in halves))
+
+
+def approximate_kl(loc: Tensor, variance: Tensor) -> Tensor:
+    log_alpha = variance.log() - 2 * loc.abs().log()
+    kl = 0.5 * torch.log1p(1 / log_alpha.exp()) + 0.63576 * (1 - torch.sigmoid(1.87320 + 1.48695 * log_alpha))
+    return kl.sum()
+
+
+LOG_RATIO = 2 * math.log(1e30)
+
+
+def log_normaliser(loc: Tensor) -> float:
+    return loc.numel() * (math.log(LOG_RATIO) - 0.5 * (1 + EULER + math.log(math.pi)))

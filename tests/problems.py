@@ -1,20 +1,27 @@
 """Models, networks and data with known answers, for all tests."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import mpmath
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.infer.autoguide import init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
 import pyro_sparsevd as svd
-from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO, Supervised, bayesianize
+from pyro_sparsevd import (
+    AutoSparseNormal,
+    LogUniform,
+    SparseNormal,
+    SparseVD_ELBO,
+    Supervised,
+    bayesianize,
+    init_to_weights,
+)
 
 F64 = torch.float64
 NUM_DATA = 20
@@ -81,34 +88,6 @@ def model_and_guide(
 ) -> tuple[Supervised, AutoSparseNormal]:
     model = small_model(device, **options)
     return model, AutoSparseNormal(model, init_log_variance=log_variance)
-
-
-# Divergences by hand.
-
-
-EULER = 0.5772156649015329
-
-
-def normal_to_normal(loc: Tensor, variance: Tensor) -> Tensor:
-    return 0.5 * (loc**2 + variance - 1 - variance.log()).sum()
-
-
-def exact_kl(loc: Tensor, variance: Tensor) -> Tensor:
-    halves = (loc**2 / (2 * variance)).reshape(-1).tolist()
-    return loc.new_tensor(sum(float(u * mpmath.hyper([1, 1], [1.5, 2], -u)) for u in halves))
-
-
-def approximate_kl(loc: Tensor, variance: Tensor) -> Tensor:
-    log_alpha = variance.log() - 2 * loc.abs().log()
-    kl = 0.5 * torch.log1p(1 / log_alpha.exp()) + 0.63576 * (1 - torch.sigmoid(1.87320 + 1.48695 * log_alpha))
-    return kl.sum()
-
-
-LOG_RATIO = 2 * math.log(1e30)
-
-
-def log_normaliser(loc: Tensor) -> float:
-    return loc.numel() * (math.log(LOG_RATIO) - 0.5 * (1 + EULER + math.log(math.pi)))
 
 
 # Models and guides whose loss Pyro's own losses know.
@@ -206,6 +185,10 @@ class Case(NamedTuple):
     data: tuple[Tensor, ...]
     sparse: tuple[str, ...]
     sites: tuple[str, ...]
+    init_loc_fn: Callable | None = None
+
+    def guide(self, **options: Any) -> AutoSparseNormal:
+        return AutoSparseNormal(self.model, init_loc_fn=self.init_loc_fn or init_to_weights, **options)
 
 
 def module_case(device: torch.device) -> Case:
@@ -250,6 +233,55 @@ CASES = [
     pytest.param(function_case, id="function"),
     pytest.param(module_with_function_case, id="both"),
 ]
+
+
+# Every support: a row here is under the laws of the guide, of its copies and of its states.
+
+
+def full(*shape: int, value: float = 1.0) -> Tensor:
+    return torch.full(shape, value, dtype=F64)
+
+
+def lower_triangle(value: Tensor) -> Tensor:
+    rows, columns = torch.tril_indices(*value.shape, offset=-1).unbind()
+    return value[rows, columns]
+
+
+class Support(NamedTuple):
+    """A prior, and as many elements of its values as it has dimensions."""
+
+    prior: dist.TorchDistribution
+    coordinates: Callable[[Tensor], Tensor] = lambda value: value.reshape(-1)
+    real: bool = False
+    sparse: bool = False
+    init_loc_fn: Callable | None = None
+
+    def case(self, device: torch.device | None = None) -> Case:
+        """The prior as a model, on the CPU."""
+        return Case(lambda: pyro.sample("x", self.prior), (), ("x",) * self.sparse, ("x",), self.init_loc_fn)
+
+
+SUPPORTS = {
+    "real-scalar": Support(dist.Normal(full(), 1.0), real=True),
+    "real": Support(dist.Normal(full(3), 1.0).to_event(1), real=True),
+    "log-uniform": Support(LogUniform(full(2, 3, value=0.1), 1.0).to_event(2), real=True, sparse=True),
+    "positive-scalar": Support(dist.LogNormal(full(), 1.0)),
+    "positive": Support(dist.Gamma(full(3), 1.0).to_event(1)),
+    "nonnegative": Support(dist.HalfCauchy(full(2))),
+    "unit-interval": Support(dist.Beta(full(2, 2), 1.0).to_event(2)),
+    "interval": Support(dist.Uniform(full(2, value=-1.0), 2.0).to_event(1)),
+    "greater-than": Support(dist.Pareto(full(value=2.0), 1.0)),
+    "simplex": Support(dist.Dirichlet(full(4)), lambda value: value[:-1]),
+    "corr-cholesky": Support(dist.LKJCholesky(3, full()), lower_triangle),
+    "ordered-vector": Support(
+        dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)),
+        init_loc_fn=init_to_value(values={"x": torch.arange(3, dtype=F64)}),
+    ),
+    "multivariate": Support(dist.MultivariateNormal(full(3), torch.eye(3, dtype=F64)), real=True),
+}
+
+
+POSTERIORS = CASES + [pytest.param(support.case, id=name) for name, support in SUPPORTS.items()]
 
 
 def local_model(indices=None, *, device):

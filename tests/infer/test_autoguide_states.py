@@ -10,8 +10,8 @@ from torch import nn
 from checks import same_values, seeded, state_of, take_steps
 from problems import (
     CASES,
-    F64,
     NUM_DATA,
+    POSTERIORS,
     Case,
     function_case,
     module_case,
@@ -102,41 +102,55 @@ class TestPosteriors:
             torch.testing.assert_close(values[name], z.exp() if is_positive else z)
 
 
-@pytest.mark.parametrize("make", [*CASES, pytest.param(_classification_case, id="classification")])
-class TestLoading:
-    def _trained(self, case: Case) -> AutoSparseNormal:
-        guide = AutoSparseNormal(case.model)
-        guide(*case.data)
-        with torch.no_grad():
-            for p in guide.parameters():
-                p.copy_(torch.randn_like(p))
-        return guide
+CLASSIFICATION = pytest.param(_classification_case, id="classification")
 
+
+def _trained(case: Case) -> AutoSparseNormal:
+    guide = case.guide()
+    guide(*case.data)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.copy_(0.5 * torch.randn_like(p))
+    return guide
+
+
+@pytest.mark.parametrize("make", [*POSTERIORS, CLASSIFICATION])
+class TestLoading:
     def test_a_fresh_guide_takes_a_state_without_data(self, make, device):
-        guide, fresh = self._trained(make(device)), AutoSparseNormal(make(device).model)
+        guide, fresh = _trained(make(device)), make(device).guide()
         assert str(fresh.load_state_dict(guide.state_dict())) == "<All keys matched successfully>"
         assert same_values(fresh.state_dict(), guide.state_dict())
-
-    def test_posteriors_are_equal_without_data(self, make, device):
-        guide, fresh = self._trained(make(device)), AutoSparseNormal(make(device).model)
-        fresh.load_state_dict(guide.state_dict())
         assert fresh.posteriors.keys() == guide.posteriors.keys()
         for name, q in guide.posteriors.items():
             assert torch.equal(fresh.posteriors[name].loc, q.loc)
             assert torch.equal(fresh.posteriors[name].log_variance, q.log_variance)
-
-    def test_no_two_parameters_share_memory(self, make, device):
-        guide, fresh = self._trained(make(device)), AutoSparseNormal(make(device).model)
-        fresh.load_state_dict(guide.state_dict())
         addresses = {p.data_ptr() for p in [*fresh.parameters(), *guide.parameters()]}
         assert len(addresses) == 2 * len(list(guide.parameters()))
 
-    def test_samples_and_predictions_are_equal(self, make, device, improper):
+    def test_samples_are_equal(self, make, device):
         case, other = make(device), make(device)
-        guide, fresh = self._trained(case), AutoSparseNormal(other.model)
+        guide, fresh = _trained(case), other.guide()
+        fresh.load_state_dict(guide.state_dict())
+        fresh(*other.data)
+        assert same_values(seeded(fresh, *case.data), seeded(guide, *case.data))
+
+    def test_the_state_of_a_module_around_it_and_a_guide_in_use_load_too(self, make, device):
+        case = make(device)
+        guide, fresh, used = _trained(case), make(device).guide(), _trained(make(device))
+        nn.ModuleDict({"guide": fresh}).load_state_dict(nn.ModuleDict({"guide": guide}).state_dict())
+        used.load_state_dict(guide.state_dict())
+        for other in (fresh, used):
+            assert same_values(other.state_dict(), guide.state_dict())
+        assert same_values(seeded(used, *case.data), seeded(guide, *case.data))
+
+
+@pytest.mark.parametrize("make", [*CASES, CLASSIFICATION])
+class TestAfterLoading:
+    def test_predictions_with_targets_seen_before_are_equal(self, make, device, improper):
+        case, other = make(device), make(device)
+        guide, fresh = _trained(case), other.guide()
         fresh.load_state_dict(guide.state_dict())
         fresh(*case.data)
-        assert same_values(seeded(fresh, *case.data), seeded(guide, *case.data))
         x, _ = case.data
         predictions = [
             seeded(Predictive(m, guide=g, num_samples=3), x) for m, g in ((case.model, guide), (other.model, fresh))
@@ -145,7 +159,7 @@ class TestLoading:
 
     def test_predictions_without_targets_come_first_and_are_equal(self, make, device, improper):
         case, other = make(device), make(device)
-        guide, fresh = self._trained(case), AutoSparseNormal(other.model)
+        guide, fresh = _trained(case), other.guide()
         fresh.load_state_dict(guide.state_dict())
         x, _ = case.data
         predictions = [
@@ -159,7 +173,7 @@ class TestLoading:
 
     def test_training_goes_on_from_the_state(self, make, device):
         case = make(device)
-        guide, fresh = self._trained(case), AutoSparseNormal(case.model)
+        guide, fresh = _trained(case), AutoSparseNormal(case.model)
         fresh.load_state_dict(guide.state_dict())
         before = state_of(fresh)
         take_steps(case.model, fresh, case.data, steps=1)
@@ -168,28 +182,6 @@ class TestLoading:
         for name in before:
             # One step of Adam moves every number by its learning rate.
             torch.testing.assert_close((after[name] - before[name]).abs(), torch.full_like(before[name], 0.05))
-
-    def test_the_state_of_a_loss_module_loads_too(self, make, device):
-        case = make(device)
-        guide, fresh = self._trained(case), AutoSparseNormal(make(device).model)
-        state = nn.ModuleDict({"guide": guide}).state_dict()
-        nn.ModuleDict({"guide": fresh}).load_state_dict(state)
-        assert same_values(fresh.state_dict(), guide.state_dict())
-
-    def test_a_guide_in_use_takes_the_state_too(self, make, device):
-        case = make(device)
-        guide, other = self._trained(case), self._trained(make(device))
-        other.load_state_dict(guide.state_dict())
-        assert same_values(other.state_dict(), guide.state_dict())
-        assert same_values(seeded(other, *case.data), seeded(guide, *case.data))
-
-
-def test_loading_follows_the_dtype_and_device_of_the_guide(device):
-    guide = AutoSparseNormal(small_model(device, precise_likelihood))
-    state = {name: value.float() for name, value in guide.state_dict().items()}
-    fresh = AutoSparseNormal(small_model(device, precise_likelihood))
-    fresh.load_state_dict(state)
-    assert {p.dtype for p in fresh.parameters()} == {F64}
 
 
 class TestWrongStates:

@@ -14,18 +14,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from checks import SIGMAS, assert_close, differentiable_loss, seeded
-from problems import (
-    F64,
-    NUM_DATA,
-    approximate_kl,
-    exact_kl,
-    log_normaliser,
-    model_and_guide,
-    normal_likelihood,
-    normal_to_normal,
-    regression_data,
-    small_network,
-)
+from operations import approximate_kl, exact_kl, log_normaliser, normal_to_normal
+from problems import F64, NUM_DATA, model_and_guide, normal_likelihood, regression_data, small_network
 from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_ELBO
 
 

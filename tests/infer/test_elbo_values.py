@@ -14,20 +14,16 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 
 from checks import SIGMAS, assert_close, differentiable_loss, gradients_of, seeded
+from operations import EULER, approximate_kl, exact_kl, log_normaliser, normal_to_normal
 from problems import (
-    EULER,
     F64,
     NUM_DATA,
     Twin,
-    approximate_kl,
     bounded_twin,
-    exact_kl,
     function_twin,
-    log_normaliser,
     model_and_guide,
     network_twin,
     normal_likelihood,
-    normal_to_normal,
     regression_data,
     small_network,
     student_twin,
