@@ -72,14 +72,17 @@ def smooth_data(device: torch.device, size: int = 8, dtype: torch.dtype = F64) -
 
 
 def loss_of(
-    net: nn.Module,
+    make: Callable[[], nn.Module],
+    device: torch.device,
     likelihood: Callable = normal_likelihood,
     num_data: int = NUM_DATA,
     log_variance: float = -4.0,
+    dtype: torch.dtype = F64,
     **options: Any,
 ) -> Any:
-    """The loss, as a module, of a network with the default prior and a guide of it."""
-    model = Supervised(bayesianize(net), likelihood, num_data)
+    """The loss, as a module, of a network that is the same at every call, with the default prior and a guide of it."""
+    torch.manual_seed(1)
+    model = Supervised(bayesianize(make().to(device, dtype)), likelihood, num_data)
     return SparseVD_ELBO(**options)(model, AutoSparseNormal(model, init_log_variance=log_variance))
 
 

@@ -43,11 +43,6 @@ def _unchecked(output: Tensor) -> dist.Normal:
     return dist.Normal(output.squeeze(-1), 0.5, validate_args=False)
 
 
-def _loss(device: torch.device, net: nn.Module, **options: Any) -> Any:
-    torch.manual_seed(1)
-    return loss_of(net.to(device).double(), _unchecked, **options)
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -59,7 +54,7 @@ class TestFailedSteps:
     def test_a_loss_that_is_not_finite_leaves_running_statistics_alone(
         self, way, num_particles, trained_before, device
     ):
-        loss = _loss(device, _Overflowing(), num_particles=num_particles)
+        loss = loss_of(_Overflowing, device, _unchecked, num_particles=num_particles)
         x, y = smooth_data(device)
         step = loss
         if way == "svi":
@@ -84,7 +79,7 @@ class TestFailedSteps:
                     raise KeyError("mine")
                 return output
 
-        loss = _loss(device, Failing(nn.BatchNorm1d(4), nn.Linear(4, 1)))
+        loss = loss_of(lambda: Failing(nn.BatchNorm1d(4), nn.Linear(4, 1)), device, _unchecked)
         loss(*smooth_data(device))
         before = _buffers(loss.model)
         loss.model.network.fails = True
@@ -93,7 +88,7 @@ class TestFailedSteps:
         torch.testing.assert_close(_buffers(loss.model), before, rtol=0, atol=0)
 
     def test_without_the_check_statistics_are_those_of_the_pass(self, device):
-        loss = _loss(device, _Overflowing(), check_finite=False)
+        loss = loss_of(_Overflowing, device, _unchecked, check_finite=False)
         x, y = smooth_data(device)
         assert not math.isfinite(loss(1e3 * x, y).item())
         assert loss.model.network.norms[0].num_batches_tracked == 1
@@ -148,7 +143,7 @@ class _Momentum(nn.Module):
 class TestPassesThatStartAgain:
     @pytest.mark.parametrize("once_before", [0, 1, 4])
     def test_a_layer_first_called_twice_in_a_later_step_counts_once(self, once_before, device):
-        loss, expected = (_loss(device, _SometimesTwice(), local_reparam=local) for local in (True, False))
+        loss, expected = (loss_of(_SometimesTwice, device, _unchecked, local_reparam=local) for local in (True, False))
         x, y = smooth_data(device)
         for each in (loss, expected):
             for _ in range(once_before):
@@ -185,7 +180,7 @@ class TestPassesThatStartAgain:
     def test_frozen_parameters_change_once_in_a_step(self, device, local_reparam):
         net = _Momentum()
         before = net.follower.weight.double().to(device)
-        loss = _loss(device, net, local_reparam=local_reparam)
+        loss = loss_of(lambda: net, device, _unchecked, local_reparam=local_reparam)
         loss(*smooth_data(device)).backward()
         torch.testing.assert_close(_follower(loss), before.lerp(torch.ones_like(before), 0.25))
 

@@ -49,8 +49,7 @@ def _loss(
     dtype: torch.dtype = F64,
     **options: Any,
 ) -> Any:
-    torch.manual_seed(1)
-    return loss_of(make().to(device, dtype), _normal, NUM_DATA, log_variance, **options)
+    return loss_of(make, device, _normal, NUM_DATA, log_variance, dtype, **options)
 
 
 def _gradients(loss: nn.Module, value: Tensor) -> dict[str, Tensor]:

@@ -88,8 +88,7 @@ class _GivenToBilinear(_Given):
 
 
 def _loss(device: torch.device, make: Callable[[Callable], nn.Module], run: Callable, **options: Any) -> Any:
-    torch.manual_seed(1)
-    return loss_of(make(run).to(device).double(), **options)
+    return loss_of(lambda: make(run), device, **options)
 
 
 def _gradients(loss: Any, device: torch.device, times: int = 1) -> list[Tensor]:
