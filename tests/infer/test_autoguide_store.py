@@ -7,15 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from torch import Tensor, nn
+from torch import nn
 
-from checks import same_values, state_of, take_steps
+from checks import same_values, state_of, stored_tensors, take_steps
 from problems import CASES, NUM_DATA, Case, function_case, precise_likelihood, regression_data, small_model
 from pyro_sparsevd import AutoSparseNormal, SparseVD_ELBO, Supervised, bayesianize
-
-
-def _store() -> dict[str, Tensor]:
-    return dict(pyro.get_param_store().named_parameters())
 
 
 @pytest.mark.parametrize("make", CASES)
@@ -73,7 +69,7 @@ class TestTwoGuides:
         guides = [AutoSparseNormal(case.model) for _ in range(3)]
         for guide in guides:
             take_steps(case.model, guide, case.data, steps=1)
-        stored = {p.data_ptr(): name for name, p in _store().items()}
+        stored = {p.data_ptr(): name for name, p in stored_tensors().items()}
         names = [{stored[p.data_ptr()].split(".")[0] for p in guide.parameters()} for guide in guides]
         assert all(len(name) == 1 for name in names)
         assert len(set.union(*names)) == 3
@@ -99,7 +95,7 @@ class TestLoadedStore:
         assert same_values(state_of(new), state_of(guide))
         take_steps(case.model, new, case.data, steps=1)
         assert not same_values(state_of(new), state_of(guide))
-        assert {name.split(".")[0] for name in _store() if name.startswith("Auto")} == {"AutoSparseNormal"}
+        assert {name.split(".")[0] for name in stored_tensors() if name.startswith("Auto")} == {"AutoSparseNormal"}
 
     def test_what_a_guide_put_into_the_store_is_not_taken_for_loaded(self, device):
         model = small_model(device, precise_likelihood)
@@ -128,16 +124,16 @@ class TestGuidesThatAreGone:
         case = make(device)
         kept = AutoSparseNormal(case.model)
         take_steps(case.model, kept, case.data, steps=1)
-        before = _store()
+        before = stored_tensors()
         for _ in range(3):
             new = make(device)
             guide = AutoSparseNormal(new.model)
             take_steps(new.model, guide, new.data, steps=1)
-            assert len(_store()) > len(before)
+            assert len(stored_tensors()) > len(before)
             del new, guide
             gc.collect()
-            assert _store().keys() == before.keys()
-            assert all(_store()[name] is value for name, value in before.items())
+            assert stored_tensors().keys() == before.keys()
+            assert all(stored_tensors()[name] is value for name, value in before.items())
 
     def test_a_guide_that_goes_takes_nothing_that_was_loaded_meanwhile(self, device, tmp_path):
         case = function_case(device)
@@ -145,10 +141,10 @@ class TestGuidesThatAreGone:
         take_steps(case.model, guide, case.data, steps=1)
         pyro.get_param_store().save(tmp_path / "store.pt")
         pyro.get_param_store().load(tmp_path / "store.pt")
-        names = _store().keys()
+        names = stored_tensors().keys()
         del guide
         gc.collect()
-        assert _store().keys() == names != set()
+        assert stored_tensors().keys() == names != set()
 
     def test_the_store_may_be_read_while_a_guide_goes(self, device):
         case = function_case(device)
@@ -159,7 +155,7 @@ class TestGuidesThatAreGone:
         for name in pyro.get_param_store():
             guide = None
             names.append(name)
-        assert len(names) == 2 * len(_store()) > 0
+        assert len(names) == 2 * len(stored_tensors()) > 0
 
 
 class TestOneName:
@@ -209,7 +205,7 @@ class TestModuleLocalParams:
             take_steps(case.model, guide, case.data, steps=1)
             after = state_of(guide)
             assert all((after[name] != before[name]).all() for name in before)
-            assert _store() == {}
+            assert stored_tensors() == {}
 
     @pytest.mark.parametrize("make", CASES)
     def test_the_loss_module_trains_under_module_local_params(self, make, device):
@@ -223,4 +219,4 @@ class TestModuleLocalParams:
             loss(*case.data).backward()
             optimizer.step()
             assert all((value != before[name]).all() for name, value in state_of(guide).items())
-            assert _store() == {}
+            assert stored_tensors() == {}
