@@ -1,4 +1,4 @@
-"""The operations that sample their output, with inputs and plain formulas, and the divergences of their weights."""
+"""The operations that sample their output, with inputs and plain formulas; distributions and divergences of weights."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import mpmath
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_sparsevd import SparseNormal
+from problems import F64
+from pyro_sparsevd import LogUniform, SparseNormal
 from pyro_sparsevd.ops.divergence import kl_ard, kl_log_uniform, kl_log_uniform_total
 from pyro_sparsevd.ops.memory import Workspace
 from pyro_sparsevd.poutine.local_reparam import local_reparam
@@ -221,3 +223,27 @@ LOG_RATIO = 2 * math.log(1e30)
 
 def log_normaliser(loc: Tensor) -> float:
     return loc.numel() * (math.log(LOG_RATIO) - 0.5 * (1 + EULER + math.log(math.pi)))
+
+
+# Distributions.
+
+
+def tensor64(value, device):
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def bounded(low, high, device):
+    return LogUniform(tensor64(low, device), tensor64(high, device))
+
+
+BOUNDS = [(1e-3, 1.0), (0.5, 0.6), (1e-8, 1e4), (2.0, 300.0)]
+
+
+def normal_of(q):
+    return dist.Normal(q.loc, (0.5 * q.log_variance).exp())
+
+
+def random_posterior(shape, dtype=F64):
+    generator = torch.Generator().manual_seed(2)
+    loc, log_variance = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
+    return SparseNormal(loc, log_variance - 1)

@@ -1,6 +1,7 @@
 """Models, networks and data with known answers, for all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,11 +17,9 @@ import pyro_sparsevd as svd
 from pyro_sparsevd import (
     AutoSparseNormal,
     LogUniform,
-    SparseNormal,
     SparseVD_ELBO,
     Supervised,
     bayesianize,
-    init_to_weights,
 )
 
 F64 = torch.float64
@@ -188,15 +187,19 @@ class Case(NamedTuple):
     data: tuple[Tensor, ...]
     sparse: tuple[str, ...]
     sites: tuple[str, ...]
-    init_loc_fn: Callable | None = None
+    options: Mapping[str, Any] = MappingProxyType({})  # of its guide
 
-    def guide(self, **options: Any) -> AutoSparseNormal:
-        return AutoSparseNormal(self.model, init_loc_fn=self.init_loc_fn or init_to_weights, **options)
+    def guide(self) -> AutoSparseNormal:
+        return AutoSparseNormal(self.model, **self.options)
 
 
 def module_case(device: torch.device) -> Case:
     sites = ("0.weight", "2.weight")
     return Case(small_model(device, precise_likelihood), regression_data(device), sites, sites)
+
+
+def multiplicative_case(device: torch.device) -> Case:
+    return module_case(device)._replace(options={"parameterization": "multiplicative"})
 
 
 def function_case(device: torch.device) -> Case:
@@ -257,11 +260,11 @@ class Support(NamedTuple):
     coordinates: Callable[[Tensor], Tensor] = lambda value: value.reshape(-1)
     real: bool = False
     sparse: bool = False
-    init_loc_fn: Callable | None = None
+    options: Mapping[str, Any] = MappingProxyType({})  # of its guide
 
     def case(self, device: torch.device | None = None) -> Case:
         """The prior as a model, on the CPU."""
-        return Case(lambda: pyro.sample("x", self.prior), (), ("x",) * self.sparse, ("x",), self.init_loc_fn)
+        return Case(lambda: pyro.sample("x", self.prior), (), ("x",) * self.sparse, ("x",), self.options)
 
 
 SUPPORTS = {
@@ -278,13 +281,17 @@ SUPPORTS = {
     "corr-cholesky": Support(dist.LKJCholesky(3, full()), lower_triangle),
     "ordered-vector": Support(
         dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)),
-        init_loc_fn=init_to_value(values={"x": torch.arange(3, dtype=F64)}),
+        options={"init_loc_fn": init_to_value(values={"x": torch.arange(3, dtype=F64)})},
     ),
     "multivariate": Support(dist.MultivariateNormal(full(3), torch.eye(3, dtype=F64)), real=True),
 }
 
 
-POSTERIORS = CASES + [pytest.param(support.case, id=name) for name, support in SUPPORTS.items()]
+POSTERIORS = [
+    *CASES,
+    pytest.param(multiplicative_case, id="multiplicative"),
+    *(pytest.param(support.case, id=name) for name, support in SUPPORTS.items()),
+]
 
 
 def local_model(indices=None, *, device):
@@ -471,27 +478,3 @@ def normal_rows(output):
 def regression_model(device, num_data=100, likelihood=normal_rows, net=None):
     net = nn.Linear(4, 3) if net is None else net
     return svd.Supervised(svd.bayesianize(net.to(device), svd.LogUniform(1e-3, 1.0)), likelihood, num_data)
-
-
-# Distributions.
-
-
-def tensor64(value, device):
-    return torch.tensor(value, dtype=torch.float64, device=device)
-
-
-def bounded(low, high, device):
-    return LogUniform(tensor64(low, device), tensor64(high, device))
-
-
-BOUNDS = [(1e-3, 1.0), (0.5, 0.6), (1e-8, 1e4), (2.0, 300.0)]
-
-
-def normal_of(q):
-    return dist.Normal(q.loc, (0.5 * q.log_variance).exp())
-
-
-def random_posterior(shape, dtype=F64):
-    generator = torch.Generator().manual_seed(2)
-    loc, log_variance = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
-    return SparseNormal(loc, log_variance - 1)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pyro_sparsevd as svd
-from problems import random_posterior
+from operations import random_posterior
 from pyro_sparsevd import EmpiricalBayesNormal, SparseNormal
 
 

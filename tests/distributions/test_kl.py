@@ -9,7 +9,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from checks import SAMPLES, assert_mean
-from problems import BOUNDS, bounded, normal_of, random_posterior, tensor64
+from operations import BOUNDS, bounded, normal_of, random_posterior, tensor64
 from pyro_sparsevd import LogUniform, SparseNormal
 from pyro_sparsevd.distributions.kl import kl_normal_log_uniform
 from pyro_sparsevd.distributions.log_uniform import IMPROPER_LOG_NORMALIZER

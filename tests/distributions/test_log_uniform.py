@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checks import SAMPLES, SIGMAS, assert_mean
-from problems import BOUNDS, bounded, tensor64
+from operations import BOUNDS, bounded, tensor64
 from pyro_sparsevd import ImproperPriorWarning, LogUniform, SparseNormal
 
 

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from checks import SAMPLES, assert_mean
-from problems import normal_of, tensor64
+from operations import normal_of, tensor64
 from pyro_sparsevd import SparseNormal
 from pyro_sparsevd.ops import divergence
 

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from problems import normal_of
+from operations import normal_of
 from pyro_sparsevd import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import log_variance_of
 from pyro_sparsevd.distributions.util import map_tensors, unwrap_independent

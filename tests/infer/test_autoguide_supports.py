@@ -17,7 +17,7 @@ from pyro_sparsevd import AutoSparseNormal, LogUniform, SparseNormal, SparseVD_E
 
 def _guide_of(support: Support, guide_class: type = AutoSparseNormal) -> Any:
     case = support.case()
-    guide = guide_class(case.model, **({"init_loc_fn": case.init_loc_fn} if case.init_loc_fn else {}))
+    guide = guide_class(case.model, **case.options)
     guide()
     return guide
 
