@@ -465,6 +465,11 @@ PRIORS = {
 }
 
 
+def priors(choose: Callable[[Prior], bool] = lambda prior: True) -> pytest.MarkDecorator:
+    """Runs a test for each prior that is chosen."""
+    return pytest.mark.parametrize("prior", [pytest.param(p, id=name) for name, p in PRIORS.items() if choose(p)])
+
+
 # Networks with priors.
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyro_sparsevd as svd
+from problems import priors
 from pyro_sparsevd.poutine.unsampled_weight import UnsampledWeight
 
 PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
@@ -238,7 +239,7 @@ class Skipping(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)
         self.skip = True
 
     def forward(self, x):
@@ -250,17 +251,14 @@ def skipping(prior=None, device="cpu"):
     torch.manual_seed(1)
     bnn = svd.bayesianize(Skipping().to(device), prior)
     model = svd.Supervised(bnn, lambda mean: dist.Normal(mean, 1.0), 10)
-    return model, svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.randn(5, 4, device=device)
-
-
-PRIORS = {"log-uniform": None, "normal": dist.Normal(0.0, 1.0), "horseshoe": svd.horseshoe()}
+    return model, svd.AutoSparseNormal(model, init_log_variance=-2.0), torch.randn(5, 6, device=device)
 
 
 class TestSkippedLayers:
-    @pytest.mark.parametrize("prior", [PRIORS["log-uniform"], PRIORS["normal"]], ids=["log-uniform", "normal"])
+    @priors(lambda prior: prior.by_weight)
     @pytest.mark.parametrize("local_reparam", [True, False])
     def test_a_layer_that_a_pass_skips_costs_its_divergence_and_feels_no_data(self, prior, local_reparam, device):
-        model, guide, x = skipping(prior, device)
+        model, guide, x = skipping(prior.make(), device)
         loss = svd.SparseVD_ELBO(kl="exact", local_reparam=local_reparam)(model, guide)
         parameters = [value for name, value in guide.named_parameters() if "second" in name]
         site = model.network.second._pyro_samples["weight"].of(model.network.second)
@@ -271,15 +269,15 @@ class TestSkippedLayers:
         of_loc, _ = torch.autograd.grad(loss(x, x[:, 0]), parameters)
         assert not torch.allclose(of_loc, alone[0])
 
-    @pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
-    @pytest.mark.parametrize("elbo", [svd.SparseVD_ELBO(), Trace_ELBO()], ids=["sparse", "Trace_ELBO"])
-    def test_passes_that_skip_a_layer_and_others_train_by_turns(self, prior, elbo, device):
-        model, guide, x = skipping(prior, device)
-        svi = SVI(model, guide, Adam({"lr": 1e-2}), elbo)  # which would warn of sites that only one of the two has
-        for step in range(4):
-            model.network.skip = step % 2 == 0
-            assert math.isfinite(svi.step(x, x[:, 0]))
-        assert "second.weight" in guide.posteriors
+    @priors()
+    def test_passes_that_skip_a_layer_and_others_train_by_turns(self, prior, device):
+        for elbo in (svd.SparseVD_ELBO(), Trace_ELBO())[: 1 + prior.density]:
+            model, guide, x = skipping(prior.make(), device)
+            svi = SVI(model, guide, Adam({"lr": 1e-2}), elbo)  # which would warn of sites that only one of the two has
+            for step in range(4):
+                model.network.skip = step % 2 == 0
+                assert math.isfinite(svi.step(x, x[:, 0]))
+            assert "second.weight" in guide.posteriors
 
     def test_a_network_that_skips_layers_is_copied_and_pruned(self, device):
         model, guide, x = skipping(device=device)
@@ -293,5 +291,5 @@ class TestSkippedLayers:
 
     def test_a_part_that_was_replaced_after_all_has_no_site(self, device):
         model, _, x = skipping(svd.LogUniform(1e-4, 1.0), device)
-        model.network.second = nn.Linear(4, 4).to(device)
+        model.network.second = nn.Linear(6, 6).to(device)
         assert "second.weight" not in poutine.trace(model).get_trace(x).nodes

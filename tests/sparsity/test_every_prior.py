@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 import pyro_sparsevd as svd
 from checks import same_values, seeded, state_of
-from problems import F64, PRIORS, Prior
+from problems import F64, PRIORS, Prior, priors
 from pyro_sparsevd.distributions.log_uniform import IMPROPER_LOG_NORMALIZER
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_sparsevd.ImproperPriorWarning")
@@ -51,10 +51,6 @@ def half_sparse(prior: Prior, device):
     guide = svd.AutoSparseNormal(model, init_log_variance=-4.0)
     guide(*data(device))
     return model, guide, svd.sparsify(guide, {"*weight": guide.posteriors["0.weight"].log_alpha.median().item()})
-
-
-def priors(choose=lambda prior: True):
-    return pytest.mark.parametrize("prior", [pytest.param(p, id=name) for name, p in PRIORS.items() if choose(p)])
 
 
 def test_every_prior_of_the_package_has_a_row():
