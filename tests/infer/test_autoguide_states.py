@@ -10,6 +10,7 @@ from torch import nn
 from checks import same_values, seeded, state_of, take_steps
 from problems import (
     CASES,
+    F64,
     NUM_DATA,
     POSTERIORS,
     Case,
@@ -182,6 +183,14 @@ class TestAfterLoading:
         for name in before:
             # One step of Adam moves every number by its learning rate.
             torch.testing.assert_close((after[name] - before[name]).abs(), torch.full_like(before[name], 0.05))
+
+
+def test_loading_follows_the_dtype_and_device_of_the_guide(device):
+    guide = AutoSparseNormal(small_model(device, precise_likelihood))
+    state = {name: value.float() for name, value in guide.state_dict().items()}
+    fresh = AutoSparseNormal(small_model(device, precise_likelihood))
+    fresh.load_state_dict(state)
+    assert {p.dtype for p in fresh.parameters()} == {F64}
 
 
 class TestWrongStates:
