@@ -38,7 +38,7 @@ html_title = f"pyro_sparsevd {version}"
 # Sphinx reads nothing outside of its own folder. Git ignores this copy.
 _here = Path(__file__).parent
 shutil.rmtree(_here / "tutorials", ignore_errors=True)
-for pattern in ("*.ipynb", "README.md", "images/*.png"):
+for pattern in ("*.ipynb", "*.md", "images/*.png"):
     for path in (_here.parent / "tutorials").glob(pattern):
         target = _here / path.relative_to(_here.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
