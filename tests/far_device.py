@@ -21,7 +21,7 @@ _FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor
 class HostWaits(TorchDispatchMode):
     """Counts, by place, what makes the host wait for the far device: reads of its numbers, and copies to and fro.
 
-    A number that is read is 1, a truth value is true.
+    A number that is read is 1, a truth value is true; so are all in a copy on the host.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,9 @@ class HostWaits(TorchDispatchMode):
                 return (
                     name == "equal" or tensors[0].dtype is torch.bool or (1.0 if tensors[0].is_floating_point() else 1)
                 )
+        if name == "_to_copy" and tensors[0].device == FAR and torch.device(kwargs.get("device") or FAR) != FAR:
+            self.note(name)
+            return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if name not in _COPIES and any(t.device == FAR for t in tensors):
             args, kwargs = tree_map(_as_argument, (args, kwargs))
         result = func(*args, **kwargs)

@@ -68,8 +68,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         check_finite: Whether to raise where the loss or what is given is not finite, or not valid for a distribution
             that validates, before a gradient is computed: one read of the loss, and the one wait of a step on an
             accelerator. Without it, the loss is NaN where a value or a parameter is not valid, and a step can be
-            captured as a CUDA graph. A gradient that is not finite where the loss is, as of ``sqrt`` at 0 or where
-            log σ² leaves -87 to 87 in single precision, is not looked for: the next step names the parameter.
+            captured as a CUDA graph, with the ``kl_weight`` of that step. A gradient that is not finite where the loss
+            is, as of ``sqrt`` at 0 or where log σ² leaves -87 to 87 in single precision, is not looked for: the next
+            step names the parameter.
         exclude: Names or globs of sites whose weights are sampled in spite of ``local_reparam``: where rows that a
             layer gives are mixed later on, as in a graph, see :func:`~.local_gap.local_reparam_gap`.
 
