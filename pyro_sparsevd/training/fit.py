@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._modules import evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
+from ..infer.buffers import unchanged_buffers_on_error
+from ..infer.checks import finite_value
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from ..sparsity.summary import sparsify
@@ -103,8 +105,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(part)
                 optimizer.zero_grad()
-                loss_of(loss, batch).backward()
-                require_finite_gradients(loss)
+                _compute_gradients(elbo, loss, batch)
                 optimizer.step()
                 terms.append(torch.stack([elbo.terms["nll"], elbo.terms["kl"]]))
             steps = len(terms)
@@ -153,10 +154,42 @@ def adam(groups: list[dict[str, Any]], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(groups, lr, fused=devices <= {"cpu", "cuda"})
 
 
+def _compute_gradients(elbo: SparseVD_ELBO, loss: Any, batch: Any) -> None:
+    """Computes the gradients of a batch; raises where a step would make parameters NaN or infinite.
+
+    Batch, loss and gradients are read together, after the backward pass: on an accelerator, the one wait of a step.
+    """
+    elbo.check_finite = not elbo.terms  # in the first pass, before model or guide make parameters of the batch
+    try:
+        with unchanged_buffers_on_error(loss.model, with_frozen=False):
+            value = loss_of(loss, batch)
+            value.backward()
+            if finite_value(value + 0 * gradient_norm(loss), batch) is None:
+                _raise_not_finite(elbo, loss, batch)
+    finally:
+        elbo.check_finite = True
+
+
+def _raise_not_finite(elbo: SparseVD_ELBO, loss: Any, batch: Any) -> None:
+    elbo.check_finite = True
+    try:
+        with torch.no_grad():
+            loss_of(loss, batch)  # raises, and names what is not finite, unless the gradients alone are not
+        require_finite_gradients(loss)
+        raise ValueError("loss: expected a finite number, but it is not for one of two samples; try it again")
+    finally:
+        loss.zero_grad()
+
+
+def gradient_norm(loss: nn.Module) -> Tensor:
+    """Returns the norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in loss.parameters() if p.grad is not None])
+
+
 def require_finite_gradients(loss: nn.Module) -> None:
     """Raises where a step would make parameters NaN or infinite."""
     gradients = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
-    if not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+    if not gradient_norm(loss).isfinite():
         wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
         found = ", ".join(wrong) or "all together, by an overflow"
         raise ValueError(
