@@ -18,7 +18,6 @@ __all__ = [
     "is_deferred",
     "is_untraced",
     "is_zero_tensor",
-    "keystr",
     "leave_pyro",
     "mask_of",
     "move",
@@ -34,7 +33,6 @@ __all__ = [
     "store_param",
     "stored_params",
     "tensor_without_memory",
-    "tree_flatten_with_path",
     "tree_leaves",
     "tree_map_only",
     "validation_deferred",
@@ -61,7 +59,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 # torch 2.13. Nested containers; torch has no public twin (optree is another package). Missing: the import fails.
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=Tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._modules import tensors_of
 from ..nn.batches import moved
 from ..nn.supervised import Supervised
 
@@ -77,11 +78,10 @@ def loss_of(loss: nn.Module, batch: Any) -> Tensor:
 
 
 def size_of(batch: Any) -> int:
-    """Returns the number of data of a batch, or 0 where it has no tensor of any."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((size for part in parts if (size := size_of(part))), 0)
+    """Returns the number of data of a batch: of its targets, else of its first tensor; 0 where it has none."""
+    args, kwargs = arguments(batch)
+    targets = kwargs.get("y", args[1] if len(args) == 2 else None)
+    return next((len(tensor) for tensor in tensors_of((targets, batch)) if tensor.dim()), 0)
 
 
 def known_size(loader: Any) -> int:

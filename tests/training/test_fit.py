@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -276,3 +277,19 @@ def test_fewer_data_than_the_model_was_told_of():
     model, guide = _model(num_data=1_000)
     with pytest.warns(UserWarning, match=r"^num_data: the likelihood is scaled to 1000 data, but an epoch has 200"):
         svd.fit(model, guide, [_regression()], epochs=1)
+
+
+def test_the_data_of_graphs_are_their_targets():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, nodes, graph):
+            return torch.zeros(2, 1).index_add(0, graph, self.layer(nodes))
+
+    model, guide = _model(4, Pool(), lambda mean: dist.Normal(mean, 1.0).to_event(1))
+    batch = (torch.randn(9, 4), torch.tensor([0] * 4 + [1] * 5)), torch.zeros(2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of data that are missing
+        assert len(svd.fit(model, guide, [batch] * 2, epochs=1)) == 1
