@@ -50,7 +50,7 @@ class Latent(NamedTuple):
         if not pooled:
             return q.log_alpha
         of_group = q.log_variance.logsumexp(pooled, keepdim=True) - q.loc.square().sum(pooled, keepdim=True).log()
-        return of_group.expand_as(q.loc)
+        return torch.where(q.kept, of_group, torch.inf) if isinstance(q, MaskedNormal) else of_group.expand_as(q.loc)
 
     def gaussian(self, loc: Tensor, log_variance: Tensor) -> SparseNormal:
         """Returns the distribution in unconstrained space, given its parameters."""

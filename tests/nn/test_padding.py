@@ -17,18 +17,11 @@ PADDED = {
     "last row": lambda: nn.Embedding(6, 6, padding_idx=-1),
     "bag": lambda: nn.EmbeddingBag(6, 6, padding_idx=2),
 }
-FAULTS = {
-    "jeffreys": pytest.mark.xfail(
-        raises=AssertionError,
-        reason="a group of several rows counts the weights of the padding row as kept",
-        strict=True,
-    )
-}
 
 
 @pytest.mark.filterwarnings("ignore::pyro_sparsevd.distributions.ImproperPriorWarning")
 @pytest.mark.parametrize("make", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("prior", [pytest.param(p, id=name, marks=FAULTS.get(name, ())) for name, p in PRIORS.items()])
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
 def test_the_padding_row_is_zero_in_every_sample_and_costs_no_divergence(make, prior):
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.Linear(6, 2))
