@@ -161,4 +161,6 @@ class Jeffreys(dist.FoldedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each value in nats, up to a constant."""
-        return super().log_prob(value) - math.log(2)
+        if self._validate_args:
+            self._validate_sample(value)
+        return -value.log().expand(torch.broadcast_shapes(value.shape, self.batch_shape))
