@@ -1,6 +1,6 @@
 """A Bayesian network and a likelihood as a Pyro model of a data set."""
 
-__all__ = ["Supervised"]
+__all__ = ["Supervised", "fitted_targets"]
 
 from collections.abc import Callable
 from numbers import Integral
@@ -122,7 +122,7 @@ class Supervised(PyroModule):
                 sample_unused_sites(self.network, self._site_names)
             likelihood = self._distribution(output, size)
         if targets is not None:
-            targets = _fitted_targets(targets, likelihood, None if targets is y else batch.device)
+            targets = fitted_targets(targets, likelihood, None if targets is y else batch.device)
         self._observe(likelihood, targets, batch)
         return output
 
@@ -220,7 +220,7 @@ def _as_tensor(y: Any) -> Tensor:
 _NUMBERS = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float64}
 
 
-def _fitted_targets(y: Tensor, likelihood: Any, device: torch.device | None) -> Tensor:
+def fitted_targets(y: Tensor, likelihood: Any, device: torch.device | None = None) -> Tensor:
     """Returns targets as the likelihood takes them; those to be moved to a device are of no precision of their own."""
     expected = likelihood.batch_shape + likelihood.event_shape
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets

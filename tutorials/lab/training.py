@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pyro_sparsevd._modules import run_network
+from pyro_sparsevd.nn.supervised import fitted_targets
 from pyro_sparsevd.training.fit import adam
 from pyro_sparsevd.training.lightning import CheckpointError, RandomState, ResumableModule
 from pyro_sparsevd.training.schedule import learning_rate_factor
@@ -59,12 +61,8 @@ class MaximumLikelihood(ResumableModule):
     def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean negative log likelihood of a batch, in nats."""
         x, y = batch
-        output = self.network(*x) if isinstance(x, tuple | list) else self.network(x)
-        likelihood = self.likelihood(output)
-        expected = likelihood.batch_shape + likelihood.event_shape
-        if y.shape != expected:
-            raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
-        nll = -likelihood.log_prob(y).mean()
+        likelihood = self.likelihood(run_network(self.network, x))
+        nll = -likelihood.log_prob(fitted_targets(y, likelihood)).mean()
         self._nlls.append(nll.detach())
         return nll
 
