@@ -102,7 +102,8 @@ def mean_and_scale(
         label = "of them θ = 0 or σ = 0, drawn at the end"
         _scatter(axis, x[at_end], y[at_end], "black", "o", label, markersize=8, fillstyle="none")
     if threshold is not None:
-        ends = np.array(axis.get_xlim())  # before the line is drawn, which may go far below the weights
+        low, high = axis.get_xlim()  # before the line is drawn, which may go far below the weights
+        ends = np.array([low / 1e6, high * 1e6])  # for axes that are widened afterwards
         line = ends * np.exp(threshold / 2)
         axis.plot(ends, line, "k--", linewidth=1, label=f"log α = {threshold:g}", scalex=False, scaley=False)
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
