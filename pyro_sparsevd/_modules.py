@@ -3,6 +3,7 @@
 __all__ = [
     "check_finite",
     "copied",
+    "device_of",
     "evaluation_mode",
     "random_state",
     "require_deterministic",
@@ -78,6 +79,12 @@ def copied(net: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None
     tensors = (v for module in net.modules() for v in module.__dict__.values() if isinstance(v, Tensor))
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
     return copy.deepcopy(net, memo | {id(old): new for old, new in (replaced or {}).items()})
+
+
+def device_of(*modules: Any) -> torch.device | None:
+    """Returns the device of the first parameter of those that are modules, if there is one."""
+    parameters = chain.from_iterable(module.parameters() for module in modules if isinstance(module, nn.Module))
+    return next((parameter.device for parameter in parameters), None)
 
 
 def require_deterministic(net: Any) -> None:

@@ -4,7 +4,7 @@ __all__ = ["SweepPoint", "choose_threshold", "smoothed_threshold", "threshold_gr
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +17,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .._compat import mask_of
-from .._modules import evaluation_mode
-from ..distributions.util import unwrap_independent
+from .._modules import device_of, evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
+from ..nn.batches import moved, pairs
+from ..nn.deterministic import deterministic_model
 from ..nn.supervised import Supervised
-from ..poutine.trace import density
+from ..poutine.observations import errors, observe
 from .pruning import prune
 from .summary import sparse_normal_parts, sparsify
 
@@ -33,7 +33,8 @@ class SweepPoint(NamedTuple):
     Args:
         threshold: The log α above which weights are dropped, as it was given.
         error: The fraction of targets that are not the mode of their prediction, a vector such as a one-hot one as a
-            whole, or for continuous targets the mean squared error; NaN for a prediction without mode or mean.
+            whole, or for continuous targets the mean squared error; NaN for a prediction without mode or mean. Where
+            an example has several targets, each counts that is not masked.
         nll: The mean negative log likelihood of an example, in nats; one observed at several sites counts as several.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
@@ -90,7 +91,7 @@ def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> 
 def choose_threshold(
     model: Supervised,
     guide: AutoSparseNormal,
-    data: Iterable[Sequence[Any]],
+    data: Iterable[Any] | Callable[[], Iterable[Any]],
     thresholds: Iterable[float],
     *,
     fine_tune: Callable[[nn.Module], nn.Module],
@@ -104,7 +105,7 @@ def choose_threshold(
     Args:
         model: The model.
         guide: Its guide.
-        data: Batches ``(x, y)`` of held-out data.
+        data: Batches ``(x, y)`` of held-out data: a ``DataLoader``, a list, or a function that returns the batches.
         thresholds: The thresholds to try, at least one; seven or more, evenly spaced, leave little to chance.
         fine_tune: A function that trains a pruned network and returns it, or a trained copy.
         tolerance: As for :func:`smoothed_threshold`.
@@ -113,7 +114,7 @@ def choose_threshold(
         The threshold.
 
     Raises:
-        ValueError: As of :func:`smoothed_threshold`, or if ``data`` is empty.
+        ValueError: As of :func:`smoothed_threshold`, or if ``data`` is empty or a batch is no pair.
 
     Example:
         >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
@@ -126,30 +127,16 @@ def choose_threshold(
     nlls = {}
     for threshold in thresholds:
         tuned = fine_tune(prune(model.network, guide, sparsify(guide, threshold)))
-        nlls[threshold] = _negative_log_likelihood(model, tuned, batches)
+        with evaluation_mode(tuned):
+            _, nlls[threshold] = _evaluate(deterministic_model(tuned, model.likelihood), batches, device_of(tuned), {})
     return smoothed_threshold(nlls, tolerance)
-
-
-@torch.no_grad()
-def _negative_log_likelihood(model: Supervised, network: nn.Module, batches: Iterable[Sequence[Any]]) -> float:
-    """Returns the mean over the data, with a deterministic network in the place of the model's own."""
-    nll, count = 0.0, 0
-    with evaluation_mode(network), evaluation_mode(model):
-        for x, y in batches:
-            output = network(*x) if isinstance(x, tuple) else network(x)
-            log_prob: Tensor = model.likelihood(output).log_prob(y)
-            nll -= float(log_prob.double().sum())
-            count += log_prob.numel()
-    if count == 0:
-        raise ValueError("data: expected at least one batch, but got none")
-    return nll / count
 
 
 @torch.no_grad()
 def threshold_sweep(
     model: Callable,
     guide: AutoGuide,
-    data: Iterable[Sequence[Any]],
+    data: Iterable[Any] | Callable[[], Iterable[Any]],
     thresholds: Iterable[float | Mapping[str, float]],
 ) -> list[SweepPoint]:
     """Evaluates the sparse network of the posterior means at each threshold.
@@ -158,8 +145,9 @@ def threshold_sweep(
         model: The model, such as a :class:`~.supervised.Supervised`, with an observed site. A module is evaluated in
             evaluation mode and left in the mode it was in.
         guide: Its guide.
-        data: Batches, each the arguments of the model: ``[(x, y)]``, or a ``DataLoader``. Use data that the guide was
-            not trained on.
+        data: Batches: a ``DataLoader``, a list, or a function that returns the batches. Each is a pair ``(x, y)`` for
+            a ``Supervised``, and for another model its arguments: a tuple, or a dictionary by name. They are moved to
+            the device of the guide. Use data that the guide was not trained on.
         thresholds: The log α above which weights are dropped, each as for :func:`~.summary.sparsify`: one for all
             sites of a sparsifying prior, or by site.
 
@@ -168,7 +156,7 @@ def threshold_sweep(
 
     Raises:
         ValueError: If the model observes nothing or has a latent that the guide has not, targets are of another shape
-            than their distribution, ``data`` is empty or a threshold is NaN.
+            than their distribution, ``data`` is empty, a batch is no pair, or a threshold is NaN.
 
     Example:
         >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
@@ -182,38 +170,54 @@ def threshold_sweep(
     parts = sparse_normal_parts(guide)
     medians = {name: value for part in parts for name, value in part.median().items()}
     others = [part for part in guide if part not in parts] if isinstance(guide, AutoGuideList) else []
+    device = device_of(guide)
     points = []
-    with evaluation_mode(model):
-        for threshold in thresholds:
-            summary = sparsify(guide, threshold)
-            sparse = {name: summary.masked(name, m) for name, m in medians.items()}
-            error, nll = _evaluate(model, sparse, others, batches)
-            points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression))
+    for threshold in thresholds:
+        summary = sparsify(guide, threshold)
+        sparse = {name: summary.masked(name, m) for name, m in medians.items()}
+        error, nll = _evaluate(model, batches, device, sparse, others)
+        points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression))
     return points
 
 
+@torch.no_grad()
 def _evaluate(
-    model: Callable, sparse: dict[str, Tensor], others: list[AutoGuide], batches: Iterable[Sequence[Any]]
+    model: Callable,
+    data: Any,
+    device: torch.device | None,
+    sparse: dict[str, Tensor],
+    others: Iterable[AutoGuide] = (),
 ) -> tuple[float, float]:
     """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
     error = nll = 0.0
-    count = 0
-    for batch in batches:
-        latents = {name: value for part in others for name, value in part.median(*batch).items()} | sparse
-        trace = poutine.trace(_LatentsMessenger(latents)(model)).get_trace(*batch)
-        for site in _observed(trace, latents):
-            fn, value = site["fn"], site["value"]
-            mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
-            if isinstance(fn, dist.MaskedDistribution):
-                fn, mask = fn.base_dist, mask & torch.as_tensor(mask_of(fn), device=value.device)
-            log_prob = density(site["name"], fn, value, site["cond_indep_stack"]).double()
-            mask = mask.expand_as(log_prob)
-            error += float(_errors(fn, value)[mask].sum())
-            nll -= float(log_prob[mask].sum())
-            count += int(mask.sum())
-    if count == 0:
+    num_values = num_data = 0
+    with evaluation_mode(model):
+        for args, kwargs in _arguments(model, data, device):
+            latents = {name: v for part in others for name, v in part.median(*args, **kwargs).items()} | sparse
+            trace = poutine.trace(_LatentsMessenger(latents)(model)).get_trace(*args, **kwargs)
+            for site in _observed(trace, latents):
+                found = observe([site])
+                of_values = errors(found)
+                error += float(of_values.sum())
+                nll -= float(found.log_likelihoods.sum())
+                num_values += len(of_values)
+                num_data += found.log_likelihoods.numel()
+    if num_data == 0:
         raise ValueError("data: expected at least one datum that is not masked, but got none")
-    return error / count, nll / count
+    return error / num_values, nll / num_data
+
+
+def _arguments(model: Any, data: Any, device: torch.device | None) -> Iterator[tuple[tuple, dict]]:
+    """Yields the arguments of the model of each batch, on a device."""
+    if isinstance(model, Supervised):
+        yield from ((pair, {}) for pair in pairs("data", data, device))
+        return
+    for batch in data() if callable(data) and not isinstance(data, Iterable) else data:
+        found = moved(batch, device)
+        if isinstance(found, Mapping):
+            yield (), dict(found)
+        else:
+            yield found if isinstance(found, tuple) else (found,), {}
 
 
 def _observed(trace: Any, latents: Mapping[str, Tensor]) -> list[Any]:
@@ -225,36 +229,6 @@ def _observed(trace: Any, latents: Mapping[str, Tensor]) -> list[Any]:
         if not site_is_subsample(site):
             raise ValueError(f"{name}: expected this latent of the model in the guide, which has no such site")
     return observed
-
-
-def _errors(fn: Any, value: Tensor) -> Tensor:
-    """Returns the error of each example, of the batch shape."""
-    event_dim = len(fn.event_shape)
-    base: Any = unwrap_independent(fn)
-    try:
-        errors = _wrong(_mode(fn), value) if fn.support.is_discrete else (fn.mean - value).double() ** 2
-    except NotImplementedError:
-        return value.new_full(value.shape[: value.dim() - event_dim], math.nan, dtype=torch.double)
-    if own_dim := len(base.event_shape):  # a discrete vector is right or wrong as a whole
-        elements = errors.flatten(errors.dim() - own_dim)
-        errors = elements.amax(-1) if fn.support.is_discrete else elements.mean(-1)
-        event_dim -= own_dim
-    if not event_dim:
-        return errors
-    counted = mask_of(base) if isinstance(base, dist.MaskedDistribution) else True
-    counted = torch.as_tensor(counted, device=errors.device).expand_as(errors).flatten(errors.dim() - event_dim)
-    errors = errors.flatten(errors.dim() - event_dim)
-    return torch.where(counted, errors, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
-
-
-def _mode(fn: Any) -> Tensor:
-    base: Any = unwrap_independent(fn)
-    return _mode(base.base_dist) if isinstance(base, dist.MaskedDistribution) else fn.mode  # Pyro has no mode for these
-
-
-def _wrong(mode: Tensor, value: Tensor) -> Tensor:
-    # Torch's mode of a Bernoulli distribution with p = 1/2 is NaN; take the first of equals, as a categorical does.
-    return (torch.where(mode.isnan(), 0, mode) != value).double()
 
 
 class _LatentsMessenger(Messenger):

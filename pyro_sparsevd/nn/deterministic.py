@@ -1,0 +1,28 @@
+"""A deterministic network as a model."""
+
+__all__ = ["deterministic_model"]
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import nn
+from torch.distributions import Distribution
+
+from .._modules import require_deterministic
+from .supervised import Supervised
+
+
+def deterministic_model(network: nn.Module, likelihood: Callable[[Any], Distribution]) -> Supervised:
+    """Returns a model without latents, for evaluation; the network keeps its mode, and is no part of the model."""
+    require_deterministic(network)
+    return Supervised(_Deterministic(network), likelihood, num_data=1)
+
+
+class _Deterministic(PyroModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["network"] = network  # past PyroModule, which would put its parameters into Pyro's store
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
