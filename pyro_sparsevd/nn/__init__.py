@@ -2,6 +2,9 @@
 
 __all__ = [
     "GaussianLikelihood",
+    "HeteroscedasticGaussianLikelihood",
+    "NegativeBinomialLikelihood",
+    "StudentTLikelihood",
     "Supervised",
     "bayesianize",
     "choose",
@@ -12,7 +15,12 @@ __all__ = [
 ]
 
 from .bayesianize import bayesianize
-from .likelihoods import GaussianLikelihood
+from .likelihoods import (
+    GaussianLikelihood,
+    HeteroscedasticGaussianLikelihood,
+    NegativeBinomialLikelihood,
+    StudentTLikelihood,
+)
 from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
 from .selection import choose
 from .supervised import Supervised
