@@ -62,7 +62,11 @@ def _room_page(room: str) -> str:
 
 def _section(package: object, room: str, name: str) -> str:
     value = getattr(package, name)
-    shown = f"sparsevd.{name}" if name in pyro_sparsevd.__all__ else f"sparsevd.{room}.{name}"
+    has_module = inspect.ismodule(getattr(pyro_sparsevd, room))  # sparsevd.shrink is the function
+    if name in pyro_sparsevd.__all__ or not has_module and hasattr(pyro_sparsevd, name):
+        shown = f"sparsevd.{name}"
+    else:
+        shown = f"sparsevd.{room}.{name}" if has_module else f"pyro_sparsevd.{room}.{name}"
     if inspect.ismodule(value):
         return f"## {shown}\n\n```{{eval-rst}}\n.. automodule:: {value.__name__}\n   :members:\n```\n"
     kind = "class" if inspect.isclass(value) else "function"
