@@ -25,7 +25,10 @@ nitpicky = True
 # Names of other packages are not looked up, so that the site builds without a network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|matplotlib|nn|numpy|pathlib|pyro|torch|typing)\..*"),
-    (r"py:.*", r"(Any|Callable|Collection|Distribution|Iterable|Iterator|Mapping|Sequence|Tensor|ndarray|optional)"),
+    (
+        r"py:.*",
+        r"(Any|Callable|Collection|Distribution|Iterable|Iterator|Mapping|Sequence|Tensor|ndarray|optional)",
+    ),
 ]
 
 autodoc_inherit_docstrings = False
@@ -62,11 +65,11 @@ def _room_page(room: str) -> str:
 
 def _section(package: object, room: str, name: str) -> str:
     value = getattr(package, name)
-    has_module = inspect.ismodule(getattr(pyro_sparsevd, room))  # sparsevd.shrink is the function
-    if name in pyro_sparsevd.__all__ or not has_module and hasattr(pyro_sparsevd, name):
-        shown = f"sparsevd.{name}"
-    else:
-        shown = f"sparsevd.{room}.{name}" if has_module else f"pyro_sparsevd.{room}.{name}"
+    if inspect.ismodule(getattr(pyro_sparsevd, room)):
+        at_top, elsewhere = pyro_sparsevd.__all__, f"sparsevd.{room}"
+    else:  # sparsevd.shrink is the function
+        at_top, elsewhere = vars(pyro_sparsevd), f"pyro_sparsevd.{room}"
+    shown = f"sparsevd.{name}" if name in at_top else f"{elsewhere}.{name}"
     if inspect.ismodule(value):
         return f"## {shown}\n\n```{{eval-rst}}\n.. automodule:: {value.__name__}\n   :members:\n```\n"
     kind = "class" if inspect.isclass(value) else "function"

@@ -10,9 +10,9 @@ The rooms, in order of dependence; each imports only from those above it::
     shrink         from a network with zeros to a smaller one
     storage        networks as small files, and as ONNX
     sparsity       sparsify, prune and thresholds: from a posterior to a sparse network
-    training       from batches of data to a posterior
-    evaluation     accuracy and calibration; comparison of priors
     plots          figures from plain data; imported on demand
+    training       from batches of data to a posterior
+    evaluation     scores of predictions; comparison of priors
 """
 
 __all__ = [

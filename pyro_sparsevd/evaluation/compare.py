@@ -3,64 +3,57 @@
 __all__ = ["compare_priors"]
 
 import copy
+import itertools
 import math
-import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Distribution
 
-from .._modules import same_random_numbers
+from .._modules import device_of, same_random_numbers
 from ..infer.autoguide import AutoSparseNormal
-from ..infer.elbo import SparseVD_ELBO
+from ..nn.batches import pairs
 from ..nn.bayesianize import Prior, bayesianize
+from ..nn.priors import named_prior
 from ..nn.supervised import Supervised
 from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
-from ..training.checkpoints import Checkpoint
-from ..training.loop import fit_posterior
-from ..training.split import Split
+from ..training.fit import fit
 from .metrics import scores
 from .predictions import sampled_predictions
 from .report import PriorComparison, PriorResult
 
 
 def compare_priors(
-    network: Callable[[], nn.Module],
-    priors: Mapping[str, Prior | None],
+    make_network: Callable[[], nn.Module],
     likelihood: Callable[[Any], Distribution],
-    train: Split,
-    validation: Split,
-    test: Split,
+    loader: Iterable[Any] | Callable[[], Iterable[Any]],
+    held_out: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
-    epochs: int,
-    batch_size: int,
+    test: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+    priors: Mapping[str, Prior | str | None] | Sequence[str] = ("log-uniform", "ard", "normal"),
     seeds: Sequence[int] = (0, 1, 2),
+    epochs: int,
     lr: float = 3e-3,
     init_log_variance: float = -8.0,
     num_samples: int = 20,
     error_level: float | None = None,
     tolerance: float = 0.1,
-    checkpoints: str | Path | None = None,
 ) -> PriorComparison:
     r"""Trains a network under each of several priors, all else equal, and scores it on held-out data.
 
     For each seed, the network starts from the same weights under all priors. The posterior is that of
-    :class:`~.autoguide.AutoSparseNormal`, the bound has the exact divergence, and the schedules are those of
-    :func:`~.loop.fit_posterior`. The prediction that is scored is the mean over posterior samples,
-
-    .. math:: \log \tfrac1S \sum_s p(y_n \mid x_n, w_s), \quad w_s \sim q
-
-    and the compression is the largest at which the validation error is at most a level that is the same for all
-    priors, over thresholds on log α between which a tenth of the weights is dropped. As the level is compared so often,
-    the validation error there is slightly optimistic; the test error beside it is not.
+    :class:`~.autoguide.AutoSparseNormal`, trained by :func:`~.fit.fit`. What is scored is the mean prediction of
+    posterior samples, see :func:`~.metrics.scores`. The compression is the largest at which the held-out error is at
+    most a level that is the same for all priors, over thresholds on log α between which a tenth of the weights is
+    dropped. As the level is compared so often, the held-out error there is slightly optimistic; the error on ``test``
+    data of its own is not.
 
     Bounds of different priors are not reported: improper priors, such as the log-uniform one, define theirs up to a
     constant only.
@@ -70,70 +63,62 @@ def compare_priors(
         | https://arxiv.org/abs/1807.01969
 
     Args:
-        network: A function that returns a new network; called with the same random numbers for all priors of a seed.
-        priors: By name, what :func:`~.bayesianize.bayesianize` takes as its prior.
+        make_network: A function that returns a new network; called with the same random numbers for all priors of a
+            seed.
         likelihood: As for :class:`~.supervised.Supervised`. A module with parameters, such as a noise scale, is copied
             for each run, and trained.
-        train: The data to train on. The targets of any split may be real numbers.
-        validation: The data to choose thresholds on.
-        test: The data to report.
-        epochs: How many times to go through the training data.
-        batch_size: The number of examples in a step.
+        loader: The training data: pairs ``(x, y)`` of inputs and targets from a ``DataLoader``, a list, or a function
+            that returns the batches of an epoch. It is gone through once to count them.
+        held_out: Batches of the data to choose thresholds on.
+        test: Batches of the data to report; by default those held out.
+        priors: Names as of :func:`~.priors.named_prior`, or by names of your own, what
+            :func:`~.bayesianize.bayesianize` takes as its prior, or such a name.
         seeds: The seeds.
+        epochs: How many times to go through the training data.
         lr: The learning rate.
         init_log_variance: The initial log σ² of every latent, whatever its prior.
-        num_samples: S, the number of posterior samples.
-        error_level: The largest validation error that a sparse network may have; by default, for each seed,
+        num_samples: The number of posterior samples.
+        error_level: The largest held-out error that a sparse network may have; by default, for each seed,
             (1 + tolerance) times the smallest that any prior has with nothing dropped.
         tolerance: See ``error_level``.
-        checkpoints: A folder, made if need be, for a checkpoint of each training, from which it resumes.
 
     Returns:
         The results. Torch's generators and Pyro's parameter store are left as they were.
 
     Raises:
         TypeError: If an argument is of another type than these.
-        ValueError: If there is no prior or seed, a seed is twice, a split is empty, a number is out of range, or a
-            prior does not fit the network; all before anything is trained.
-        CheckpointError: If a file in ``checkpoints`` is of other priors, options or data, or of a network or a
-            likelihood that gives the data another density before it is trained.
-        ImportError: If the likelihood is categorical and torchmetrics is not installed.
+        ValueError: If there is no prior or seed, one is twice, a prior is unknown or does not fit the network, there is
+            no batch or one is no pair, data can be gone through only once, or a number is out of range; all before
+            anything is trained.
+        ImportError: If targets have finitely many values and torchmetrics is not installed.
 
     Example:
-        >>> split = Split(torch.randn(40, 4), torch.randn(40))
-        >>> network = lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
-        >>> priors = {"log-uniform": sparsevd.LogUniform(), "normal": dist.Normal(0.0, 1.0)}
-        >>> noisy = lambda mean: dist.Normal(mean, 1.0)
-        >>> found = compare_priors(network, priors, noisy, split, split, split, epochs=2, batch_size=20, seeds=[0])
+        >>> batches = [(torch.randn(20, 4), torch.randn(20)), (torch.randn(20, 4), torch.randn(20))]
+        >>> make_network = lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+        >>> noise = sparsevd.GaussianLikelihood()
+        >>> found = compare_priors(make_network, noise, batches, batches, priors=["ard", "normal"], seeds=[0], epochs=2)
         >>> [(result.prior, result.seed) for result in found.results]
-        [('log-uniform', 0), ('normal', 0)]
+        [('ard', 0), ('normal', 0)]
     """
-    _check_network_and_priors(network, priors)
-    _check_data_and_numbers(
-        {"train": train, "validation": validation, "test": test},
-        {"epochs": epochs, "batch_size": batch_size, "num_samples": num_samples},
-        {"tolerance": tolerance, **({} if error_level is None else {"error_level": error_level})},
-        seeds,
-    )
-    options = {"epochs": epochs, "batch_size": batch_size, "lr": float(lr)}
-    folder = None if checkpoints is None else Path(checkpoints)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    make = partial(_model_and_guide, network, likelihood, train, init_log_variance)
+    if isinstance(make_network, nn.Module) or not callable(make_network):
+        found = type(make_network).__name__
+        raise TypeError(f"make_network: expected a function that returns a new network, but got {found}")
+    test = held_out if test is None else test
+    by_name = _by_name(priors)
+    _check_numbers(epochs, num_samples, tolerance, error_level, seeds)
+    _check_data(loader=loader, held_out=held_out, test=test)
     results: list[PriorResult] = []
     with same_random_numbers(), pyro.get_param_store().scope():
-        error_name = _try_all(make, priors, seeds[0], validation)
+        make = partial(_model_and_guide, make_network, likelihood, init_log_variance)
+        error_name = _try_all(make, by_name, seeds[0], {"loader": loader, "held_out": held_out, "test": test})
+        sizes = [len(y) for _, y in pairs("loader", loader)]
         for seed in seeds:
             runs: list[_Run] = []
-            for name, prior in priors.items():
-                model, guide = make(prior, seed)
-                kept = None
-                if folder is not None:
-                    settings = _settings(name, prior, model, guide, train, options)
-                    kept = Checkpoint(folder / f"{len(runs)}-{seed}.pt", settings)
-                seconds = _train(model, guide, train, options, kept)
-                points = _sweep(model, guide, validation, threshold_grid(guide))
-                runs.append(_Run(name, model, guide, seconds, points))
+            for name, prior in by_name.items():
+                model, guide = make(sum(sizes), prior, seed)
+                seconds = _train(model, guide, loader, epochs, lr, f"{name}, seed {seed}")
+                points = _sweep(model, guide, held_out, threshold_grid(guide))
+                runs.append(_Run(name, model, guide, seconds / len(sizes), points))
             errors = [run.points[math.inf].error for run in runs]
             best = min((error for error in errors if not math.isnan(error)), default=math.nan)
             level = (1 + tolerance) * best if error_level is None else error_level
@@ -149,27 +134,23 @@ class _Run(NamedTuple):
     points: dict[float, SweepPoint]
 
 
-def _check_network_and_priors(network: Any, priors: Any) -> None:
-    if isinstance(network, nn.Module) or not callable(network):
-        raise TypeError(f"network: expected a function that returns a new network, but got {type(network).__name__}")
-    if not isinstance(priors, Mapping):
-        raise TypeError(f"priors: expected a mapping from names to priors, but got {type(priors).__name__}")
-    if not priors:
-        raise ValueError("priors: expected at least one, but got none")
+def _by_name(priors: Any) -> dict[str, Prior | None]:
+    if isinstance(priors, str) or not isinstance(priors, Mapping | Sequence):
+        raise TypeError(
+            f"priors: expected names such as ('log-uniform', 'normal'), or a mapping from names to priors, but got "
+            f"{priors!r}"
+        )
+    if not priors or len(set(priors)) < len(priors):
+        raise ValueError(f"priors: expected at least one, and each once, but got {priors!r}")
+    given = priors if isinstance(priors, Mapping) else {name: name for name in priors}
+    return {name: named_prior(prior) if isinstance(prior, str) else prior for name, prior in given.items()}
 
 
-def _check_data_and_numbers(
-    splits: Mapping[str, Any], counts: Mapping[str, Any], errors: Mapping[str, float], seeds: Any
-) -> None:
-    for name, split in splits.items():
-        if not isinstance(split, Split):
-            raise TypeError(f"{name}: expected a datasets.Split, but got {type(split).__name__}")
-        if not len(split):
-            raise ValueError(f"{name}: expected at least one datum, but got an empty split")
-    for name, count in counts.items():
-        if not (isinstance(count, int) and count > 0):
+def _check_numbers(epochs: Any, num_samples: Any, tolerance: float, error_level: float | None, seeds: Any) -> None:
+    for name, count in (("epochs", epochs), ("num_samples", num_samples)):
+        if isinstance(count, bool) or not (isinstance(count, int) and count > 0):
             raise ValueError(f"{name}: expected a positive integer, but got {count!r}")
-    for name, value in errors.items():
+    for name, value in (("tolerance", tolerance), ("error_level", 0.0 if error_level is None else error_level)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number, at least 0, but got {value}")
     if not isinstance(seeds, Sequence) or not all(isinstance(s, Integral) and not isinstance(s, bool) for s in seeds):
@@ -178,101 +159,77 @@ def _check_data_and_numbers(
         raise ValueError(f"seeds: expected at least one, and each once, but got {seeds!r}")
 
 
+def _check_data(**data: Any) -> None:
+    for name, batches in data.items():
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"{name}: expected batches that can be gone through for each prior, but got a "
+                f"{type(batches).__name__}; give a DataLoader, a list, or a function that returns an iterator"
+            )
+
+
 def _model_and_guide(
-    network: Callable[[], nn.Module],
+    make_network: Callable[[], nn.Module],
     likelihood: Callable[[Any], Distribution],
-    train: Split,
     init_log_variance: float,
+    num_data: int,
     prior: Prior | None,
     seed: int,
 ) -> tuple[Supervised, AutoSparseNormal]:
     torch.manual_seed(seed)
-    bnn = bayesianize(network(), prior)
-    model = Supervised(bnn, copy.deepcopy(likelihood), num_data=len(train)).to(train.images.device)
+    network = make_network()
+    model = Supervised(bayesianize(network, prior), copy.deepcopy(likelihood), num_data).to(device_of(network))
     init_scale = math.exp(init_log_variance / 2)  # all priors start alike
     return model, AutoSparseNormal(model, init_log_variance=init_log_variance, init_scale=init_scale)
 
 
-def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, split: Split) -> str:
-    """Raises an error for a prior that does not fit the network; returns what to call the errors."""
+def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, data: Mapping[str, Any]) -> str:
+    """Raises an error for a prior that does not fit the network, or data that do not; returns what the error is."""
+    first = {name: [next(pairs(name, batches))] for name, batches in data.items()}
     for name, prior in priors.items():
         try:
-            model, guide = make(prior, seed)
+            model, guide = make(1, prior, seed)
             if not guide.real_sites:
                 raise ValueError("expected weights that are real numbers, of which some can be dropped, but got none")
-            found = sampled_predictions(model, guide, [(split.images[:1], split.labels[:1])], num_samples=1)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prior {name!r}: {error}") from error
+        for of_data, batch in first.items():
+            try:
+                found = sampled_predictions(model, guide, batch, num_samples=1)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"prior {name!r}, {of_data}: {error}") from error
     return "error" if found.draws is None else "mean squared error"
 
 
-def _settings(
-    name: str, prior: Prior | None, model: Supervised, guide: AutoSparseNormal, train: Split, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the settings of a checkpoint, which identify prior, options, data and untrained network."""
-    prior_text = re.sub(r" at 0x[0-9a-f]+", "", repr(prior))  # addresses of functions differ between runs
-    with same_random_numbers():
-        nll, _ = _scores(model, guide, Split(train.images[:100], train.labels[:100]), 1)
-    return {
-        "prior": f"{name}: {prior_text}",
-        **options,
-        "init_log_variance": float(guide.init_log_variance),
-        "num_data": len(train),
-        "untrained_nll": f"{nll:.4g}",
-    }
+def _train(model: Supervised, guide: AutoSparseNormal, loader: Any, epochs: int, lr: float, description: str) -> float:
+    """Fits the posterior; returns the median over the epochs of their seconds."""
+    ends = [time.perf_counter()]
+    after_epoch = lambda epoch, numbers: ends.append(time.perf_counter())  # noqa: E731
+    fit(model, guide, loader, epochs=epochs, lr=lr, callbacks=[after_epoch], description=description)
+    return statistics.median(end - start for start, end in itertools.pairwise(ends))
 
 
-def _train(
-    model: Supervised, guide: AutoSparseNormal, split: Split, options: Mapping[str, Any], checkpoint: Checkpoint | None
-) -> float:
-    """Fits the posterior; returns the median over the epochs of the seconds per step."""
-    before = time.perf_counter()
-
-    def after_epoch(epoch: int) -> dict[str, float]:
-        nonlocal before
-        now, start = time.perf_counter(), before
-        before = now
-        return {"seconds": now - start}
-
-    elbo = SparseVD_ELBO(kl="exact")
-    history = fit_posterior(elbo, model, guide, split, **options, after_epoch=after_epoch, checkpoint=checkpoint)
-    steps = math.ceil(len(split) / options["batch_size"])
-    return statistics.median(epoch["seconds"] for epoch in history) / steps
-
-
-def _sweep(model: Supervised, guide: AutoSparseNormal, split: Split, tried: list[float]) -> dict[float, SweepPoint]:
+def _sweep(model: Supervised, guide: AutoSparseNormal, data: Any, tried: list[float]) -> dict[float, SweepPoint]:
     """Returns error and compression of the network at each threshold, applied to weights of any prior."""
-    points = threshold_sweep(model, guide, _batches(split, model), [{"*": threshold} for threshold in tried])
+    points = threshold_sweep(model, guide, data, [{"*": threshold} for threshold in tried])
     return dict(zip(tried, points, strict=True))
 
 
-def _result(run: _Run, seed: int, level: float, test: Split, num_samples: int) -> PriorResult:
+def _result(run: _Run, seed: int, level: float, test: Any, num_samples: int) -> PriorResult:
     """Scores a run on the test data."""
     reached = {threshold: point.compression for threshold, point in run.points.items() if point.error <= level}
     threshold = max(reached, key=reached.__getitem__, default=math.nan)
     tried = _sweep(run.model, run.guide, test, [math.inf, *([threshold] if reached else [])])
     torch.manual_seed(seed)  # so that a prior's numbers do not depend on which others there are
-    nll, calibration_error = _scores(run.model, run.guide, test, num_samples)
     return PriorResult(
         prior=run.prior,
         seed=seed,
         error=tried[math.inf].error,
-        nll=nll,
-        calibration_error=calibration_error,
-        validation_error=run.points[math.inf].error,
+        scores=scores(sampled_predictions(run.model, run.guide, test, num_samples)),
+        held_out_error=run.points[math.inf].error,
         error_level=level,
         compression=reached.get(threshold, math.nan),
         threshold=threshold,
         sparse_error=tried[threshold].error if reached else math.nan,
         seconds_per_step=run.seconds_per_step,
     )
-
-
-def _scores(model: Supervised, guide: AutoSparseNormal, split: Split, num_samples: int) -> tuple[float, float]:
-    """Returns the negative log likelihood of an example, and the calibration error, of the mean prediction."""
-    found = scores(sampled_predictions(model, guide, _batches(split, model), num_samples))
-    return found["nll"], found.get("calibration_error", math.nan)
-
-
-def _batches(split: Split, model: Supervised) -> list[tuple[Tensor, Tensor]]:
-    return split.chunks(min(1_000, model.num_data))  # the model refuses more than all data

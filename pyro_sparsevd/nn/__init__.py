@@ -11,6 +11,7 @@ __all__ = [
     "fan_in_normal",
     "group_normal_jeffreys",
     "horseshoe",
+    "named_prior",
     "scale_mixture",
 ]
 
@@ -21,6 +22,6 @@ from .likelihoods import (
     NegativeBinomialLikelihood,
     StudentTLikelihood,
 )
-from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
+from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
 from .selection import choose
 from .supervised import Supervised

@@ -1,6 +1,6 @@
-"""Priors of weights that Pyro lacks."""
+"""Priors of weights that Pyro lacks, and well-known ones by name."""
 
-__all__ = ["fan_in_normal", "group_normal_jeffreys", "horseshoe", "scale_mixture"]
+__all__ = ["fan_in_normal", "group_normal_jeffreys", "horseshoe", "named_prior", "scale_mixture"]
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import Distribution
 
-from ..distributions.log_uniform import Jeffreys
+from ..distributions.empirical_normal import EmpiricalBayesNormal
+from ..distributions.log_uniform import Jeffreys, LogUniform
+from .bayesianize import Prior
 from .scales import HierarchicalPrior, Scale
 
 
@@ -141,3 +143,41 @@ def group_normal_jeffreys(group_dims: tuple[int, ...] = (0,)) -> HierarchicalPri
     if not group_dims or min(group_dims) < 0 or len(set(group_dims)) < len(group_dims):
         raise ValueError(f"group_dims: expected distinct dimensions, counted from 0, but got {group_dims}")
     return HierarchicalPrior({"group_scale": Scale(Jeffreys(), tuple(group_dims))}, tuple(group_dims))
+
+
+_BY_NAME: dict[str, Callable[[], Prior]] = {
+    "log-uniform": LogUniform,
+    "ard": EmpiricalBayesNormal,
+    "horseshoe": horseshoe,
+    "group normal-jeffreys": lambda: group_normal_jeffreys((1,)),
+    "normal": lambda: dist.Normal(0.0, 1.0),
+    "normal by fan-in": fan_in_normal,
+    "normal, scale learnt": lambda: EmpiricalBayesNormal(()),
+    "laplace": lambda: dist.Laplace(0.0, 1.0),
+    "student-t": lambda: dist.StudentT(3.0, 0.0, 1.0),
+    "scale mixture": scale_mixture,
+}
+
+
+def named_prior(name: str) -> Prior:
+    """Returns a well-known prior, for :func:`~.bayesianize.bayesianize`.
+
+    ``"log-uniform"``, ``"ard"``, ``"horseshoe"`` and ``"group normal-jeffreys"`` (of the inputs of each layer) make
+    weights sparse. Others are ``"normal"``, ``"normal by fan-in"``, ``"normal, scale learnt"`` (one for each
+    tensor), ``"laplace"``, ``"student-t"`` (3 degrees of freedom) and ``"scale mixture"``. Scales that are fixed are
+    about 1.
+
+    Args:
+        name: One of these.
+
+    Raises:
+        ValueError: If it is none of them.
+
+    Example:
+        >>> named_prior("normal")
+        Normal(loc: 0.0, scale: 1.0)
+    """
+    if name not in _BY_NAME:
+        known = ", ".join(map(repr, _BY_NAME))
+        raise ValueError(f"prior: expected one of {known}, or a prior itself, but got {name!r}")
+    return _BY_NAME[name]()

@@ -3,6 +3,7 @@
 __all__ = [
     "animate",
     "animate_weight_images",
+    "intervals",
     "log_alpha_histogram",
     "mean_and_scale",
     "threshold_curves",
@@ -10,6 +11,7 @@ __all__ = [
     "weight_images",
 ]
 
+from .comparison import intervals
 from .curves import threshold_curves, training_curves
 from .posterior import log_alpha_histogram, mean_and_scale
 from .weights import animate, animate_weight_images, weight_images

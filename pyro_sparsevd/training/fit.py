@@ -32,6 +32,7 @@ def fit(
     warm_up: float = 0.5,
     validation: Iterable[Any] | None = None,
     callbacks: Iterable[Callable[[int, dict[str, float]], Any]] = (),
+    description: str | None = None,
 ) -> list[dict[str, float]]:
     r"""Fits a guide to a model on batches of data, with Adam and a progress bar.
 
@@ -52,6 +53,7 @@ def fit(
         validation: Batches of held-out data.
         callbacks: Functions of the number of an epoch and of its numbers, called after each epoch; they may add
             numbers of their own.
+        description: What stands before the progress bar.
 
     Returns:
         For each epoch ``nll`` and ``kl``, in nats over the data set, means over its batches; ``sparsity`` and
@@ -87,7 +89,7 @@ def fit(
     kl_weight = LinearWarmup(epochs / 40, warm_up * epochs) if warm_up else lambda time: 1.0
     steps = len(loader) if isinstance(loader, Sized) else 0
     history: list[dict[str, float]] = []
-    with tqdm(total=epochs, unit="epoch") as progress:
+    with tqdm(total=epochs, desc=description, unit="epoch") as progress:
         for epoch in range(epochs):
             loss.train()
             terms, count, largest = [], 0, 0

@@ -183,3 +183,13 @@ def test_weight_prior_expands_without_its_value(device):
     assert (wide.batch_shape, wide.event_shape) == ((5,), (3, 4))
     assert wide.sample().shape == (5, 3, 4)
     assert wide.support.base_constraint is constraints.real
+
+
+def test_a_name_is_a_new_prior_each_time():
+    assert svd.nn.named_prior("horseshoe") is not svd.nn.named_prior("horseshoe")
+    assert svd.nn.named_prior("laplace").mean == 0
+
+
+def test_an_unknown_name_lists_those_that_are_known():
+    with pytest.raises(ValueError, match=r"prior: expected one of 'log-uniform', 'ard', .*, but got 'gauss'"):
+        svd.nn.named_prior("gauss")

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from pyro_sparsevd import plots
-from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
 from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.plots import weights
 from pyro_sparsevd.plots.style import BLUE, SIGNED, line_styles, plain_numbers
@@ -23,11 +22,6 @@ HISTORY = [
     {"error": 0.02, "compression": 50.0, "nll": 100.0, "kl": 90.0},
 ]
 POINTS = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
-RESULTS = (
-    PriorResult("normal", 0, 0.05, 0.2, 0.01, 0.08, 0.06, math.nan, math.nan, math.nan, 2e-3),
-    PriorResult("log-uniform", 0, 0.06, 0.3, 0.01, 0.05, 0.06, 40.0, 1.5, 0.07, 2e-3),
-    PriorResult("log-uniform", 1, 0.06, 0.3, 0.01, 0.05, 0.06, math.inf, -math.inf, 0.07, 2e-3),
-)
 DRAW = {
     "weight_images": lambda **kw: plots.weight_images(torch.randn(5, 4, 3), **kw),
     "weight_images of zeros": lambda **kw: plots.weight_images(torch.zeros(1, 4, 3), **kw),
@@ -41,8 +35,8 @@ DRAW = {
     "mean_and_scale of zeros": lambda **kw: plots.mean_and_scale(torch.zeros(5), torch.zeros(5), threshold=3.0, **kw),
     "prior_and_posteriors": lambda **kw: figures.prior_and_posteriors({"kept": (1.0, -3.0)}, **kw),
     "divergences": lambda **kw: figures.divergences(samples={-2.0: 1.5, 2.0: 0.1}, **kw),
-    "prior_comparison": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "error"), **kw),
-    "prior_comparison of squared errors": lambda **kw: figures.prior_comparison(PriorComparison(RESULTS, "mse"), **kw),
+    "intervals": lambda **kw: plots.intervals({"error": {"a": [0.1, 0.2], "b": [0.3]}}, **kw),
+    "intervals of nothing": lambda **kw: plots.intervals({"error": {"a": [math.nan]}}, **kw),
     "connections": lambda **kw: figures.connections([torch.eye(3), torch.tensor([[1.0, -1.0, 0.0]])], **kw),
 }
 
@@ -229,50 +223,6 @@ def test_means_and_scales_of_zero_are_drawn_at_the_lower_end_and_counted():
     assert list(dropped.get_xdata()) == [0.25]
     assert min(kept.get_ydata()) == 0.5
     assert sorted(zeros.get_xdata()) == [0.25, 0.5]
-
-
-def panels(results, error_name="error"):
-    """Returns the axes of the errors and of the likelihoods, and the marks of each."""
-    axes = figures.prior_comparison(PriorComparison(tuple(results), error_name)).axes
-    axes = [axis for axis in axes if axis.axison]
-    return axes, [[line for line in axis.get_lines() if line.get_marker() != "None"] for axis in axes]
-
-
-def test_a_prior_that_missed_the_level_is_a_hollow_mark_at_1():
-    axes, (errors, likelihoods) = panels(RESULTS)
-    missed, reached, _ = errors
-    assert [line.get_xdata()[0] for line in (missed, reached)] == [1, 40]
-    assert [line.get_ydata()[0] for line in (missed, reached)] == pytest.approx([5, 7])
-    assert [line.get_fillstyle() for line in (missed, reached)] == ["none", "full"]
-    assert missed.get_marker() != reached.get_marker()
-    assert [line.get_ydata()[0] for line in likelihoods] == [0.2, 0.3, 0.3]
-    labels = [axis.get_ylabel() for axis in axes]
-    assert labels == ["error once pruned, %", "NLL with all weights,\nnats per datum"]
-
-
-def at(prior, compression, error=0.05, seed=0):
-    return PriorResult(prior, seed, 0.05, 0.2, 0.01, 0.08, 0.06, compression, 1.0, error, 2e-3)
-
-
-def test_marks_of_priors_at_one_place_stand_side_by_side_and_differ():
-    names = [f"prior {n}" for n in range(16)]
-    axes, marks = panels([at(name, 10.0) for name in names] + [at("prior 3", 10.0, seed=1), at("alone", 50.0)])
-    for axis, (*crowd, again, alone) in zip(axes, marks, strict=True):
-        axis.figure.canvas.draw()
-        places = [float(line.get_transform().transform(line.get_xydata())[0, 0]) for line in (*crowd, again, alone)]
-        gaps = np.diff(places[:16]) * 72 / axis.figure.dpi
-        assert gaps.min() > 6.5  # points: the width of a mark
-        true, other = (axis.transData.transform((x, 1))[0] for x in (10, 50))
-        assert np.mean(places[:16]) == pytest.approx(true)
-        assert places[16:] == pytest.approx([places[3], other])
-        assert {line.get_xdata()[0] for line in crowd} == {10}
-        assert len({(line.get_color(), line.get_marker()) for line in crowd}) == 16
-
-
-@pytest.mark.parametrize(("largest", "scale"), [(0.09, "linear"), (0.9, "log")])
-def test_errors_are_logarithmic_where_one_is_much_larger(largest, scale):
-    axes, _ = panels([at("a", 10.0), at("b", 20.0, largest)], "mean squared error")
-    assert (axes[0].get_ylabel(), axes[0].get_yscale()) == ("mean squared error\nonce pruned", scale)
 
 
 def test_connections_are_the_weights_that_are_not_zero():
