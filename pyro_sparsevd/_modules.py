@@ -1,23 +1,34 @@
 """Helpers for nn.Module: validation, copying, temporary modes."""
 
 __all__ = [
+    "batch_tensor",
+    "call_arguments",
     "check_finite",
+    "cloned",
     "copied",
     "device_of",
     "evaluation_mode",
+    "map_tensors",
+    "named_leaves",
     "random_state",
     "require_deterministic",
+    "run_network",
     "same_random_numbers",
     "takes",
+    "tensors_of",
+    "with_tensors",
 ]
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -122,3 +133,109 @@ def takes(function: Callable[..., Any], *args: Any) -> bool:
     except ValueError:
         pass
     return True
+
+
+def run_network(network: nn.Module, x: Any) -> Any:
+    """Calls a network with the inputs of a batch, of any kind, as :func:`call_arguments` says."""
+    args, kwargs = call_arguments(network, x)
+    return network(*args, **kwargs)
+
+
+def call_arguments(network: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments, by position and by name, that a network gets for the inputs of a batch.
+
+    The parts of a tuple or list are given by position, and those of a mapping by name, if its keys are names of
+    parameters of ``network.forward``. Anything else is the one argument, and so is a mapping with no such key.
+    """
+    if type(x) in (tuple, list):
+        return tuple(x), {}
+    if not isinstance(x, Mapping):
+        return (x,), {}
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind(**x)
+    except TypeError as error:
+        if not signature.parameters.keys() & x.keys():
+            return (x,), {}
+        raise TypeError(
+            f"x: expected keys that are the parameters of the network's forward, {', '.join(signature.parameters)}, "
+            f"but got {', '.join(map(str, x))}: {error}; a dictionary that is its one argument is given as (x,)"
+        ) from error
+    return (), dict(x)
+
+
+def named_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what nested tuples, lists, mappings and dataclasses hold, with names such as ``x[0]['mask']``."""
+    if isinstance(value, Mapping):
+        parts = [(f"{name}[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, tuple | list):
+        parts = [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [(f"{name}.{field.name}", getattr(value, field.name)) for field in fields(value)]
+    else:
+        yield name, value
+        return
+    for part_name, part in parts:
+        yield from named_leaves(part_name, part)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Returns the tensors that nested tuples, lists, mappings and dataclasses hold."""
+    return [leaf for _, leaf in named_leaves("", value) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Returns a copy of nested tuples, lists, mappings and dataclasses with a function applied to every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        parts = {key: map_tensors(function, part) for key, part in value.items()}
+        if not isinstance(value, MutableMapping):
+            return parts
+        mapped: Any = copy.copy(value)
+        mapped.update(parts)
+        return mapped
+    if isinstance(value, tuple | list):
+        mapped = [map_tensors(function, part) for part in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    if is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(mapped, field.name, map_tensors(function, getattr(value, field.name)))
+        return mapped
+    return value
+
+
+def with_tensors(value: Any, tensors: Iterable[Any]) -> Any:
+    """Returns a copy in which others take the place of the tensors, in the order of :func:`tensors_of`."""
+    rest = iter(tensors)
+    return map_tensors(lambda _: next(rest), value)
+
+
+def cloned(x: Any) -> Any:
+    """Returns a copy of the inputs of a batch, since a network may change them in place."""
+    return map_tensors(torch.clone, x)
+
+
+def batch_tensor(name: str, x: Any) -> Tensor:
+    """Returns the tensor that the batch size is of: the first of two or more dimensions, else the first of one.
+
+    It raises TypeError for inputs of a kind that :func:`call_arguments` does not know, and for NumPy arrays, and
+    ValueError where no tensor has a datum.
+    """
+    leaves = list(named_leaves(name, x))
+    for part, leaf in leaves:
+        if isinstance(leaf, np.ndarray) or (part == name and not isinstance(leaf, Tensor)):
+            raise TypeError(
+                f"{part}: expected a tensor, or a tuple or dictionary of tensors, but got {type(leaf).__name__}; make "
+                "numbers a tensor by torch.as_tensor, and take anything else apart in a module around the network"
+            )
+    tensors = tensors_of(x)
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, but got {reprlib.repr(x)}")
+    batch = next((t for t in tensors if t.dim() > 1), next((t for t in tensors if t.dim()), None))
+    if batch is None:
+        raise ValueError(f"{name}: expected a tensor of shape (M, ...), but got a scalar")
+    if len(batch) == 0:
+        raise ValueError(f"{name}: expected at least one datum, but got an empty batch")
+    return batch

@@ -2,19 +2,21 @@
 
 __all__ = ["Supervised"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import pyro
+import torch
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution
+from torch.distributions import Categorical, Distribution
 
 from .._compat import call_context
-from .._modules import takes
-from ..distributions.util import unwrap_independent
+from .._modules import batch_tensor, named_leaves, run_network, takes
+from ..distributions.util import unmasked, unwrap_independent
 from ..poutine.param_store import IsolateParamsMessenger
 from ..poutine.trace import active_trace
 from .sites import sample_unused_sites, site_paths
@@ -30,6 +32,27 @@ class Supervised(PyroModule):
     it skips too. The parameters of two models live side by side in Pyro's parameter store, whatever their names: the
     second to come is numbered. A store that was saved does not bring the network's own parameters, such as biases, back
     into another model: save ``state_dict()`` of model and guide.
+
+    How the network is called with ``x``, and what M is:
+
+    ==================================== ============================== ===============================================
+    ``x``                                the call                       M
+    ==================================== ============================== ===============================================
+    a tensor                             ``network(x)``                 ``len(x)``
+    a tuple or list ``(a, b)``           ``network(a, b)``              ``len(y)``; without ``y``, the last size of the
+                                                                        likelihood's batch shape
+    a mapping of names of parameters of  ``network(**x)``               likewise
+    ``forward``, such as a ``dict`` or
+    a ``BatchEncoding``
+    any other mapping, a dataclass or    ``network(x)``                 likewise
+    a named tuple
+    ``(x,)``, with any such ``x``        ``network(x)``                 likewise
+    ==================================== ============================== ===============================================
+
+    So the nodes of a graph and its edges, ``(x[N, F], edge_index[2, E])``, go with N targets, and the nodes of several
+    graphs with one for each graph. At least one part is a tensor; numbers, strings, ``None`` and objects of other
+    libraries are passed as they are. The likelihood gets the output as it is: for a network that returns a
+    ``ModelOutput`` it is ``lambda out: dist.Categorical(logits=out.logits)``.
 
     Args:
         network: A Bayesian network, as :func:`~.bayesianize.bayesianize` returns it.
@@ -72,97 +95,95 @@ class Supervised(PyroModule):
         """The Bayesian network."""
         return self._modules["network"]
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Any:
+    def forward(self, x: Any, y: Any = None) -> Any:
         """Runs the model on a batch.
 
         Args:
-            x: Inputs, a tensor of shape ``(M, ...)``, or a tuple or dictionary of such tensors. A tuple holds the
-                network's positional arguments; a dictionary is its one argument.
-            y: Targets, of shape ``(M, ...)``; to predict, None.
+            x: Inputs, of M data; the table above says of which kinds.
+            y: Targets, of shape ``(M, ...)``: a tensor, a NumPy array or a list of numbers; to predict, None. Arrays
+                and lists get the device and the precision of the likelihood, and integers and truth values, which are
+                no labels of a categorical likelihood, its floating-point type; tensors are not moved.
 
         Returns:
             The output of the network.
 
         Raises:
-            TypeError: If ``x`` or ``y`` holds something else, or the likelihood returns no distribution.
+            TypeError: If ``x`` or ``y`` is of another kind, the network's ``forward`` knows some keys of a mapping and
+                not others, the likelihood expected a tensor and the output is none, or it returns no distribution.
             ValueError: If the batch is empty or larger than ``num_data``, the sizes of ``x``, ``y`` and the
                 likelihood differ, or another PyroModule has renamed the network's sites.
         """
-        index, size = self._batch(x, y)
+        batch = batch_tensor("x", x)
+        targets = None if y is None else _as_tensor(y)
+        size = self._size(x, batch, targets)
         with IsolateParamsMessenger(self):
             with call_context(self.network):
                 output = self._run(x)
                 sample_unused_sites(self.network, self._site_names)
-            likelihood = self.likelihood(output)
-        if not isinstance(likelihood, Distribution):
-            raise TypeError(
-                f"likelihood: expected a function that returns a distribution, but it gave {type(likelihood).__name__}"
-            )
-        if not likelihood.batch_shape or likelihood.batch_shape[-1] != size:
-            raise ValueError(
-                f"likelihood: expected one distribution per datum, batch_shape (..., {size}), but got "
-                f"{tuple(likelihood.batch_shape)}; .to_event(n) declares trailing dimensions as parts of a datum"
-            )
-        if y is not None:
-            y = _fitted_targets(y, likelihood)
-        recorder = active_trace()
-        if recorder is not None and y is not None:
-            plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
-            recorder.sample("y", likelihood, y, self.num_data / size, (plate,))
-            return output
-        with pyro.plate("data", self.num_data, subsample=index):
-            pyro.sample("y", likelihood, obs=y, infer={"is_target": True})
+            likelihood = self._distribution(output, size)
+        if targets is not None:
+            targets = _fitted_targets(targets, likelihood, None if targets is y else batch.device)
+        self._observe(likelihood, targets, batch)
         return output
+
+    def _observe(self, likelihood: Any, targets: Tensor | None, batch: Tensor) -> None:
+        """Samples or observes ``y`` in its plate, or records it where that is all that would happen."""
+        size = likelihood.batch_shape[-1]
+        trace = active_trace()
+        if trace is not None and targets is not None:
+            plate = CondIndepStackFrame("data", -1, size, 0, self.num_data)
+            trace.sample("y", likelihood, targets, self.num_data / size, (plate,))
+            return
+        subsample = batch if len(batch) == size else torch.arange(size, device=batch.device)
+        with pyro.plate("data", self.num_data, subsample=subsample):
+            pyro.sample("y", likelihood, obs=targets, infer={"is_target": True})
+
+    def _size(self, x: Any, batch: Tensor, y: Tensor | None) -> int | None:
+        """Returns the batch size as far as inputs and targets say: several inputs may be of one size each."""
+        if y is None:
+            return len(batch) if x is batch else None
+        if y.dim() == 0 or (x is batch and len(y) != len(batch)):
+            found = len(y) if y.dim() else "a scalar"
+            raise ValueError(f"x and y: expected as many targets as inputs, but got {len(batch)} and {found}")
+        if len(y) > self.num_data and self.training:  # held-out data may be more
+            raise ValueError(
+                f"num_data: expected the size of the whole data set, but got {self.num_data} and a batch of {len(y)}"
+            )
+        return len(y)
 
     def _run(self, x: Any) -> Any:
         try:
-            return self.network(*x) if type(x) is tuple else self.network(x)
+            return run_network(self.network, x)
         except StopIteration as error:
             raise RuntimeError(
                 "network: expected parameters where it calls next(self.parameters()), but weights with a prior are "
                 "none; take device and dtype from an input or a weight, as in self.layer.weight.device"
             ) from error
 
-    def _batch(self, x: Any, y: Any) -> tuple[Tensor, int]:
-        """Checks the sizes of a batch; returns a tensor of it and its size."""
-        leaves = list(_leaves("x", x))
-        if not leaves:
-            raise ValueError(f"x: expected at least one tensor, but got {x!r}")
-        first, index = leaves[0]
-        size = len(index)
-        if size == 0:
-            raise ValueError("x: expected at least one datum, but got an empty batch")
-        for name, leaf in leaves[1:]:
-            if len(leaf) != size:
-                raise ValueError(f"{name}: expected {size} data, as in {first}, but got {len(leaf)}")
-        if y is None:
-            return index, size
-        if not isinstance(y, Tensor):
-            raise TypeError(f"y: expected a tensor, but got {type(y).__name__}; give torch.as_tensor(y)")
-        if y.dim() == 0 or len(y) != size:
-            found = len(y) if y.dim() else "a scalar"
-            raise ValueError(f"x and y: expected as many targets as inputs, but got {size} and {found}")
-        if size > self.num_data and self.training:  # held-out data may be more
-            raise ValueError(
-                f"num_data: expected the size of the whole data set, but got {self.num_data} and a batch of {size}"
+    def _distribution(self, output: Any, size: int | None) -> Any:
+        """Returns the distribution of the targets, one for each of ``size`` data, if the size is known."""
+        try:
+            likelihood = self.likelihood(output)
+        except (AttributeError, TypeError, ValueError) as error:
+            if isinstance(output, Tensor):
+                raise
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(
+                f"likelihood: it fails on the network's output, which is no tensor but {type(output).__name__}: {error}"
+                "; to use a tensor of it, write a function such as lambda out: dist.Categorical(logits=out.logits)"
+            ) from error
+        if not isinstance(likelihood, Distribution):
+            raise TypeError(
+                f"likelihood: expected a function that returns a distribution, but it gave {type(likelihood).__name__}"
             )
-        return index, size
-
-
-def _leaves(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a batch with their names."""
-    if isinstance(x, Tensor):
-        if x.dim() == 0:
-            raise ValueError(f"{name}: expected a tensor of shape (M, ...), but got a scalar")
-        yield name, x
-    elif type(x) is tuple or isinstance(x, Mapping):
-        for key, part in x.items() if isinstance(x, Mapping) else enumerate(x):
-            yield from _leaves(f"{name}[{key!r}]", part)
-    else:
-        raise TypeError(
-            f"{name}: expected a tensor, or a tuple or dictionary of tensors, but got {type(x).__name__}; make "
-            "numbers a tensor by torch.as_tensor, and take anything else apart in a module around the network"
-        )
+        shape = tuple(likelihood.batch_shape)
+        if not (shape and shape[-1]) or size not in (None, shape[-1]):
+            expected = "M" if size is None else size
+            raise ValueError(
+                f"likelihood: expected one distribution per datum, batch_shape (..., {expected}), but got {shape}; "
+                ".to_event(n) declares trailing dimensions as parts of a datum"
+            )
+        return likelihood
 
 
 def _check_likelihood(likelihood: Any) -> None:
@@ -177,10 +198,47 @@ def _check_likelihood(likelihood: Any) -> None:
         )
 
 
-def _fitted_targets(y: Tensor, likelihood: Any) -> Tensor:
+def _as_tensor(y: Any) -> Tensor:
+    """Returns targets as a tensor, which is on the CPU and in double precision if they were none."""
+    if isinstance(y, Tensor):
+        return y
+    kind = type(y).__name__
+    if any(isinstance(leaf, Tensor) for _, leaf in named_leaves("y", y)):
+        raise TypeError(
+            f"y: expected one tensor, but got a {kind} of tensors; give torch.stack(y), or write a Pyro model with a "
+            "site for each"
+        )
+    try:
+        array = np.asarray(y)
+    except ValueError as error:
+        raise ValueError(f"y: expected targets of one shape, but got a {kind} of several: {error}") from error
+    if array.dtype.kind not in _NUMBERS:
+        raise TypeError(f"y: expected a tensor, a NumPy array or a list of numbers, but got {kind} of {array.dtype}")
+    return torch.tensor(array.astype(_NUMBERS[array.dtype.kind]))
+
+
+_NUMBERS = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float64}
+
+
+def _fitted_targets(y: Tensor, likelihood: Any, device: torch.device | None) -> Tensor:
+    """Returns targets as the likelihood takes them; those to be moved to a device are of no precision of their own."""
     expected = likelihood.batch_shape + likelihood.event_shape
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
         raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
-    base = unwrap_independent(likelihood)
-    is_bernoulli = isinstance(base, Bernoulli)  # its log_prob needs floating-point targets
-    return y.to(base.mean.dtype) if is_bernoulli and not y.is_floating_point() else y
+    base = unwrap_independent(unmasked(likelihood)[0])
+    if isinstance(base, Categorical):
+        dtype = torch.long if y.dtype == torch.bool else y.dtype
+    elif y.is_floating_point() and device is None:
+        return y
+    else:
+        dtype = _precision(base)
+    return y.to(device or y.device, dtype)
+
+
+def _precision(likelihood: Any) -> torch.dtype:
+    # In half precision, integers above 256 or 2048 would be rounded.
+    try:
+        return torch.promote_types(likelihood.mean.dtype, torch.float32)
+    except NotImplementedError:  # as of transformed distributions
+        base = getattr(likelihood, "base_dist", None)
+        return torch.get_default_dtype() if base is None else _precision(base)

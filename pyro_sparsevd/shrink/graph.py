@@ -1,10 +1,10 @@
 """Which operation a node of a traced network is."""
 
-__all__ = ["Recorder", "WeightUses", "operation_of", "reads_batch_size", "sources"]
+__all__ = ["InputTracer", "Recorder", "WeightUses", "operation_of", "reads_batch_size", "sources"]
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,33 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from .._compat import version_of
+from .._modules import call_arguments, named_leaves, tensors_of, with_tensors
 from .flow import Channelwise, Concatenation, Flattening, Layer, Operation, Pooling, WeightedSum
+
+
+class InputTracer(fx.Tracer):
+    """Traces a network that is run on inputs of any kind: a function from the list of their tensors to that of its own.
+
+    What else is among the inputs, such as None, has the value that it has.
+    """
+
+    def __init__(self, x: Any) -> None:
+        super().__init__()
+        self._x = x
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Returns what is traced, and its arguments, of which it needs none."""
+        count = len(tensors_of(self._x))
+        proxies = [self.create_proxy("placeholder", f"input_{i}", (), {}) for i in range(count)]
+        args, kwargs = call_arguments(self.root, with_tensors(self._x, proxies))
+
+        def outputs() -> list[Any]:
+            leaves = named_leaves("", root_fn(self.root, *args, **kwargs))
+            return [leaf for _, leaf in leaves if isinstance(leaf, Tensor | fx.Proxy)]
+
+        return outputs, []
 
 
 class Recorder(fx.Interpreter):

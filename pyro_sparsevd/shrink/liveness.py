@@ -3,13 +3,14 @@
 __all__ = ["LayerUnits", "Liveness", "liveness"]
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from .._modules import cloned, run_network, tensors_of
 from .flow import Layer, Operation, WeightedSum
-from .graph import Recorder, WeightUses, operation_of, reads_batch_size, sources
+from .graph import InputTracer, Recorder, WeightUses, operation_of, reads_batch_size, sources
 from .units import UnionFind, Units
 
 
@@ -33,7 +34,7 @@ class Liveness:
 
 
 @torch.no_grad()
-def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
+def liveness(net: nn.Module, example_input: Any) -> Liveness:
     """Finds the units that a network in evaluation mode can do without; it is left as it is.
 
     A unit can go if it is constant wherever it is read with a weight that is not zero, and can be folded into a bias
@@ -41,9 +42,12 @@ def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
     one unit of each tensor is kept.
     """
     try:
-        graph = fx.symbolic_trace(net)
+        graph = fx.GraphModule(net, InputTracer(example_input).trace(net))
         recorder = Recorder(graph)
-        actual, expected = recorder.run(example_input.clone()), net(example_input.clone())
+        actual = recorder.run(*tensors_of(cloned(example_input)))
+        expected = tensors_of(run_network(net, cloned(example_input)))
+        if not expected:
+            raise TypeError("it returns no tensor")
         torch.testing.assert_close(actual, expected, equal_nan=True)
     except Exception as error:  # the network's own code, run on proxies, may raise anything
         reason = str(error).strip().partition("\n")[0]
@@ -51,7 +55,7 @@ def liveness(net: nn.Module, example_input: Tensor) -> Liveness:
     if recorder.stale:
         names = ", ".join(recorder.stale)
         return Liveness({}, {}, (f"{names}: reads a tensor changed in place; all of the network is left whole",))
-    return _Walk(graph, recorder, example_input.device).liveness()
+    return _Walk(graph, recorder, tensors_of(example_input)[0].device).liveness()
 
 
 class _Step(NamedTuple):

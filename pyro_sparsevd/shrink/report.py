@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _tables as tables
-from .._modules import copied
+from .._modules import batch_tensor, cloned, copied, run_network
 from .flow import Layer
 from .shrink import shrink_with_notes
 
@@ -83,7 +83,7 @@ class ShrinkReport:
         return "\n".join([tables.as_text(cells), *(f"note: {note}" for note in self.notes)])
 
 
-def shrink_report(before: nn.Module, after: nn.Module, example_input: Tensor) -> ShrinkReport:
+def shrink_report(before: nn.Module, after: nn.Module, example_input: Any) -> ShrinkReport:
     """Returns what :func:`~.shrink.shrink` removed from a network, layer by layer, and what it left whole.
 
     The notes on what was left whole are found by shrinking ``before`` once more.
@@ -91,7 +91,7 @@ def shrink_report(before: nn.Module, after: nn.Module, example_input: Tensor) ->
     Args:
         before: The network that was shrunk.
         after: The smaller network.
-        example_input: An input that both accept.
+        example_input: An input that both accept, as for :func:`~.shrink.shrink`.
 
     Returns:
         The report, which is a table when printed.
@@ -127,7 +127,7 @@ def shrink_report(before: nn.Module, after: nn.Module, example_input: Tensor) ->
 
 
 @torch.no_grad()
-def layer_sizes(net: nn.Module, example_input: Tensor) -> dict[str, LayerSize]:
+def layer_sizes(net: nn.Module, example_input: Any) -> dict[str, LayerSize]:
     """Counts the sizes of the linear layers and convolutions of a network, by name.
 
     The multiply-adds are zero for a layer that no module call reaches.
@@ -142,12 +142,13 @@ def layer_sizes(net: nn.Module, example_input: Tensor) -> dict[str, LayerSize]:
 
     for layer in positions:
         layer.register_forward_hook(count)
-    net(example_input.clone())
+    run_network(net, cloned(example_input))
+    size = len(batch_tensor("example_input", example_input))
     return {
         name: LayerSize(
             units=len(layer.weight),
             parameters=sum(p.numel() for p in layer.parameters()),
-            multiply_adds=positions[layer] * layer.weight.numel() // len(example_input),
+            multiply_adds=positions[layer] * layer.weight.numel() // size,
         )
         for name, layer in layers.items()
     }

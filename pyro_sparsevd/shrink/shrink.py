@@ -7,16 +7,17 @@
 __all__ = ["SelectFeatures", "shrink", "shrink_with_notes"]
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._modules import check_finite, copied
+from .._modules import batch_tensor, check_finite, cloned, copied, named_leaves, run_network, tensors_of
 from .flow import Layer, by_group, folded
 from .liveness import LayerUnits, Liveness, liveness
 
 
-def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
+def shrink(net: nn.Module, example_input: Any) -> nn.Module:
     """Returns a smaller network with the outputs of a sparse one.
 
     Hidden features and channels are removed if all their incoming weights are zero, so that they are constant, or if
@@ -35,7 +36,9 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
 
     Args:
         net: A deterministic network, such as :func:`~.pruning.prune` returns; it is taken as it is in evaluation mode.
-        example_input: An input that it accepts, with a batch first, on the device and of the dtype of the network.
+        example_input: An input that it accepts, with a batch first, on the device and of the dtype of the network;
+            several are a tuple or a mapping, as for :class:`~.supervised.Supervised`. Arguments that it leaves out, and
+            those that are no tensors, are taken to be what they are here.
 
     Returns:
         A network of the same classes, in the mode, on the device and of the dtype of ``net``, with outputs that are
@@ -43,7 +46,7 @@ def shrink(net: nn.Module, example_input: Tensor) -> nn.Module:
         parameters are the same but for a layer that reads a selection.
 
     Raises:
-        TypeError: If ``net`` is not a module, or ``example_input`` not a tensor.
+        TypeError: If ``net`` is not a module, or ``example_input`` no tensor and no tuple or mapping of tensors.
         ValueError: If a parameter or a statistic of a normalisation is not finite, another buffer has NaN, or the
             network does not accept the example input.
 
@@ -84,20 +87,19 @@ _COPY_COST, _CALL_COST = 8, 4_000
 
 @torch.inference_mode(False)  # tensors of inference mode do not count their changes in place
 @torch.no_grad()
-def shrink_with_notes(net: nn.Module, example_input: Tensor) -> tuple[nn.Module, tuple[str, ...]]:
+def shrink_with_notes(net: nn.Module, example_input: Any) -> tuple[nn.Module, tuple[str, ...]]:
     """Returns what :func:`shrink` does, and notes on what was left whole."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected a torch module, but got {type(net).__name__}")
-    if not isinstance(example_input, Tensor):
-        raise TypeError(f"example_input: expected a tensor, but got {type(example_input).__name__}")
+    batch_tensor("example_input", example_input)
     check_finite(net)
     reference = copied(net).eval()
     try:
-        reference(example_input.clone())
+        run_network(reference, cloned(example_input))
     except Exception as error:  # a network's forward may raise anything
+        given = " and ".join(f"shape {tuple(t.shape)}, {t.dtype}, on {t.device}" for t in tensors_of(example_input))
         raise ValueError(
-            f"example_input: expected an input that the network accepts, but got one of shape "
-            f"{tuple(example_input.shape)}, {example_input.dtype}, on {example_input.device}: {error}"
+            f"example_input: expected an input that the network accepts, but got one of {given}: {error}"
         ) from error
     found = liveness(reference, example_input)
     notes, smaller = found.notes, copied(net)
@@ -114,14 +116,18 @@ def shrink_with_notes(net: nn.Module, example_input: Tensor) -> tuple[nn.Module,
     return copied(net), (*notes, note)
 
 
-def _agree(reference: nn.Module, smaller: nn.Module, x: Tensor) -> bool:
-    # Rounding errors are far below this bound; a wrong structure makes errors far above it.
-    tolerance = math.sqrt(torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
-    expected = reference(x.clone())
+def _agree(reference: nn.Module, smaller: nn.Module, x: Any) -> bool:
+    """Tells whether two networks have the same output; what is no tensor must be equal."""
+    expected = list(named_leaves("output", run_network(reference, cloned(x))))
     try:
-        torch.testing.assert_close(
-            copied(smaller).eval()(x.clone()), expected, rtol=tolerance, atol=tolerance, equal_nan=True
-        )
+        actual = list(named_leaves("output", run_network(copied(smaller).eval(), cloned(x))))
+        for (_, a), (_, b) in zip(actual, expected, strict=True):
+            if isinstance(b, Tensor):
+                # Rounding errors are far below this bound; a wrong structure makes errors far above it.
+                tolerance = math.sqrt(torch.finfo(b.dtype if b.is_floating_point() else torch.float32).eps)
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+            elif a != b:
+                return False
     except Exception:  # the network's own code again, or an output that cannot be compared
         return False
     return True

@@ -131,75 +131,7 @@ def test_likelihood_of_another_batch_shape_is_refused(likelihood, shape, observe
         regression_model(device, likelihood=likelihood)(x, y if observed else None)
 
 
-class Named(nn.Module):
-    """A network of two inputs in a dictionary."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Bilinear(4, 4, 3)
-
-    def forward(self, inputs):
-        return self.layer(inputs["a"], inputs["b"])
-
-
-@pytest.mark.parametrize("kind", ["tuple", "dict"])
-def test_inputs_are_a_tuple_of_arguments_or_one_dictionary(kind, device):
-    model = regression_model(device, net=nn.Bilinear(4, 4, 3) if kind == "tuple" else Named())
-    a, b = torch.randn(6, 4, device=device), torch.randn(6, 4, device=device)
-    y = torch.randn(6, 3, device=device)
-    x = (a, b) if kind == "tuple" else {"a": a, "b": b}
-    (name,) = svd.AutoSparseNormal(model).posteriors
-    weight = torch.randn(3, 4, 4, device=device)
-    trace = poutine.trace(poutine.condition(model, data={name: weight})).get_trace(x, y)
-    trace.compute_log_prob()
-    bias = model.network.get_parameter(name.replace("weight", "bias"))
-    expected = torch.nn.functional.bilinear(a, b, weight, bias)
-    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], expected)
-    torch.testing.assert_close(trace.nodes["y"]["log_prob_sum"], 100 / 6 * normal_rows(expected).log_prob(y).sum())
-    assert svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))(x, y).isfinite()
-    assert len(pyro.infer.Predictive(model, guide=svd.AutoSparseNormal(model), num_samples=2)(x)["y"]) == 2
-
-
-ONE, TWO = torch.zeros(5, 4), torch.zeros(6, 4)
-INPUTS = {  # inputs, and what is said
-    "list": ([ONE], TypeError, "x: expected a tensor, or a tuple or dictionary of tensors, but got list"),
-    "array": (ONE.numpy(), TypeError, "x: expected a tensor, or a tuple or dictionary of tensors, but got ndarray"),
-    "number in a tuple": ((ONE, 3), TypeError, r"x\[1\]: expected a tensor, .* but got int"),
-    "list in a dictionary": ({"a": [1.0]}, TypeError, r"x\['a'\]: expected a tensor, .* but got list"),
-    "scalar": (torch.tensor(1.0), ValueError, r"x: expected a tensor of shape \(M, ...\), but got a scalar"),
-    "empty tuple": ((), ValueError, r"x: expected at least one tensor, but got \(\)"),
-    "sizes": ((ONE, {"a": TWO}), ValueError, r"x\[1\]\['a'\]: expected 5 data, as in x\[0\], but got 6"),
-}
-
-
-@pytest.mark.parametrize(("x", "error", "message"), INPUTS.values(), ids=INPUTS)
-def test_inputs_of_another_kind_are_refused_by_name(x, error, message):
-    with pytest.raises(error, match=f"^{message}"):
-        regression_model("cpu")(x)
-
-
-@pytest.mark.parametrize("y", [[1.0] * 5, torch.zeros(5, 3).numpy()], ids=["list", "array"])
-def test_targets_that_are_no_tensor_are_refused_by_name(y):
-    with pytest.raises(TypeError, match=r"^y: expected a tensor, but got (list|ndarray); give torch.as_tensor\(y\)"):
-        regression_model("cpu")(ONE, y)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.uint8], ids=str)
-@pytest.mark.parametrize("event_dim", [0, 1])
-def test_targets_of_two_classes_may_be_integers_or_truth_values(dtype, event_dim):
-    def likelihood(output):
-        output = output if event_dim else output[:, 0]
-        return dist.Bernoulli(logits=output).to_event(event_dim)
-
-    model = regression_model("cpu", likelihood=likelihood)
-    y = torch.arange(15).view(5, 3)[:, : 3 if event_dim else 1] % 2
-    y = y if event_dim else y[:, 0]
-    weight = {"weight": torch.randn(3, 4)}
-    found = [
-        poutine.trace(poutine.condition(model, data=weight)).get_trace(torch.ones(5, 4), targets).log_prob_sum()
-        for targets in (y.to(dtype), y.float())
-    ]
-    torch.testing.assert_close(*found)
+ONE = torch.zeros(5, 4)
 
 
 LOSSES = [nn.MSELoss(), torch.nn.functional.mse_loss, dist.Normal, dist.Bernoulli, nn.MSELoss, lambda out, y: None]

@@ -231,18 +231,11 @@ class Overwriting(Sized):
         return self.last(hidden)
 
 
-class Optional(Sized):
-    def forward(self, x, shift=None):
-        x = self.fc(x)
-        return self.last(x if shift is None else x + 1)
-
-
 @pytest.mark.parametrize(
     ("make", "note"),
     [
         (Branching, "the network: torch.fx cannot follow it"),
         (Random, "the network: torch.fx cannot follow it"),
-        (Optional, "the network: torch.fx cannot follow it"),
         (Overwriting, "reads a tensor changed in place"),
         (Sized, "its own code depends on the sizes of layers"),
     ],
@@ -338,8 +331,12 @@ def test_bad_input_is_refused():
     net = nets.lenet_300_100()
     with pytest.raises(TypeError, match="net: expected a torch module, but got str"):
         shrink("net", torch.rand(1, 784))
-    with pytest.raises(TypeError, match="example_input: expected a tensor, but got list"):
+    with pytest.raises(TypeError, match="example_input: expected a tensor, or a tuple or dictionary of tensors"):
+        shrink(net, "x")
+    with pytest.raises(ValueError, match=r"example_input: expected at least one tensor, but got \[1.0\]"):
         shrink(net, [1.0])
+    with pytest.raises(ValueError, match=r"example_input: .* accepts, but got one of shape .* and shape .*: .*takes"):
+        shrink(net, (torch.rand(2, 784), torch.rand(2, 784)))
     with pytest.raises(ValueError, match=r"example_input: .* accepts, but got one of shape \(2, 700\), torch.float32"):
         shrink(net, torch.rand(2, 700))
     net[3].weight.data[4, 5] = torch.nan

@@ -176,9 +176,9 @@ def test_networks_that_ask_for_the_size_of_the_batch_are_written_for_any(device,
         torch.testing.assert_close(_run(tmp_path / "net.onnx", x), net(x).detach().cpu())
 
 
-class _TwoOutputs(nn.Module):
+class _Text(nn.Module):
     def forward(self, x):
-        return x, x
+        return "text"
 
 
 class _FixedSize(nn.Module):
@@ -233,9 +233,10 @@ BAD = {
         ValueError,
         "1: expected dense weights, but got a SparseLinear",
     ),
-    "no tensor": (nn.Identity, [1.0], TypeError, "example_input: expected a tensor, but got list"),
-    "no batch": (nn.Identity, torch.tensor(1.0), ValueError, r"example_input: expected one or more .* shape \(\)"),
-    "empty": (nn.Identity, X[:0], ValueError, r"example_input: expected one or more inputs, but got shape \(0, 4\)"),
+    "no tensor": (nn.Identity, "x", TypeError, "example_input: expected a tensor, or a tuple or .*, but got str"),
+    "numbers": (nn.Identity, [1.0], ValueError, r"example_input: expected at least one tensor, but got \[1.0\]"),
+    "no batch": (nn.Identity, torch.tensor(1.0), ValueError, r"example_input: .* shape \(M, ...\), but got a scalar"),
+    "empty": (nn.Identity, X[:0], ValueError, "example_input: expected at least one datum, but got an empty batch"),
     "shape": (
         lambda: nn.Linear(5, 4),
         X,
@@ -243,7 +244,7 @@ BAD = {
         r"example_input: the network fails on torch.float32 of shape \(6, 4\): mat1 and mat2",
     ),
     "type": (lambda: nn.Linear(4, 4), X.long(), ValueError, "example_input: the network fails on torch.int64"),
-    "two outputs": (_TwoOutputs, X, TypeError, "net: expected a network that returns one tensor, but got tuple"),
+    "no output": (_Text, X, TypeError, "net: expected a network that returns tensors, but got str"),
     "fixed size": (_FixedSize, X, ValueError, "example_input: the network fails on"),
     "no batch in output": (
         lambda: nn.Flatten(0),
