@@ -22,6 +22,13 @@ extensions = [
     "sphinx_design",
 ]
 nitpicky = True
+# What users get, but do not make themselves, has no page of its own.
+nitpick_ignore = [
+    ("py:class", "pyro_sparsevd.infer.local_gap.Estimate"),
+    ("py:class", "pyro_sparsevd.infer.masked.SparsifiedGuide"),
+    ("py:class", "pyro_sparsevd.ops.memory.Workspace"),
+    ("py:exc", "RepeatedUseError"),
+]
 # Names of other packages are not looked up, so that the site builds without a network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|matplotlib|nn|numpy|pathlib|pyro|torch|typing)\..*"),
@@ -52,6 +59,8 @@ for pattern in ("*.ipynb", "README.md", "images/*"):
         target = _here / path.relative_to(_here.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+_readme = _here / "tutorials" / "README.md"
+_readme.write_text(_readme.read_text().replace("](../docs/", "](../"))
 
 
 def _room_page(room: str) -> str:

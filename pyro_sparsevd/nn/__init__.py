@@ -3,6 +3,7 @@
 __all__ = [
     "GaussianLikelihood",
     "HeteroscedasticGaussianLikelihood",
+    "HierarchicalPrior",
     "NegativeBinomialLikelihood",
     "StudentTLikelihood",
     "Supervised",
@@ -23,5 +24,6 @@ from .likelihoods import (
     StudentTLikelihood,
 )
 from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
+from .scales import HierarchicalPrior
 from .selection import choose
 from .supervised import Supervised

@@ -1,0 +1,82 @@
+"""README and documentation: their examples run, their pictures are there, and numbers stand in one place."""
+
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import pyro_sparsevd
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+# Sphinx puts copies of the notebooks, and the pages of the API, beside the pages.
+PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name in ("docs", "howto")]
+# Their examples are lines of a program that the page does not show as a whole.
+FRAGMENTS = {"layers.md", "pyro-tools.md"}
+FEW = 3
+
+
+def code_blocks(page, language="python"):
+    """Returns the first line, counted from 1, and the code of each block."""
+    text = page.read_text()
+    found = re.finditer(rf"^( *)```{language}\n(.*?)^\1```", text, re.S | re.M)
+    return [(text.count("\n", 0, match.start(2)) + 1, match[2]) for match in found]
+
+
+def run(page, namespace):
+    for line, code in code_blocks(page):
+        exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
+
+
+WITH_CODE = [p for p in [README, *PAGES] if p.name not in FRAGMENTS and code_blocks(p)]
+each_with_code = pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+each_page = pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+
+
+@each_with_code
+def test_examples_run_in_few_epochs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fit", "compare_priors"):
+        function = getattr(pyro_sparsevd, name)
+        monkeypatch.setattr(pyro_sparsevd, name, partial(_in_few_epochs, function))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "thresholds: chose")  # after so few epochs, all thresholds are alike
+        run(page, {"range": lambda *bounds: range(*bounds) if len(bounds) > 1 else range(min(FEW, *bounds))})
+
+
+def _in_few_epochs(function, *args, epochs, **options):
+    return function(*args, epochs=min(FEW, epochs), **options)
+
+
+@pytest.mark.slow
+@each_with_code
+def test_examples_run_as_they_are_printed(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(page, {})
+
+
+@each_page
+def test_lines_of_code_fit_on_the_page(page):
+    lines = [line for _, code in code_blocks(page, r"\w*") for line in code.splitlines()]
+    assert [line for line in lines if len(line) > 88 and not line.startswith("|")] == []
+
+
+@each_page
+def test_pictures_are_there(page):
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img src=\"([^\"]+)\"", page.read_text())
+    paths = [path for pair in named for path in pair if path and not path.startswith("https:")]
+    assert [path for path in paths if not (page.parent / path).is_file()] == []
+
+
+def test_results_of_the_readme_are_those_of_the_benchmarks():
+    text = README.read_text()
+    rows = re.search(r"^## Results\n(.*?)^## ", text, re.S | re.M)[1]
+    rows = [row for row in rows.splitlines() if row.startswith("|")][2:]
+    numbers = [number for row in rows for number in re.findall(r"\d[\d.,]*\d|\d", row.split("|", 2)[2])]
+    assert len(numbers) > 5
+    benchmarks = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert [
+        number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", benchmarks)
+    ] == []
