@@ -1,21 +1,36 @@
 """README and documentation: their examples run, their pictures are there, and numbers stand in one place."""
 
 import re
+import textwrap
 import warnings
 from functools import partial
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 
-import pyro_sparsevd
+import pyro_sparsevd as sparsevd
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 # Sphinx puts copies of the notebooks, and the pages of the API, beside the pages.
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name in ("docs", "howto")]
-# Their examples are lines of a program that the page does not show as a whole.
-FRAGMENTS = {"layers.md", "pyro-tools.md"}
 FEW = 3
+
+
+def names_of_fragments():
+    """Returns what pages speak of whose examples are lines of a program that they do not show as a whole."""
+    bnn = sparsevd.bayesianize(torch.nn.Linear(4, 3))
+    model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=20)
+    guide, elbo = sparsevd.AutoSparseNormal(model), sparsevd.SparseVD_ELBO()
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    modules = {"torch": torch, "pyro": pyro, "sparsevd": sparsevd}
+    return modules | {"model": model, "guide": guide, "elbo": elbo, "loss": elbo(model, guide), "x": x, "y": y}
+
+
+FRAGMENTS = dict.fromkeys(["layers", "pyro-tools", "torch-tools"], names_of_fragments)
 
 
 def code_blocks(page, language="python"):
@@ -26,11 +41,12 @@ def code_blocks(page, language="python"):
 
 
 def run(page, namespace):
+    namespace = FRAGMENTS.get(page.stem, dict)() | namespace
     for line, code in code_blocks(page):
-        exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
+        exec(compile("\n" * (line - 1) + textwrap.dedent(code), page, "exec"), namespace)
 
 
-WITH_CODE = [p for p in [README, *PAGES] if p.name not in FRAGMENTS and code_blocks(p)]
+WITH_CODE = [p for p in [README, *PAGES] if code_blocks(p)]
 each_with_code = pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 each_page = pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 
@@ -39,8 +55,8 @@ each_page = pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: p
 def test_examples_run_in_few_epochs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("fit", "compare_priors"):
-        function = getattr(pyro_sparsevd, name)
-        monkeypatch.setattr(pyro_sparsevd, name, partial(_in_few_epochs, function))
+        function = getattr(sparsevd, name)
+        monkeypatch.setattr(sparsevd, name, partial(_in_few_epochs, function))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "thresholds: chose")  # after so few epochs, all thresholds are alike
         run(page, {"range": lambda *bounds: range(*bounds) if len(bounds) > 1 else range(min(FEW, *bounds))})
