@@ -81,7 +81,10 @@ def _section(package: object, room: str, name: str) -> str:
     shown = f"sparsevd.{name}" if name in at_top else f"{elsewhere}.{name}"
     if inspect.ismodule(value):
         return f"## {shown}\n\n```{{eval-rst}}\n.. automodule:: {value.__name__}\n   :members:\n```\n"
-    kind = "class" if inspect.isclass(value) else "function"
+    is_class, is_function = inspect.isclass(value), inspect.isfunction(value)
+    if not (is_class or is_function):
+        return f"## {shown}\n\n`{value!r}`\n"
+    kind = "class" if is_class else "function"
     members = "   :members:\n" if kind == "class" else ""
     return f"## {shown}\n\n```{{eval-rst}}\n.. auto{kind}:: {value.__module__}.{name}\n{members}```\n"
 

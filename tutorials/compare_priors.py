@@ -1,23 +1,32 @@
-"""Priors side by side: error, held-out likelihood, calibration, compression at equal error, and time.
+"""Priors side by side: error, held-out scores, compression at equal error, and time.
 
 The digits train LeNet-300-100. The other data are for regression: scikit-learn's diabetes data, standardised, and a
 small network; or 200 features, 20 of which matter, and a linear model, of which the best compression is 10.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
-from common import Data, load, parser, positive, positive_number, prepare, start, tolerance, write
+from common import (
+    Data,
+    add_data_options,
+    bare_parser,
+    load,
+    positive,
+    positive_number,
+    prepare,
+    start,
+    tolerance,
+    write,
+)
 from jsonargparse import Namespace
-from lab import figures
-from lab.datasets import diabetes, sparse_regression
+from lab.datasets import batches, diabetes, sparse_regression
 from lab.nets import lenet_300_100
-from lab.priors import common_priors
 from torch import nn
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.evaluation.compare import compare_priors
 
 
 def linear() -> nn.Module:
@@ -46,7 +55,8 @@ def problem(args: Namespace) -> tuple[Data, Callable[[], nn.Module], Any]:
 
 def parse_args() -> Namespace:
     """Reads the options."""
-    options = parser(str(__doc__), epochs=60, out="compare_priors.png")
+    options = bare_parser(str(__doc__), epochs=60, out="compare_priors.png")
+    add_data_options(options)
     options.add_argument("--data", choices=("digits", "diabetes", "synthetic"), default="digits", help="(%(default)s)")
     options.add_argument("--seeds", type=positive, default=1, help="how many, from --seed (%(default)s)")
     options.add_argument("--lr", type=positive_number, help="learning rate (3e-3 for the digits, else 1e-2)")
@@ -62,25 +72,21 @@ def main() -> None:
     """Runs the experiment."""
     args = parse_args()
     data, network, likelihood = problem(args)
-    checkpoints = args.out.with_suffix(".checkpoints")
-    for left in () if args.resume else checkpoints.glob("*.pt"):
-        left.unlink()
-    found = compare_priors(
-        network,
-        common_priors(),
+    in_order = partial(batches, size=1_000, shuffle=False)
+    found = sparsevd.compare_priors(
+        lambda: network().to(args.device),
         likelihood,
-        data.train,
-        data.validation,
-        data.test,
+        batches(data.train, args.batch_size),
+        in_order(data.validation),
+        test=in_order(data.test),
+        priors=sparsevd.nn.PRIOR_NAMES,
         epochs=args.epochs,
-        batch_size=args.batch_size,
         lr=args.lr,
         tolerance=args.tolerance,
         seeds=range(args.seed, args.seed + args.seeds),
-        checkpoints=checkpoints,
     )
     print(f"\n{found}")
-    write(args, figures.prior_comparison(found, title=f"priors on {args.data}"), found.to_dict())
+    write(args, found.plot(title=f"priors on {args.data}"), found.to_dict())
 
 
 if __name__ == "__main__":

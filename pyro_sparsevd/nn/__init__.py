@@ -1,6 +1,7 @@
 """From a torch network to a Pyro model."""
 
 __all__ = [
+    "PRIOR_NAMES",
     "GaussianLikelihood",
     "HeteroscedasticGaussianLikelihood",
     "HierarchicalPrior",
@@ -23,7 +24,7 @@ from .likelihoods import (
     NegativeBinomialLikelihood,
     StudentTLikelihood,
 )
-from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
+from .priors import PRIOR_NAMES, fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
 from .scales import HierarchicalPrior
 from .selection import choose
 from .supervised import Supervised

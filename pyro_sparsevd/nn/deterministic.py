@@ -22,7 +22,7 @@ def deterministic_model(network: nn.Module, likelihood: Callable[[Any], Distribu
 class _Deterministic(PyroModule):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.__dict__["network"] = network  # past PyroModule, which would put its parameters into Pyro's store
+        self.__dict__["network"] = network  # past PyroModule, which would rename one of its kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)

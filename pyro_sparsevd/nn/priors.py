@@ -1,6 +1,6 @@
 """Priors of weights that Pyro lacks, and well-known ones by name."""
 
-__all__ = ["fan_in_normal", "group_normal_jeffreys", "horseshoe", "named_prior", "scale_mixture"]
+__all__ = ["PRIOR_NAMES", "fan_in_normal", "group_normal_jeffreys", "horseshoe", "named_prior", "scale_mixture"]
 
 import math
 from collections.abc import Callable
@@ -157,6 +157,7 @@ _BY_NAME: dict[str, Callable[[], Prior]] = {
     "student-t": lambda: dist.StudentT(3.0, 0.0, 1.0),
     "scale mixture": scale_mixture,
 }
+PRIOR_NAMES = tuple(_BY_NAME)
 
 
 def named_prior(name: str) -> Prior:
@@ -168,7 +169,7 @@ def named_prior(name: str) -> Prior:
     about 1.
 
     Args:
-        name: One of these.
+        name: One of these, the ``PRIOR_NAMES``.
 
     Raises:
         ValueError: If it is none of them.

@@ -16,13 +16,10 @@ from torch import nn
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.compare import compare_priors
 from pyro_sparsevd.evaluation.report import PriorComparison, PriorResult
+from pyro_sparsevd.nn import PRIOR_NAMES
 
-NAMES = [
-    *("log-uniform", "ard", "horseshoe", "group normal-jeffreys", "normal", "normal by fan-in", "normal, scale learnt"),
-    *("laplace", "student-t", "scale mixture"),
-]
 PRIORS = {
-    **{name: name for name in NAMES},
+    **{name: name for name in PRIOR_NAMES},
     "default": None,
     "group normal-Jeffreys, weights": svd.group_normal_jeffreys(),
     "by name": {"0.*": svd.LogUniform(), "*": dist.Normal(0.0, 1.0)},

@@ -109,11 +109,27 @@ def test_a_model_is_left_as_it_was(bayesian, data):
 def test_a_network_leaves_no_trace(device, data):
     likelihood = svd.GaussianLikelihood().to(device)
     network, y = _network(device), torch.randn(23, 3, device=device)
+    first = network_predictions(network, likelihood, batches((data[0], y)))
+    torch.rand(1)
     state = torch.get_rng_state()
-    first, second = (network_predictions(network, likelihood, batches((data[0], y))) for _ in range(2))
+    second = network_predictions(network, likelihood, batches((data[0], y)))
     assert scores(first) == scores(second)
     assert torch.equal(torch.get_rng_state(), state)
     assert not list(pyro.get_param_store().keys())
+
+
+def test_a_network_whose_class_is_pyros_is_left_as_it_was(device, data):
+    network = pyro.nn.PyroModule[nn.Sequential](nn.Flatten(), pyro.nn.PyroModule[nn.Linear](4, 3)).to(device)
+    before = [dict(vars(module)) for module in network.modules()]
+    network_predictions(network, categorical, batches(data))
+    assert [vars(module) for module in network.modules()] == before
+
+
+def test_probabilities_of_low_precision_sum_to_1(data):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).bfloat16()
+    found = network_predictions(network, categorical, batches((data[0].cpu().bfloat16(), data[1].cpu())))
+    assert (found.log_probs.logsumexp(-1).abs() < 1e-12).all()
+    assert scores(found)["entropy"] > 0
 
 
 # Likelihoods: a network that gives back its input, and two samples that are constants.

@@ -159,6 +159,21 @@ def test_the_sweep_leaves_masked_data_out(device):
     assert point.nll == pytest.approx(-dist.Normal(0.7 * x, 1.0).log_prob(y)[seen].mean().item(), rel=1e-5)
 
 
+def test_masks_of_sites_and_of_distributions_count_both(device):
+    y, seen = torch.randn(6, 2, device=device), torch.arange(12, device=device).reshape(6, 2) % 3 > 0
+    rows = torch.arange(6, device=device) > 1
+
+    def model(y):
+        pyro.sample("w", svd.LogUniform(torch.tensor(1e-3, device=device), 1.0))
+        with pyro.plate("data", 6), poutine.mask(mask=rows):
+            pyro.sample("y", dist.Normal(torch.zeros_like(y), 1.0).mask(seen).to_event(1), obs=y)
+
+    guide = svd.AutoSparseNormal(model)
+    guide(y)
+    (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
+    assert point.error == pytest.approx(y[seen & rows[:, None]].square().mean().item(), rel=1e-6)
+
+
 def test_the_sweep_wants_data_with_targets(fitted, device):
     model, guide = fitted
     with pytest.raises(ValueError, match="data: expected at least one batch"):
