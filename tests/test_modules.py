@@ -1,13 +1,15 @@
 """Helpers for networks: how the inputs of a batch become arguments."""
 
 import re
-from collections import UserDict
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 
-from pyro_sparsevd._modules import run_network
+from pyro_sparsevd._modules import batch_tensor, map_tensors, named_leaves, run_network, tensors_of, with_tensors
 
 
 class TwoInputs(nn.Module):
@@ -56,3 +58,46 @@ def test_inputs_become_arguments_of_the_network(network, x, expected):
 def test_a_dictionary_of_some_names_is_refused_by_name(x, text):
     with pytest.raises(TypeError, match=re.escape(text + "; a dictionary that is its one argument is given as (x,)")):
         run_network(TwoInputs(), x)
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    first: torch.Tensor
+    second: object = None
+
+
+CONTAINERS = {  # a container of A and B, and the names of its leaves
+    "tuple": ((A, None, B), ["x[0]", "x[1]", "x[2]"]),
+    "list": ([A, [3, B]], ["x[0]", "x[1][0]", "x[1][1]"]),
+    "dict": ({"a": A, 0: B}, ["x['a']", "x[0]"]),
+    "UserDict": (UserDict(a=(A,), b=B), ["x['a'][0]", "x['b']"]),
+    "named tuple": (Pair(A, B), ["x[0]", "x[1]"]),
+    "dataclass": (Frozen(A, {"b": B}), ["x.first", "x.second['b']"]),
+}
+
+
+@pytest.mark.parametrize(("x", "names"), CONTAINERS.values(), ids=CONTAINERS)
+def test_tensors_of_containers_have_names_and_can_be_replaced(x, names):
+    assert [name for name, _ in named_leaves("x", x)] == names
+    assert [id(t) for t in tensors_of(x)] == [id(A), id(B)]
+    mapped = map_tensors(lambda t: t + 1, x)
+    assert type(mapped) is type(x)
+    torch.testing.assert_close(tensors_of(mapped), [A + 1, B + 1])
+    assert [id(t) for t in tensors_of(x)] == [id(A), id(B)]
+    assert tensors_of(with_tensors(x, [1, B])) == [B]
+
+
+def test_a_mapping_that_cannot_be_changed_becomes_a_dict():
+    assert map_tensors(id, MappingProxyType({"a": A})) == {"a": id(A)}
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [(A[0], 0), ((A[0], B), 1), ((torch.tensor(1.0), A[0], B[0]), 1), ({"a": [A[0], A]}, 1)],
+    ids=["one", "second", "of one dimension", "nested"],
+)
+def test_the_batch_is_that_of_the_first_tensor_of_two_dimensions(x, expected):
+    assert batch_tensor("x", x) is tensors_of(x)[expected]

@@ -226,13 +226,9 @@ def _fitted_targets(y: Tensor, likelihood: Any, device: torch.device | None) -> 
     if y.shape != expected[-y.dim() :]:  # samples of the output may share their targets
         raise ValueError(f"y: expected targets of shape {tuple(expected)}, but got {tuple(y.shape)}")
     base = unwrap_independent(unmasked(likelihood)[0])
-    if isinstance(base, Categorical):
-        dtype = torch.long if y.dtype == torch.bool else y.dtype
-    elif y.is_floating_point() and device is None:
-        return y
-    else:
-        dtype = _precision(base)
-    return y.to(device or y.device, dtype)
+    is_label = isinstance(base, Categorical)
+    keeps_type = is_label or (y.is_floating_point() and device is None)
+    return y.to(device or y.device, y.dtype if keeps_type else _precision(base))
 
 
 def _precision(likelihood: Any) -> torch.dtype:

@@ -174,8 +174,9 @@ def test_targets_of_any_kind_count_as_floating_point_ones(name, dtype):
         assert value.dtype == dtype or "categorical" in name
 
 
-def test_labels_keep_their_type():
-    assert _log_prob(LIKELIHOODS["categorical"], torch.tensor(CLASSES))[0].dtype == torch.long
+@pytest.mark.parametrize("name", ["categorical", "masked categorical"])
+def test_labels_keep_their_type(name):
+    assert _log_prob(LIKELIHOODS[name], torch.tensor(CLASSES))[0].dtype == torch.long
 
 
 def test_precise_targets_of_a_list_stay_precise():

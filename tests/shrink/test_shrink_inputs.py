@@ -60,7 +60,7 @@ def test_arguments_are_taken_to_be_what_they_are_in_the_example(shift):
 
 
 class Heads(nn.Module):
-    """Gives the same two outputs in several forms; a third unit of the hidden layer is read by none."""
+    """Gives two outputs in several forms, which read one unit of the hidden layer each; a third is read by none."""
 
     def __init__(self, form):
         super().__init__()
@@ -79,6 +79,7 @@ FORMS = {
     "dict": lambda a, b: {"a": a, "b": b},
     "dataclass": Output,
     "nested": lambda a, b: {"a": [a, (b, None, "text")]},
+    "with a constant": lambda a, b: (a, torch.ones(2), b),
 }
 
 
@@ -100,3 +101,10 @@ def test_a_network_without_an_output_to_compare_is_left_whole(form):
     smaller = shrink(net, x)
     assert widths(smaller) == widths(net)
     assert "left whole" in shrink_report(net, smaller, x).notes[-1]
+
+
+def test_a_network_whose_output_hides_a_tensor_is_left_whole():
+    net, x = Heads(lambda a, b: (a, torch.distributions.Normal(b, 1.0, validate_args=False))), torch.randn(5, 3)
+    smaller = shrink(net, x)
+    assert widths(smaller) == widths(net)
+    close(smaller(x)[1].loc, net(x)[1].loc)
