@@ -156,8 +156,8 @@ def test_the_tutorial_says_which_network_it_draws_before(pretrained, title, monk
 
 
 def test_a_script_says_that_a_checkpoint_is_damaged(monkeypatch, tmp_path):
-    (tmp_path / "x.dense.pt").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"--resume: .*x.dense.pt: expected a checkpoint, but it cannot be read"):
+    (tmp_path / "x.dense.ckpt").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"--resume: .*x.dense.ckpt: expected a checkpoint, but it cannot be read"):
         _script(monkeypatch, "lenet.py", "--out", tmp_path / "x.png", "--resume")
 
 

@@ -6,27 +6,29 @@ from functools import partial
 
 from common import (
     Data,
-    checkpoint,
+    categorical,
     classifier,
     finite,
+    in_order,
     log_variance,
     natural,
     positive,
     positive_number,
+    run_of,
     tolerance,
     warm_up_part,
     write,
 )
 from jsonargparse import ArgumentParser, Namespace
-from lab.recipes import fine_tune, train_dense, train_sparse
+from lab.datasets import batches
+from lab.recipes import fine_tune, score, train_dense, train_sparse
 from matplotlib.figure import Figure
 from torch import nn
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
-from pyro_sparsevd.evaluation.metrics import sampled_log_probs, uncertainty
+from pyro_sparsevd.evaluation import sampled_predictions, scores
 from pyro_sparsevd.sparsity import choose_threshold
-from pyro_sparsevd.training.loop import error
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0]
 
@@ -83,18 +85,18 @@ def prune_and_tune(
 
     Once the threshold is chosen, the validation digits are there to fine-tune with, too.
     """
-    options = {"epochs": args.fine_tune, "batch_size": args.batch_size}
+    tune = partial(fine_tune, likelihood=model.likelihood, epochs=args.fine_tune, run=run_of(args))
     threshold = choose_threshold(
         model,
         guide,
-        data.validation.chunks(),
+        in_order(data.validation),
         THRESHOLDS if args.threshold is None else [args.threshold],
-        fine_tune=partial(fine_tune, split=data.train, **options),
+        fine_tune=partial(tune, batches=batches(data.train, args.batch_size)),
         tolerance=args.threshold_tolerance,
     )
     summary = sparsevd.sparsify(guide, threshold)
     pruned = sparsevd.prune(model.network, guide, summary)
-    return summary, threshold, pruned, fine_tune(pruned, data.train_and_validation, **options)
+    return summary, threshold, pruned, tune(pruned, batches=batches(data.train_and_validation, args.batch_size))
 
 
 def draw(
@@ -129,11 +131,11 @@ def train(
 
     The settings are the options that determine the network: a run is resumed with the same ones only.
     """
-    options = {"batch_size": args.batch_size}
+    train = batches(data.train, args.batch_size)
     dense_epochs = args.dense_epochs or max(1, args.epochs // 4)
     args.fine_tune = args.epochs // 9 if args.fine_tune is None else args.fine_tune
     dense = new_network()
-    train_dense(dense, data.train, epochs=dense_epochs, **options, checkpoint=checkpoint(args, "dense", **settings))
+    train_dense(dense, categorical, train, epochs=dense_epochs, run=run_of(args, "dense", **settings))
     network = dense if args.pretrained else new_network()
     model, guide = classifier(network, len(data.train), args.init_log_variance)
     of_sparse = {"lr": args.lr, "kl": args.kl, "warm_up": args.warm_up}
@@ -141,12 +143,11 @@ def train(
     history = train_sparse(
         model,
         guide,
-        data.train,
-        validation=data.validation,
+        train,
+        validation=in_order(data.validation),
         epochs=args.epochs,
-        checkpoint=checkpoint(args, "sparse", **settings, **of_sparse, **start),
+        run=run_of(args, "sparse", **settings, **start),
         **of_sparse,
-        **options,
     )
     return dense, model, guide, history
 
@@ -157,13 +158,10 @@ def run(args: Namespace, new_network: Callable[[], nn.Module], data: Data, setti
     dense, model, guide, history = train(args, new_network, data, settings)
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
     mean = sparsevd.prune(model.network, guide, sparsevd.sparsify(guide, float("inf")))
-    errors = {
-        "dense network": error(dense, data.test),
-        "posterior mean": error(mean, data.test),
-        "20 posterior samples": uncertainty(sampled_log_probs(model, guide, data.test), data.test.labels).error,
-        "pruned network": error(pruned, data.test),
-        "fine-tuned network": error(tuned, data.test),
-    }
+    test = in_order(data.test)
+    networks = {"dense network": dense, "posterior mean": mean, "pruned network": pruned, "fine-tuned network": tuned}
+    errors = {name: score(network, categorical, test) for name, network in networks.items()}
+    errors["20 posterior samples"] = scores(sampled_predictions(model, guide, test))["error"]
 
     print(f"\n{summary}\n")
     for name, value in errors.items():
@@ -171,5 +169,6 @@ def run(args: Namespace, new_network: Callable[[], nn.Module], data: Data, setti
     seconds = time.perf_counter() - start
     print(f"\nthreshold {threshold:g}, {seconds:.0f} s")
     before = "dense" if args.pretrained else "dense network, trained separately"
-    figure = draw({before: dense, "pruned": tuned}, guide, history, threshold, error(dense, data.validation))
+    baseline = score(dense, categorical, in_order(data.validation))
+    figure = draw({before: dense, "pruned": tuned}, guide, history, threshold, baseline)
     write(args, figure, {"threshold": threshold, "errors": errors, "seconds": seconds, **summary.to_dict()})

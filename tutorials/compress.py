@@ -18,20 +18,20 @@ import numpy as np
 import onnxruntime
 import torch
 from classification import add_options, prune_and_tune, train
-from common import Data, load, parser, positive, start, tolerance, write
+from common import Data, categorical, in_order, load, parser, positive, run_of, start, tolerance, write
 from jsonargparse import Namespace
-from lab.recipes import fine_tune
+from lab.datasets import batches
+from lab.recipes import fine_tune, score
 from lenet import NETS
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.data import TensorDataset
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.evaluation.metrics import Uncertainty, network_log_probs, sampled_log_probs, uncertainty
+from pyro_sparsevd.evaluation import network_predictions, sampled_predictions, scores
 from pyro_sparsevd.sparsity.quantization import quantization_steps
-from pyro_sparsevd.training.loop import error, negative_log_likelihood
-from pyro_sparsevd.training.split import Split
 
 BATCH_SIZES = 1, 32, 1000
 Runner: TypeAlias = Callable[[Tensor], Tensor]
@@ -110,20 +110,19 @@ def times(runners: dict[str, Runner], x: Tensor, rounds: int) -> dict[str, dict[
 
 def uncertainties(
     dense: nn.Module, tuned: nn.Module, model: Any, guide: Any, summary: Any, data: Data
-) -> dict[str, Uncertainty]:
+) -> dict[str, dict[str, float]]:
     """Returns how good and how sure the predictions are, before and after."""
     other = photographs()
-    ood = Split(other, torch.zeros(len(other), dtype=torch.long))
+    test, ood = in_order(data.test), in_order(TensorDataset(other, torch.zeros(len(other), dtype=torch.long)))
     mean = sparsevd.prune(model.network, guide, sparsevd.sparsify(guide, float("inf")))
     masked = sparsevd.prune(model.network, guide, summary)
     networks = {"dense": dense, "posterior mean": mean, "masked mean": masked, "masked mean, fine-tuned": tuned}
     found = {
-        name: uncertainty(network_log_probs(net, data.test), data.test.labels, network_log_probs(net, ood))
+        name: scores(network_predictions(net, categorical, test), network_predictions(net, categorical, ood))
         for name, net in networks.items()
     }
     for name, posterior in (("20 samples", guide), ("20 sparsified samples", guide.sparsified(summary))):
-        log_probs = sampled_log_probs(model, posterior, data.test)
-        found[name] = uncertainty(log_probs, data.test.labels, sampled_log_probs(model, posterior, ood))
+        found[name] = scores(sampled_predictions(model, posterior, test), sampled_predictions(model, posterior, ood))
     return found
 
 
@@ -151,10 +150,12 @@ def main() -> None:
     dense, model, guide, _ = train(args, lambda: NETS[args.net]().to(args.device), data, {"net": args.net})
     summary, threshold, pruned, tuned = prune_and_tune(model, guide, data, args)
     # The steps are chosen on validation images that this network was not tuned on.
-    held = fine_tune(pruned, data.train, epochs=args.fine_tune, batch_size=args.batch_size)
-    steps = quantization_steps(guide, held, lambda net: negative_log_likelihood(net, data.validation), args.tolerance)
+    of_train = batches(data.train, args.batch_size)
+    held = fine_tune(pruned, categorical, of_train, epochs=args.fine_tune, run=run_of(args))
+    validation = in_order(data.validation)
+    steps = quantization_steps(guide, held, lambda net: score(net, categorical, validation, "nll"), args.tolerance)
     dense, tuned = dense.cpu().eval(), tuned.cpu().eval()
-    x = data.test.images[:1000].cpu()
+    x = data.test.tensors[0][:1000].cpu()
     tiny = sparsevd.shrink(tuned, x[:2])
     report = sparsevd.shrink_report(tuned, tiny, x[:2])
     print(f"\n{summary}\n\n{report}")
@@ -175,8 +176,8 @@ def main() -> None:
         assert reload is not None
         reload()
         loading = time.perf_counter() - start
-        test = Split(data.test.images.cpu(), data.test.labels.cpu())
-        errors = {kind: error(again(), test) for kind, (_, again) in kept.items() if again is not None}
+        test = in_order(data.test)
+        errors = {kind: score(again(), categorical, test) for kind, (_, again) in kept.items() if again is not None}
         parity = (runners["shrunk, onnxruntime"](x) - tuned(x)).abs().max().item()
 
     sizes = {kind: size for kind, (size, _) in kept.items()}
@@ -190,10 +191,18 @@ def main() -> None:
     for kind, of in taken.items():
         print(f"{kind:24s}" + "".join(f"{of[size]:10.3f}" for size in BATCH_SIZES))
     measured = uncertainties(dense.to(args.device), tuned.to(args.device), model, guide, summary, data)
-    titles = ("error", "NLL", "Brier", "ECE", "entropy", "mutual i.", "OOD AUROC")
-    print(f"\n{'':24s}" + "".join(f"{title:>10s}" for title in titles))
+    titles = {
+        "error": "error",
+        "nll": "NLL",
+        "brier": "Brier",
+        "calibration_error": "ECE",
+        "entropy": "entropy",
+        "mutual_information": "mutual i.",
+        "ood_auroc": "OOD AUROC",
+    }
+    print(f"\n{'':24s}" + "".join(f"{title:>10s}" for title in titles.values()))
     for kind, numbers in measured.items():
-        print(f"{kind:24s}" + "".join(f"{value:10.4f}" for value in vars(numbers).values()))
+        print(f"{kind:24s}" + "".join(f"{numbers[name]:10.4f}" for name in titles))
     results = {
         "threshold": threshold,
         "bytes": sizes,
@@ -201,7 +210,7 @@ def main() -> None:
         "loading_seconds": loading,
         "milliseconds": taken,
         "shrunk": report.to_dict(),
-        "uncertainty": {kind: vars(numbers) for kind, numbers in measured.items()},
+        "uncertainty": measured,
         **summary.to_dict(),
     }
     write(args, draw(sizes, taken), results)

@@ -17,7 +17,6 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.loop import constant_then_linear
 
 OBJECTS, TRUE, NOISE_FEATURES, SAMPLES = 100, (2.0, -1.5, 1.0, -0.7, 0.4), 45, 1_000
 
@@ -39,18 +38,7 @@ def factorised(prior: Any, x: Tensor, y: Tensor, epochs: int) -> Tensor:
         sparsevd.bayesianize(network, prior), lambda mean: dist.Normal(mean, 1.0), num_data=len(x)
     )
     guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
-    elbo = sparsevd.SparseVD_ELBO(kl="exact")
-    loss = elbo(model, guide)
-    loss(x, y)
-    optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-    scheduler = constant_then_linear(optimizer, epochs)
-    warm_up = sparsevd.LinearWarmup(epochs / 20, epochs / 2)
-    for epoch in range(epochs):
-        elbo.kl_weight = warm_up(epoch)
-        optimizer.zero_grad()
-        loss(x, y).backward()
-        optimizer.step()
-        scheduler.step()
+    sparsevd.fit(model, guide, [(x, y)], epochs=epochs, lr=1e-2)
     return guide.posteriors["0.weight"].sample((SAMPLES,))[:, 0]
 
 

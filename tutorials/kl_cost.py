@@ -5,43 +5,39 @@ The steps that are timed take turns, so that a drift of the machine hits all for
 """
 
 import statistics
-import time
 from typing import Any
 
 import torch
-from common import checkpoint, classifier, finite, load, parser, positive, start, write
+from common import categorical, classifier, finite, in_order, load, parser, positive, run_of, start, write
+from lab.datasets import batches
 from lab.nets import lenet_300_100
-from lab.recipes import train_sparse
+from lab.recipes import score, train_sparse
 from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
+from torch.utils.data import TensorDataset
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
 from pyro_sparsevd.infer.kl import KL
-from pyro_sparsevd.training.loop import batches, error
-from pyro_sparsevd.training.split import Split
 
 FORMS: tuple[KL, ...] = ("approximate", "exact", "monte_carlo")
 
 
-def milliseconds_per_step(split: Split, batch_size: int, device: torch.device, rounds: int = 7) -> dict[str, float]:
+def milliseconds_per_step(
+    train: TensorDataset, batch_size: int, device: torch.device, rounds: int = 7
+) -> dict[str, float]:
     """Returns the median time of a step with each form."""
-    losses: dict[str, torch.nn.Module] = {}
     times: dict[str, list[float]] = {form: [] for form in FORMS}
+    timers = {}
     for form in FORMS:
-        model, guide = classifier(lenet_300_100().to(device), len(split))
-        losses[form] = sparsevd.SparseVD_ELBO(kl=form)(model, guide)
-    optimizers = {form: torch.optim.Adam(loss.parameters(), 1e-3, fused=True) for form, loss in losses.items()}
+        model, guide = classifier(lenet_300_100().to(device), len(train))
+        loss = sparsevd.SparseVD_ELBO(kl=form)(model, guide)
+        optimizer = torch.optim.Adam(loss.parameters(), 1e-3, fused=True)
+        names = {"loss": loss, "optimizer": optimizer, "batch": train[:batch_size]}
+        timers[form] = Timer("optimizer.zero_grad(); loss(*batch).backward(); optimizer.step()", globals=names)
     for _ in range(rounds):
-        for name, loss in losses.items():
-            start, steps = time.perf_counter(), 0
-            for x, y in batches(split, batch_size):
-                optimizers[name].zero_grad()
-                loss(x, y).backward()
-                optimizers[name].step()
-                steps += 1
-                if steps == 20:
-                    break
-            times[name].append((time.perf_counter() - start) / steps)
+        for form, timer in timers.items():
+            times[form].append(timer.timeit(5).mean)
     return {form: 1e3 * statistics.median(values) for form, values in times.items()}
 
 
@@ -61,13 +57,13 @@ def main() -> None:
         for seed in range(args.seed, args.seed + args.seeds):
             torch.manual_seed(seed)
             model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
-            common = {"epochs": args.epochs, "batch_size": args.batch_size}
-            path = checkpoint(args, f"{form}-{seed}", seed=seed)
-            history = train_sparse(
-                model, guide, data.train, validation=data.validation, kl=form, checkpoint=path, **common
-            )
+            train, validation = batches(data.train, args.batch_size), in_order(data.validation)
+            run = run_of(args, f"{form}-{seed}", seed=seed)
+            common: dict[str, Any] = {"epochs": args.epochs, "validation": validation}
+            history = train_sparse(model, guide, train, kl=form, run=run, **common)
             summary = sparsevd.sparsify(guide, args.threshold)
-            errors.append(error(sparsevd.prune(model.network, guide, summary), data.test))
+            network = sparsevd.prune(model.network, guide, summary)
+            errors.append(score(network, categorical, in_order(data.test)))
             compressions.append(summary.compression)
         plots.training_curves(history, title=f"{form} KL, the last seed, threshold 3", figure=part)
         results[form] = {"milliseconds": step_times[form], "errors": errors, "compressions": compressions}

@@ -17,16 +17,17 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from common import checkpoint, finite, natural, parser, start, write
+from common import finite, natural, parser, run_of, start, write
 from jsonargparse import Namespace
+from lab.datasets import batches
+from lab.recipes import train_sparse
 from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS
 from sklearn.linear_model import LassoCV, LogisticRegressionCV
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.loop import constant_then_linear, fit
-from pyro_sparsevd.training.split import Split
 
 OBJECTS, RELEVANT, NOISE = 1_000, 10, 990
 
@@ -46,9 +47,10 @@ def sparse_model(kind: str) -> Callable:
     """Returns a linear model with a log-uniform prior on its coefficients."""
 
     def model(x: Tensor, y: Tensor | None = None) -> None:
-        bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
-        coefficients = pyro.sample("coefficients", sparsevd.LogUniform().expand([1, x.shape[1]]).to_event(2))
-        fn = likelihood(kind, F.linear(x, coefficients)[:, 0] + bias)
+        with torch.device(x.device):
+            bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+            coefficients = pyro.sample("coefficients", sparsevd.LogUniform().expand([1, x.shape[1]]).to_event(2))
+            fn = likelihood(kind, F.linear(x, coefficients)[:, 0] + bias)
         with pyro.plate("data", OBJECTS, subsample=x):
             pyro.sample("y", fn, obs=y)
 
@@ -84,32 +86,14 @@ def make_data(kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fit_sparse(kind: str, x: Tensor, y: Tensor, args: Namespace) -> dict[str, Any]:
-    """Fits the posterior by SVI, and keeps what the threshold keeps."""
+    """Fits the posterior, and keeps what the threshold keeps."""
     pyro.clear_param_store()
     model = sparse_model(kind)
     guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
-    elbo = sparsevd.SparseVD_ELBO(kl="exact")
-    loss = elbo(model, guide)
-    warmup = sparsevd.LinearWarmup(args.epochs / 20, args.epochs / 4)
-
-    def before_epoch(epoch: int) -> None:
-        elbo.kl_weight = warmup(epoch)
-
-    with torch.device(args.device):  # where the model makes its priors
-        split = Split(x.to(args.device), y.to(args.device))
-        loss(split.images, split.labels)
-        optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-        fit(
-            loss,
-            split,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            optimizer=optimizer,
-            scheduler=constant_then_linear(optimizer, args.epochs),
-            before_epoch=before_epoch,
-            checkpoint=checkpoint(args, kind),
-            description=f"{kind}, sparse",
-        )
+    data = TensorDataset(x.to(args.device), y.to(args.device))
+    guide(*data[:])
+    options = {"epochs": args.epochs, "lr": 1e-2, "warm_up": 0.25, "run": run_of(args, kind)}
+    train_sparse(model, guide, batches(data, args.batch_size), **options)
     guide.cpu()
     summary = sparsevd.sparsify(guide, args.threshold)
     median = guide.median()

@@ -7,9 +7,9 @@ one and the same posterior in both parameterisations, over repeated evaluations 
 
 from typing import Any, Literal
 
-import pyro.distributions as dist
 import torch
-from common import checkpoint, load, parser, start, two_or_more, write
+from common import categorical, in_order, load, parser, run_of, start, two_or_more, write
+from lab.datasets import batches
 from lab.nets import lenet_300_100
 from lab.recipes import train_sparse
 from matplotlib.figure import Figure
@@ -45,17 +45,16 @@ def main() -> None:
     for trained_in in PARAMETERIZATIONS:
         torch.manual_seed(args.seed)
         bnn = sparsevd.bayesianize(lenet_300_100().to(args.device))
-        model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
+        model = sparsevd.Supervised(bnn, categorical, num_data=len(data.train))
         guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0, parameterization=trained_in)
-        train = {"epochs": args.epochs, "batch_size": args.batch_size}
-        path = checkpoint(args, trained_in)
-        histories[trained_in] = train_sparse(
-            model, guide, data.train, validation=data.validation, checkpoint=path, **train
-        )
+        train, validation = batches(data.train, args.batch_size), in_order(data.validation)
+        run = run_of(args, trained_in)
+        history = train_sparse(model, guide, train, validation=validation, epochs=args.epochs, run=run)
+        histories[trained_in] = history
         posteriors = {name: (q.loc.detach(), q.log_variance.detach()) for name, q in guide.posteriors.items()}
-        batch = data.train.images[:100], data.train.labels[:100]
+        x, y = data.train[:100]
         additive, multiplicative = (
-            gradient_variance(model, at(posteriors, model, measured_in), *batch, args.repeats)
+            gradient_variance(model, at(posteriors, model, measured_in), x, y, args.repeats)
             for measured_in in PARAMETERIZATIONS
         )
         ratios[trained_in] = float((multiplicative / additive)[additive > 0].median())
@@ -66,7 +65,7 @@ def main() -> None:
         left.plot([100 * h["sparsity"] for h in history], color=color, linestyle=style, label=name)
         right.plot([h["nll"] + h["kl"] for h in history], color=color, linestyle=style, label=name)
     left.set(xlabel="epoch", ylabel="sparsity at threshold 3, %")
-    right.set(xlabel="epoch", ylabel="negative bound of the last batch, nats", yscale="log")
+    right.set(xlabel="epoch", ylabel="negative bound, mean over the epoch, nats", yscale="log")
     left.legend()
 
     for name, history in histories.items():

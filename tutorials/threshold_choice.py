@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from classification import THRESHOLDS
-from common import Data, checkpoint, classifier, load, natural, parser, positive, start, write
+from common import Data, categorical, classifier, in_order, load, natural, parser, positive, run_of, start, write
+from lab.datasets import batches
 from lab.nets import lenet_300_100
-from lab.recipes import fine_tune
+from lab.recipes import fine_tune, train_sparse
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import pyro_sparsevd as sparsevd
+from pyro_sparsevd.evaluation import network_predictions
 from pyro_sparsevd.sparsity.threshold import smoothed_threshold
-from pyro_sparsevd.training.loop import fit_posterior, logits
 
 VALIDATION_SETS = 150
 TOLERANCE = 0.05
@@ -76,17 +76,15 @@ def tune(seed: int, data: Data, args: Any) -> dict[float, Tuned]:
     """Trains a network, and returns what it is at each threshold."""
     torch.manual_seed(seed)
     model, guide = classifier(lenet_300_100().to(args.device), len(data.train))
-    options = {"batch_size": args.batch_size, "epochs": args.epochs}
-    path = checkpoint(args, str(seed), seed=seed)
-    fit_posterior(sparsevd.SparseVD_ELBO(kl="exact"), model, guide, data.train, checkpoint=path, **options)
-    options["epochs"] = args.epochs // 9 if args.fine_tune is None else args.fine_tune
+    train = batches(data.train, args.batch_size)
+    train_sparse(model, guide, train, epochs=args.epochs, run=run_of(args, str(seed), seed=seed))
+    options = {"epochs": args.epochs // 9 if args.fine_tune is None else args.fine_tune, "run": run_of(args)}
     found = {}
     for threshold in THRESHOLDS:
         summary = sparsevd.sparsify(guide, threshold)
-        network = fine_tune(sparsevd.prune(model.network, guide, summary), data.train, **options)
-        predicted, labels = logits(network, data.validation), data.validation.labels
-        nll = F.cross_entropy(predicted, labels, reduction="none").double()
-        found[threshold] = Tuned(nll, (predicted.argmax(-1) != labels).double(), summary.compression)
+        network = fine_tune(sparsevd.prune(model.network, guide, summary), categorical, train, **options)
+        predicted = network_predictions(network, categorical, in_order(data.validation))
+        found[threshold] = Tuned(-predicted.log_likelihoods[0].double(), predicted.errors, summary.compression)
     return found
 
 

@@ -5,8 +5,6 @@ fine-tunes the weights that are left. Without --data-dir it only tries itself ou
 32x32 in three channels.
 """
 
-import contextlib
-
 import torch
 from classification import add_options, run
 from common import CIFAR10_FOLDER, load_cifar10, parser, positive_number, start
@@ -30,20 +28,11 @@ def parse_args() -> Namespace:
     """Reads the options."""
     options = parser(str(__doc__), epochs=60, out="vgg.png", batch_size=128, data_dir=CIFAR10_FOLDER)
     options.add_argument("--width", type=positive_number, default=1.0, help="the paper's k (%(default)s)")
-    options.add_argument("--bfloat16", action="store_true", help="train under autocast")
     options.add_argument("--channels-last", action="store_true", help="the order of images and kernels in memory")
     add_options(options, lr=1e-3, init_log_variance=-10.0, dense_epochs="as --epochs")
     args = options.parse_args()
     args.dense_epochs = args.dense_epochs or args.epochs
     return args
-
-
-def precision(device: torch.device, bfloat16: bool) -> contextlib.AbstractContextManager:
-    """Returns the context to train in."""
-    if not bfloat16:
-        return contextlib.nullcontext()
-    # The cache would keep the weights of the first step until the context ends.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def main() -> None:
@@ -56,9 +45,7 @@ def main() -> None:
         net = nn.Sequential(RandomFlip(), vgg_like(args.width))
         return net.to(args.device, memory_format=layout)  # type: ignore[call-overload]
 
-    settings = {"width": args.width, "bfloat16": args.bfloat16, "channels_last": args.channels_last}
-    with precision(args.device, args.bfloat16):
-        run(args, network, load_cifar10(args), settings)
+    run(args, network, load_cifar10(args), {"width": args.width, "channels_last": args.channels_last})
 
 
 if __name__ == "__main__":

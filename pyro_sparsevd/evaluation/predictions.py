@@ -169,4 +169,6 @@ def _joined(found: list[Predictions]) -> Predictions:
     for name, dim in (("log_likelihoods", 1), ("targets", 0), ("errors", 0), ("log_probs", 1), ("draws", 1)):
         values = [getattr(part, name) for part in found]
         together[name] = None if values[0] is None else torch.cat(values, dim)
+    if not len(together["targets"]):
+        raise ValueError("batches: expected at least one target that is not masked, but got none")
     return Predictions(**together)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def moved(batch: Any, device: torch.device | None) -> Any:
     """Returns a batch with its tensors on a device, and lists made tuples; a named tuple keeps its type."""
-    if isinstance(batch, Tensor):
+    if hasattr(batch, "to"):  # a tensor, or a container that knows how, such as those of tokenizers
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {name: moved(part, device) for name, part in batch.items()}

@@ -3,6 +3,7 @@
 __all__ = ["deterministic_model"]
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from pyro.nn import PyroModule
@@ -22,7 +23,9 @@ def deterministic_model(network: nn.Module, likelihood: Callable[[Any], Distribu
 class _Deterministic(PyroModule):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.__dict__["network"] = network  # past PyroModule, which would rename one of its kind
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
+        @wraps(network.forward)  # by the names of its arguments it is known how to call it
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return network(*args, **kwargs)
+
+        self.forward = forward  # the network is no submodule, which Pyro would rename

@@ -1,9 +1,8 @@
 """Batches to a posterior in one call, for any model and likelihood."""
 
-__all__ = ["fit", "learning_rate_factor", "require_finite_gradients", "sparsity_of"]
+__all__ = ["adam", "fit", "require_finite_gradients", "require_finite_validation", "sparsity_of"]
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
@@ -15,14 +14,13 @@ from .._modules import evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
-from ..infer.schedules import LinearWarmup
-from ..nn.supervised import Supervised
 from ..sparsity.summary import sparsify
-from .batches import batches, loss_of, size_of
+from .batches import EpochSize, batches, known_size, loss_of, size_of
+from .schedule import check_schedule, kl_weight, learning_rate_factor
 
 
 def fit(
-    model: nn.Module,
+    model: Callable[..., Any],
     guide: nn.Module,
     loader: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
@@ -41,7 +39,7 @@ def fit(
     the learning rate is constant for half of the training, then falls linearly to 0.
 
     Args:
-        model: A Pyro model that is a torch module, such as :class:`~.supervised.Supervised`.
+        model: A Pyro model: a torch module, such as :class:`~.supervised.Supervised`, or a function.
         guide: Its guide, such as :class:`~.autoguide.AutoSparseNormal`.
         loader: The batches: a ``DataLoader``, a list, or a function that returns the batches of an epoch. The parts of
             a tuple or list, and of a dictionary by their names, are the arguments of the model. They are moved to the
@@ -50,7 +48,7 @@ def fit(
         lr: The learning rate.
         kl: The form of the divergence, as for :class:`~.elbo.SparseVD_ELBO`.
         warm_up: The part of the training after which c is 1; 0 for c = 1 from the start.
-        validation: Batches of held-out data.
+        validation: Batches of held-out data, of the same structure.
         callbacks: Functions of the number of an epoch and of its numbers, called after each epoch; they may add
             numbers of their own.
         description: What stands before the progress bar.
@@ -61,14 +59,16 @@ def fit(
         expected negative log likelihood of its data, scaled as in training, by one sample for each batch.
 
     Raises:
-        TypeError: If model or guide is no module, or the loader neither iterable nor callable.
-        ValueError: If the loader gives no batch, can be gone through only once, or has more data in an epoch than the
-            model's ``num_data``; if a number is out of its range; or if loss or gradient is not finite, before a
-            step is taken.
+        TypeError: If the model is not callable, the guide no module, the loader neither iterable nor callable, or a
+            batch no arguments of the model.
+        ValueError: If the loader gives no batch, batches of different structures, or more data in an epoch than the
+            model's ``num_data``, or can be gone through only once; if there is nothing to train; if a number is out of
+            its range; or if the loss or a gradient is not finite, before a step is taken, or the validation.
 
     Warns:
         UserWarning: If the data of the first epoch are fewer than ``num_data`` by more than a batch, as the likelihood
-            is scaled to that number.
+            is scaled to that number; or if the loss depends on parameters that neither model nor guide has, such as
+            those of ``pyro.param`` in a function.
 
     Example:
         >>> bnn = sparsevd.bayesianize(nn.Linear(4, 1))
@@ -81,26 +81,27 @@ def fit(
     _check(model, guide, epochs, lr, warm_up)
     elbo = SparseVD_ELBO(kl=kl)
     loss = elbo(model, guide)
-    device = next((p.device for p in loss.parameters()), torch.device("cpu"))
+    device = _device_of(loss)
+    EpochSize(model).add(known_size(loader))
     if not list(guide.parameters()):  # Pyro's own guides make them in their first pass
         with torch.no_grad():
-            loss_of(loss, next(batches("loader", loader, device)))
-    optimizer = torch.optim.Adam(loss.parameters(), lr)
-    kl_weight = LinearWarmup(epochs / 40, warm_up * epochs) if warm_up else lambda time: 1.0
+            loss_of(loss, next(batches("loader", loader, model, device)))
+        device = _device_of(loss)
+    optimizer = adam([{"params": _parameters(loss)}], lr)
+    if validation is not None:
+        _expected_nll(elbo, loss, batches("validation", validation, model, device))  # to fail before any step
     steps = len(loader) if isinstance(loader, Sized) else 0
     history: list[dict[str, float]] = []
     with tqdm(total=epochs, desc=description, unit="epoch") as progress:
         for epoch in range(epochs):
             loss.train()
-            terms, count, largest = [], 0, 0
-            for step, batch in enumerate(batches("loader", loader, device)):
-                size = size_of(batch)
-                count, largest = count + size, max(largest, size)
-                _check_size(model, count)
-                time = epoch + (step / steps if steps else 0.0)
-                elbo.kl_weight = kl_weight(time)
+            terms, size = [], EpochSize(model)
+            for step, batch in enumerate(batches("loader", loader, model, device)):
+                size.add(size_of(batch))
+                part = (epoch + (step / steps if steps else 0.0)) / epochs
+                elbo.kl_weight = kl_weight(part, warm_up)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * learning_rate_factor(time / epochs)
+                    group["lr"] = lr * learning_rate_factor(part)
                 optimizer.zero_grad()
                 loss_of(loss, batch).backward()
                 require_finite_gradients(loss)
@@ -108,11 +109,12 @@ def fit(
                 terms.append(torch.stack([elbo.terms["nll"], elbo.terms["kl"]]))
             steps = len(terms)
             if epoch == 0:
-                _warn_of_missing_data(model, count, largest)
+                size.warn_if_missing()
             nll, divergence = torch.stack(terms).mean(0).tolist()
             numbers = {"nll": nll, "kl": divergence, **sparsity_of(guide)}
             if validation is not None:
-                numbers["validation_nll"] = _expected_nll(elbo, loss, batches("validation", validation, device))
+                held_out = batches("validation", validation, model, device)
+                numbers["validation_nll"] = _expected_nll(elbo, loss, held_out)
             for callback in callbacks:
                 callback(epoch, numbers)
             history.append(numbers)
@@ -121,24 +123,34 @@ def fit(
     return history
 
 
-def learning_rate_factor(part: float) -> float:
-    """Returns the factor of the learning rate after a part of the training: 1 for half of it, then falling to 0."""
-    return min(1.0, 2 * (1 - part))
-
-
-def _check(model: Any, guide: Any, epochs: Any, lr: Any, warm_up: Any) -> None:
-    for name, value in (("model", model), ("guide", guide)):
-        if not isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name}: expected a torch module, whose parameters can be trained, but got {type(value).__name__}; "
-                "use SVI for functions"
-            )
+def _check(model: Any, guide: Any, epochs: Any, lr: float, warm_up: float) -> None:
+    if not callable(model):
+        raise TypeError(f"model: expected a torch module or a function, but got {type(model).__name__}")
+    if not isinstance(guide, nn.Module):
+        raise TypeError(
+            f"guide: expected a torch module, whose parameters can be trained, but got {type(guide).__name__}; use SVI "
+            "for functions"
+        )
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs <= 0:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr: expected a positive and finite number, but got {lr}")
-    if warm_up and not 1 / 40 < warm_up <= 1:
-        raise ValueError(f"warm_up: expected 0 or a part of the training above 1/40 and up to 1, but got {warm_up}")
+    check_schedule(lr, warm_up)
+
+
+def _device_of(loss: nn.Module) -> torch.device | None:
+    return next((p.device for p in loss.parameters()), None)
+
+
+def _parameters(loss: nn.Module) -> list[nn.Parameter]:
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model and guide: expected parameters to train, but they have none that require a gradient")
+    return parameters
+
+
+def adam(groups: list[dict[str, Any]], lr: float) -> torch.optim.Adam:
+    """Returns Adam, with one loop over all parameters where their devices have it."""
+    devices = {p.device.type for group in groups for p in group["params"]}
+    return torch.optim.Adam(groups, lr, fused=devices <= {"cpu", "cuda"})
 
 
 def require_finite_gradients(loss: nn.Module) -> None:
@@ -153,17 +165,10 @@ def require_finite_gradients(loss: nn.Module) -> None:
         )
 
 
-def _check_size(model: nn.Module, count: int) -> None:
-    if isinstance(model, Supervised) and count > model.num_data:
-        raise ValueError(f"num_data: expected as many data as an epoch has, {count} or more, but got {model.num_data}")
-
-
-def _warn_of_missing_data(model: nn.Module, count: int, largest: int) -> None:
-    if isinstance(model, Supervised) and count <= model.num_data - largest:  # a last, smaller batch may be dropped
-        warnings.warn(
-            f"num_data: the likelihood is scaled to {model.num_data} data, but an epoch has {count}",
-            stacklevel=3,
-        )
+def require_finite_validation(nll: float) -> None:
+    """Raises where held-out data have no likelihood, which says nothing and hides in every mean of it."""
+    if not math.isfinite(nll):
+        raise ValueError(f"validation: expected a finite negative log likelihood of the held-out data, but got {nll}")
 
 
 def sparsity_of(guide: nn.Module) -> dict[str, float]:
@@ -183,4 +188,6 @@ def _expected_nll(elbo: SparseVD_ELBO, loss: nn.Module, batches: Iterable[Any]) 
             loss_of(loss, batch)
             terms.append(elbo.terms["nll"])
             sizes.append(max(size_of(batch), 1))
-    return float(torch.stack(terms) @ torch.tensor(sizes).to(terms[0]) / sum(sizes))
+    nll = float(torch.stack(terms) @ torch.tensor(sizes).to(terms[0]) / sum(sizes))
+    require_finite_validation(nll)
+    return nll

