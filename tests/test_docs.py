@@ -15,6 +15,12 @@ import pyro_sparsevd as sparsevd
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+# What Lightning says of trainings so small, and of its own use of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:lightning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
 # Sphinx puts copies of the notebooks, and the pages of the API, beside the pages.
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parent.name in ("docs", "howto")]
 FEW = 3
