@@ -27,6 +27,7 @@ nitpick_ignore = [
     ("py:class", "pyro_sparsevd.infer.local_gap.Estimate"),
     ("py:class", "pyro_sparsevd.infer.masked.SparsifiedGuide"),
     ("py:class", "pyro_sparsevd.ops.memory.Workspace"),
+    ("py:exc", "CheckpointError"),
     ("py:exc", "RepeatedUseError"),
 ]
 # Names of other packages are not looked up, so that the site builds without a network.
@@ -63,11 +64,15 @@ _readme = _here / "tutorials" / "README.md"
 _readme.write_text(_readme.read_text().replace("](../docs/", "](../"))
 
 
+_imported_on_demand = {"training": ("RandomState", "SparseVDModule")}
+
+
 def _room_page(room: str) -> str:
     """Returns the page of a room: its public names, those of the package itself first."""
     package = importlib.import_module(f"pyro_sparsevd.{room}")
     at_top = [name for name in package.__all__ if name in pyro_sparsevd.__all__]
     names = [*at_top, *(name for name in package.__all__ if name not in at_top)]
+    names += _imported_on_demand.get(room, ())
     sections = [_section(package, room, name) for name in names]
     return f"# sparsevd.{room}\n\n{package.__doc__}\n\n" + "\n".join(sections)
 
