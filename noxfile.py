@@ -40,7 +40,7 @@ def no_compiler(session: nox.Session) -> None:
 def notebooks(session: nox.Session) -> None:
     """The tutorials, executed."""
     session.install("torch==2.13.0", "-e", ".[test]")
-    session.run("pytest", "tests/test_tutorials.py", *session.posargs)
+    session.run("pytest", "tests/tutorials/test_tutorials.py", *session.posargs)
 
 
 @nox.session(python="3.11")

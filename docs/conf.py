@@ -55,13 +55,13 @@ html_title = f"pyro_sparsevd {version}"
 # Sphinx reads nothing outside of its own folder. Git ignores these copies.
 _here = Path(__file__).parent
 shutil.rmtree(_here / "tutorials", ignore_errors=True)
-for pattern in ("*.ipynb", "README.md", "images/*"):
+for pattern in ("*.ipynb", "*.md", "images/*"):
     for path in (_here.parent / "tutorials").glob(pattern):
         target = _here / path.relative_to(_here.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
-_readme = _here / "tutorials" / "README.md"
-_readme.write_text(_readme.read_text().replace("](../docs/", "](../"))
+for path in (_here / "tutorials").glob("*.md"):
+    path.write_text(path.read_text().replace("](../docs/", "](../"))
 
 
 _imported_on_demand = {"training": ("RandomState", "SparseVDModule")}
