@@ -22,7 +22,7 @@ def _run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_an_import_changes_nothing_global_and_loads_no_plots():
+def test_an_import_changes_nothing_global_and_loads_no_plots_or_trainer():
     code = """
 import logging, warnings, sys
 import pyro, torch
@@ -34,9 +34,9 @@ def state():
             list(warnings.filters), pyro.settings.get())
 before = state()
 import pyro_sparsevd
-print(before == state(), "matplotlib" in sys.modules)
+print(before == state(), "matplotlib" in sys.modules, "lightning" in sys.modules)
 """
-    assert _run(code) == "True False"
+    assert _run(code) == "True False False"
 
 
 def _imports_of_modules():

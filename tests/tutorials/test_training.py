@@ -258,6 +258,7 @@ def test_fine_tuning_of_a_regression_lowers_its_error(likelihood, device):
     assert errors[1] < 0.1 * errors[0]
     assert (tuned.weight[:, 2:] == 0).all()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_scale_of_a_likelihood_is_fitted_with_a_dense_network(device):
