@@ -18,7 +18,8 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from .._compat import keystr, tree_flatten_with_path, tree_leaves
+from .._compat import tree_leaves
+from .._modules import named_leaves
 
 
 def finite_value(*values: Any) -> float | None:
@@ -129,9 +130,9 @@ def _named_tensors(model: Callable, args: Any, kwargs: Any) -> list[tuple[str, T
         names = []
     names += [f"argument {i}" for i in range(len(names), len(args))]
     return [
-        (name + keystr(path), leaf)
+        (leaf_name, leaf)
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]
-        for path, leaf in tree_flatten_with_path(value)[0]
+        for leaf_name, leaf in named_leaves(name, value)
         if isinstance(leaf, Tensor)
     ]
 

@@ -153,7 +153,7 @@ class _Flat(nn.Module):
         self._parameters, self._buffers, self._modules = net._parameters, net._buffers, net._modules
         self.__dict__.update(net=net, x=x, training=net.training)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(tensors_of(run_network(self.net, with_tensors(self.x, tensors))))
 
 
@@ -164,7 +164,7 @@ def _traced(example: _Example) -> torch.export.ExportedProgram:
     for strict in (False, True):  # the first supports more of Python, the second the length of a tensor
         try:
             flat = _Flat(example.net, example.x)
-            return torch.export.export(flat, tuple(example.tensors), dynamic_shapes=shapes, strict=strict)
+            return torch.export.export(flat, (tuple(example.tensors),), dynamic_shapes=shapes, strict=strict)
         except Exception as error:
             failure = error
     raise RuntimeError(
@@ -180,15 +180,15 @@ def _check_a_batch_of_one(example: _Example, program: torch.export.ExportedProgr
     def one(t: Tensor) -> Tensor:
         return torch.rand(t[:1].shape, generator=generator).to(t) if t.is_floating_point() else t[:1]
 
-    tensors = example.batch(one)
+    tensors = tuple(example.batch(one))
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
         try:
-            expected = _Flat(example.net, example.x)(*tensors)
+            expected = _Flat(example.net, example.x)(tensors)
         except Exception:  # such as a graph of one node, which has not the edges of the example
             return
         torch.set_rng_state(state)
-        found = program.module()(*tensors)
+        found = program.module()(tensors)
     for a, b in zip(found, expected, strict=True):
         largest = float(b.double().abs().nan_to_num(0, 0, 0).max())  # of those that are finite
         if a.shape != b.shape or not torch.allclose(

@@ -86,6 +86,15 @@ def test_inputs_of_another_kind_are_refused_by_name(x, error, message):
         regression_model("cpu")(x)
 
 
+def test_an_input_on_another_device_is_named(device):
+    x = moved(KINDS["encoding"].make(), device)
+    net = svd.bayesianize(TextClassifier().to(device))
+    model = svd.Supervised(net, lambda out: dist.Categorical(logits=out.logits), num_data=6)
+    x["attention_mask"] = x["attention_mask"].to("meta")
+    with pytest.raises(ValueError, match=rf"^x\['attention_mask'\]: expected a tensor on {device}.* is on meta"):
+        svd.SparseVD_ELBO()(model, svd.AutoSparseNormal(model))(x, torch.zeros(6, device=device))
+
+
 @pytest.mark.parametrize("targets", [4, 0])
 def test_targets_of_several_inputs_are_as_many_as_distributions(targets):
     kind = KINDS["tuple"]
