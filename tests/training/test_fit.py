@@ -55,7 +55,7 @@ def test_a_sparse_regression_keeps_the_relevant_weights():
     assert kept[:2].all()
     assert kept[2:].sum() <= 1  # by chance, as none of these matters
     assert history[-1]["compression"] == svd.sparsify(guide, 3.0).compression
-    assert plots.training_curves(history, left={"nll": "NLL", "kl": "KL"}).axes
+    assert plots.training_curves(history, [("nll", "kl"), "compression"]).axes
 
 
 class Pair(NamedTuple):
