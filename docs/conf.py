@@ -1,12 +1,10 @@
 """Configuration of Sphinx. Notebooks are shown with the outputs they keep, and not run."""
 
 import importlib
-import pkgutil
+import inspect
 import re
 import shutil
 from pathlib import Path
-
-from sphinx.application import Sphinx
 
 import pyro_sparsevd
 
@@ -14,12 +12,31 @@ project = "pyro_sparsevd"
 author = "the authors of pyro_sparsevd"
 release = version = pyro_sparsevd.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
 nitpicky = True
+# What users get, but do not make themselves, has no page of its own.
+nitpick_ignore = [
+    ("py:class", "pyro_sparsevd.infer.local_gap.Estimate"),
+    ("py:class", "pyro_sparsevd.infer.masked.SparsifiedGuide"),
+    ("py:class", "pyro_sparsevd.ops.memory.Workspace"),
+    ("py:exc", "CheckpointError"),
+    ("py:exc", "RepeatedUseError"),
+]
 # Names of other packages are not looked up, so that the site builds without a network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|matplotlib|nn|numpy|pathlib|pyro|torch|typing)\..*"),
-    (r"py:.*", r"(Any|Callable|Collection|Distribution|Iterable|Iterator|Mapping|Sequence|Tensor|ndarray|optional)"),
+    (
+        r"py:.*",
+        r"(Any|Callable|Collection|Distribution|Iterable|Iterator|Mapping|Sequence|Tensor|ndarray|optional)",
+    ),
 ]
 
 autodoc_inherit_docstrings = False
@@ -28,45 +45,56 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
 html_theme = "furo"
 html_title = f"pyro_sparsevd {version}"
 
-# Sphinx reads nothing outside of its own folder. Git ignores this copy.
+# Sphinx reads nothing outside of its own folder. Git ignores these copies.
 _here = Path(__file__).parent
 shutil.rmtree(_here / "tutorials", ignore_errors=True)
-for pattern in ("*.ipynb", "*.md", "images/*.png"):
+for pattern in ("*.ipynb", "*.md", "images/*"):
     for path in (_here.parent / "tutorials").glob(pattern):
         target = _here / path.relative_to(_here.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
+for path in (_here / "tutorials").glob("*.md"):
+    path.write_text(path.read_text().replace("](../docs/", "](../"))
 
 
-def _list_modules(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Puts a section for each room and its modules, in the order of the package's docstring, into the API page."""
-    if docname == "api":
-        rooms = re.findall(r"^    (\w+)  +\w", pyro_sparsevd.__doc__ or "", re.M)
-        source[0] = source[0].replace("<!-- modules -->", "\n".join(map(_room, rooms)))
+_imported_on_demand = {"training": ("RandomState", "SparseVDModule")}
 
 
-def _room(room: str) -> str:
+def _room_page(room: str) -> str:
+    """Returns the page of a room: its public names, those of the package itself first."""
     package = importlib.import_module(f"pyro_sparsevd.{room}")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "_fused")
-    return f"## {room}\n\n{package.__doc__}\n\n" + "\n".join(_section(f"{room}.{name}") for name in names)
+    at_top = [name for name in package.__all__ if name in pyro_sparsevd.__all__]
+    names = [*at_top, *(name for name in package.__all__ if name not in at_top)]
+    names += _imported_on_demand.get(room, ())
+    sections = [_section(package, room, name) for name in names]
+    return f"# sparsevd.{room}\n\n{package.__doc__}\n\n" + "\n".join(sections)
 
 
-def _section(name: str) -> str:
-    # What is defined elsewhere is documented there: two targets of one name are a warning.
-    module = importlib.import_module(f"pyro_sparsevd.{name}")
-    home = {public: getattr(getattr(module, public), "__module__", module.__name__) for public in module.__all__}
-    elsewhere = ", ".join(public for public, of in home.items() if of != module.__name__)
-    options = "   :members:\n" + (f"   :exclude-members: {elsewhere}\n" if elsewhere else "")
-    return f"### {name}\n\n```{{eval-rst}}\n.. automodule:: {module.__name__}\n{options}```\n"
+def _section(package: object, room: str, name: str) -> str:
+    value = getattr(package, name)
+    if inspect.ismodule(getattr(pyro_sparsevd, room)):
+        at_top, elsewhere = pyro_sparsevd.__all__, f"sparsevd.{room}"
+    else:  # sparsevd.shrink is the function
+        at_top, elsewhere = vars(pyro_sparsevd), f"pyro_sparsevd.{room}"
+    shown = f"sparsevd.{name}" if name in at_top else f"{elsewhere}.{name}"
+    if inspect.ismodule(value):
+        return f"## {shown}\n\n```{{eval-rst}}\n.. automodule:: {value.__name__}\n   :members:\n```\n"
+    is_class, is_function = inspect.isclass(value), inspect.isfunction(value)
+    if not (is_class or is_function):
+        return f"## {shown}\n\n`{value!r}`\n"
+    kind = "class" if is_class else "function"
+    members = "   :members:\n" if kind == "class" else ""
+    return f"## {shown}\n\n```{{eval-rst}}\n.. auto{kind}:: {value.__module__}.{name}\n{members}```\n"
 
 
-def setup(app: Sphinx) -> None:
-    """Makes the API page; Sphinx calls this."""
-    app.connect("source-read", _list_modules)
+shutil.rmtree(_here / "api", ignore_errors=True)
+(_here / "api").mkdir()
+for _room in re.findall(r"^    (\w+)  +\w", pyro_sparsevd.__doc__ or "", re.M):
+    (_here / "api" / f"{_room}.md").write_text(_room_page(_room))

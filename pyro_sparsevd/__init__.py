@@ -19,45 +19,45 @@ __all__ = [
     "AutoSparseNormal",
     "EmpiricalBayesNormal",
     "GaussianLikelihood",
-    "ImproperPriorWarning",
     "LinearWarmup",
     "LogUniform",
     "SparseNormal",
     "SparseVD_ELBO",
     "Supervised",
     "bayesianize",
-    "choose",
     "compare_priors",
     "divergence",
     "export_onnx",
     "fit",
     "fixed_sparsity",
-    "group_normal_jeffreys",
-    "horseshoe",
-    "init_to_weights",
     "load_sparse",
     "local_reparam",
     "prune",
-    "recompute_contexts",
     "save_sparse",
     "shrink",
-    "shrink_report",
     "sparsify",
     "threshold_sweep",
-    "to_sparse",
 ]
 
 __version__ = "0.1.0"
 
-from .distributions import EmpiricalBayesNormal, ImproperPriorWarning, LogUniform, SparseNormal
+from .distributions import EmpiricalBayesNormal, LogUniform, SparseNormal
+from .distributions import ImproperPriorWarning as ImproperPriorWarning
 from .evaluation import compare_priors
-from .infer import AutoSparseNormal, LinearWarmup, SparseVD_ELBO, init_to_weights
-from .nn import GaussianLikelihood, Supervised, bayesianize, choose, group_normal_jeffreys, horseshoe
+from .infer import AutoSparseNormal, LinearWarmup, SparseVD_ELBO
+from .infer import init_to_weights as init_to_weights
+from .nn import GaussianLikelihood, Supervised, bayesianize
+from .nn import choose as choose
 from .nn import fan_in_normal as fan_in_normal
+from .nn import group_normal_jeffreys as group_normal_jeffreys
+from .nn import horseshoe as horseshoe
 from .nn import scale_mixture as scale_mixture
 from .ops import divergence
-from .poutine import local_reparam, recompute_contexts
-from .shrink import shrink, shrink_report, to_sparse
+from .poutine import local_reparam
+from .poutine import recompute_contexts as recompute_contexts
+from .shrink import shrink
+from .shrink import shrink_report as shrink_report
+from .shrink import to_sparse as to_sparse
 from .sparsity import fixed_sparsity, prune, sparsify, threshold_sweep
 from .sparsity import quantization_steps as quantization_steps
 from .storage import StorageError as StorageError

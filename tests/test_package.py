@@ -1,4 +1,4 @@
-"""The package as a whole: what an import does, what README and tutorial do."""
+"""The package as a whole: what an import does, what the tutorial does."""
 
 import ast
 import graphlib
@@ -99,15 +99,6 @@ def test_contributing_names_files_that_are_there():
     paths += [ROOT / path for path in re.findall(r"^pytest (\S+/\S+)", text, re.M)]
     assert len(paths) > 20
     assert [path for path in paths if not path.exists()] == []
-
-
-def test_the_snippets_of_the_readme_run(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert snippets
-    namespace = {}
-    for snippet in snippets:
-        exec(snippet, namespace)
 
 
 def _script(monkeypatch, name, *options):

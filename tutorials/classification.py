@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lab.datasets import batches
 from lab.recipes import fine_tune, score, train_dense, train_sparse
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 import pyro_sparsevd as sparsevd
 from pyro_sparsevd import plots
@@ -109,19 +109,24 @@ def draw(
     """Draws the first-layer weights of two networks, by what to call them, log alpha, and the training curves."""
     figure = Figure(figsize=(13, 10), layout="constrained")
     *images, histogram, curves = figure.subfigures(2, 2, wspace=0.05, hspace=0.05).flat  # type: ignore[union-attr]
-    for part, (title, network) in zip(images, networks.items(), strict=True):
-        weight = next(p for p in network.parameters() if p.dim() > 1)
-        if weight.dim() == 2:
-            side = int(weight.shape[1] ** 0.5)
-            kernels = weight.reshape(-1, side, side)
-        else:
-            kernels = weight.flatten(0, 1)
-        plots.weight_images(kernels, title=f"weights of the first layer, {title}", figure=part)
+    weights = {title: _first_weights(network) for title, network in networks.items()}
+    limit = max(float(weight.abs().max()) for weight in weights.values())
+    for part, (title, weight) in zip(images, weights.items(), strict=True):
+        plots.weight_images(weight, limit=limit, title=f"weights of the first layer, {title}", figure=part)
     log_alphas = {name: q.log_alpha for name, q in guide.posteriors.items()}
     plots.log_alpha_histogram(log_alphas, threshold=threshold, title="which weights matter", figure=histogram)
     title = "validation error and compression at threshold 3"
-    plots.training_curves(history, baseline=baseline, title=title, figure=curves)
+    plots.training_curves(history, ["error", "compression"], baseline=baseline, title=title, figure=curves)
     return figure
+
+
+def _first_weights(network: nn.Module) -> Tensor:
+    """Returns the weights of each unit of the first layer as an image."""
+    weight = next(p for p in network.parameters() if p.dim() > 1).detach()
+    if weight.dim() > 2:
+        return weight.flatten(0, 1)
+    side = int(weight.shape[1] ** 0.5)
+    return weight.reshape(-1, side, side)
 
 
 def train(

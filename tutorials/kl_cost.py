@@ -65,7 +65,9 @@ def main() -> None:
             network = sparsevd.prune(model.network, guide, summary)
             errors.append(score(network, categorical, in_order(data.test)))
             compressions.append(summary.compression)
-        plots.training_curves(history, title=f"{form} KL, the last seed, threshold 3", figure=part)
+        plots.training_curves(
+            history, ["error", "compression"], title=f"{form} KL, the last seed, threshold 3", figure=part
+        )
         results[form] = {"milliseconds": step_times[form], "errors": errors, "compressions": compressions}
 
     print(f"\n{'KL':12s}{'ms/step':>9s}{'compression':>13s}{'range':>16s}{'test error':>12s}{'range':>16s}")

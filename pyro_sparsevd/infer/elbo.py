@@ -36,9 +36,9 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
 
     All terms are in nats over the whole data set: the factor N/M is the scale of the plate of the data. Weights of
     factorised Gaussian posterior are replaced by samples of the outputs that they produce, see
-    :mod:`~.local_reparam`; a weight that turns out to be used more than once in a pass is sampled, from then on. Each
-    latent's divergence is taken in closed form where one is known, with the approximate or the exact form for
-    log-uniform priors; else from one sample with the densities at hand, which a debug-level log says, and a warning
+    :func:`~.local_reparam.local_reparam`; a weight that turns out to be used more than once in a pass is sampled, from
+    then on. Each latent's divergence is taken in closed form where one is known, with the approximate or the exact form
+    for log-uniform priors; else from one sample with the densities at hand, which a debug-level log says, and a warning
     where the prior is improper. So it is for a latent whose prior may depend on one that the guide samples later. A
     latent with a closed form has no densities computed.
 

@@ -4,6 +4,7 @@ __all__ = [
     "PRIOR_NAMES",
     "GaussianLikelihood",
     "HeteroscedasticGaussianLikelihood",
+    "HierarchicalPrior",
     "NegativeBinomialLikelihood",
     "StudentTLikelihood",
     "Supervised",
@@ -24,5 +25,6 @@ from .likelihoods import (
     StudentTLikelihood,
 )
 from .priors import PRIOR_NAMES, fan_in_normal, group_normal_jeffreys, horseshoe, named_prior, scale_mixture
+from .scales import HierarchicalPrior
 from .selection import choose
 from .supervised import Supervised

@@ -44,7 +44,7 @@ def bayesianize(
         net: Any network. It is not changed.
         prior: The prior of each weight: a distribution that broadcasts to the parameter's shape, a prior with scales
             such as :func:`~.priors.horseshoe`, a mapping from globs on the parameters' names to these (the
-            first that matches counts), or a function of ``(name, parameter)``; see :mod:`~.priors`. The
+            first that matches counts), or a function of ``(name, parameter)``; see :func:`~.priors.named_prior`. The
             default is the improper :class:`~.log_uniform.LogUniform`. A glob that matches no chosen parameter is an
             error, and so is one after a glob that matches more.
         include: What to choose instead of the default: globs on the parameters' names, predicates of

@@ -1,1 +1,5 @@
 """Numbers: divergences, linear operations that sample their output, loops over all weights. torch only."""
+
+__all__ = ["divergence"]
+
+from . import divergence

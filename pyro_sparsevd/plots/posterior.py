@@ -15,10 +15,12 @@ from .style import BLUE, ORANGE, as_numpy, figure_or_new, line_styles
 def log_alpha_histogram(
     log_alphas: Mapping[str, Tensor], *, threshold: float | None = None, title: str = "", figure: Any = None
 ) -> Any:
-    """Draws the histogram of log α of each site, with the threshold.
+    """Draws the histogram of log α of each site, and which part of it is dropped.
+
+    Values beyond the axis, such as infinite ones, are counted at its ends.
 
     Args:
-        log_alphas: log α of each site's weights, by the site's name.
+        log_alphas: log α of each site's weights, by the site's name, in the shape of the weights, which the legend has.
         threshold: The log α above which weights are dropped.
         title: The title.
         figure: The figure or sub-figure to draw on; by default a new one.
@@ -32,16 +34,34 @@ def log_alpha_histogram(
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
-    for (name, values), (color, line, _) in zip(log_alphas.items(), line_styles(), strict=False):
-        clipped = as_numpy(values).ravel().clip(-15, 15)
-        bins = {"bins": 90, "range": (-15, 15), "density": True}
-        _, _, (outline,) = axis.hist(clipped, histtype="step", label=name, color=color, **bins)
+    found = {_layer_name(name, values): as_numpy(values).ravel() for name, values in log_alphas.items()}
+    low, high = _range(np.concatenate(list(found.values())), threshold)
+    for (name, values), (color, line, _) in zip(found.items(), line_styles(), strict=False):
+        bins: dict[str, Any] = {"bins": 90, "range": (low, high), "density": True}
+        _, _, (outline,) = axis.hist(values.clip(low, high), histtype="step", label=name, color=color, **bins)
         outline.set_linestyle(line)  # matplotlib 3.10 takes no dashes in hist
     if threshold is not None:
-        axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-    axis.set(xlabel="log α (clipped to ±15)", ylabel="density", yscale="log", title=title)
+        axis.axvspan(threshold, high, color="lightgray", alpha=0.4, zorder=0, label=f"dropped: log α > {threshold:g}")
+    axis.set(xlabel="log α", ylabel="density", yscale="log", xlim=(low, high), title=title)
     axis.legend(fontsize="small")
     return figure
+
+
+def _layer_name(name: str, values: Tensor) -> str:
+    """Returns the name of a site with the sizes of its layer: inputs, outputs, and the kernel of a convolution."""
+    if values.dim() < 2:
+        return name
+    outputs, inputs, *kernel = values.shape
+    return f"{name} ({inputs} → {outputs}{', ' + '×'.join(map(str, kernel)) if kernel else ''})"
+
+
+def _range(values: np.ndarray, threshold: float | None) -> tuple[float, float]:
+    """Returns limits that all but a thousandth of the finite values lie within, and the threshold."""
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, [0.0005, 0.9995]) if len(finite) else (-1.0, 1.0)
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, threshold)
+    return float(low) - 0.5, float(high) + 0.5
 
 
 def mean_and_scale(
@@ -82,7 +102,8 @@ def mean_and_scale(
         label = "of them θ = 0 or σ = 0, drawn at the end"
         _scatter(axis, x[at_end], y[at_end], "black", "o", label, markersize=8, fillstyle="none")
     if threshold is not None:
-        ends = np.array(axis.get_xlim())  # before the line is drawn, which may go far below the weights
+        low, high = axis.get_xlim()  # before the line is drawn, which may go far below the weights
+        ends = np.array([low / 1e6, high * 1e6])  # for axes that are widened afterwards
         line = ends * np.exp(threshold / 2)
         axis.plot(ends, line, "k--", linewidth=1, label=f"log α = {threshold:g}", scalex=False, scaley=False)
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)

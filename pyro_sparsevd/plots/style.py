@@ -8,7 +8,6 @@ __all__ = [
     "are_wide",
     "as_numpy",
     "figure_or_new",
-    "joint_legend",
     "line_styles",
     "plain_numbers",
 ]
@@ -31,11 +30,10 @@ _COLORS = (ORANGE, BLUE, "#009E73", "#CC79A7", "black", "#56B4E9", "#E69F00")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)))
 _MARKERS = "os^DvP*X<>h"
 
-# Cividis is monotonic in lightness, so that signs are seen in print too. A gap in the middle separates the smallest
-# weights of either sign from zeros, which are masked and gray.
-_CIVIDIS = matplotlib.colormaps["cividis"]
-_SIGNS = _CIVIDIS(np.r_[np.linspace(0, 0.45, 115), np.linspace(0.55, 1, 115)])
-SIGNED = ListedColormap(_SIGNS, name="signed").with_extremes(bad=_CIVIDIS(0.5))
+# White in the middle, and a gap there, so that the smallest weights of either sign differ from zeros, which are masked.
+_RED_BLUE = matplotlib.colormaps["RdBu_r"]
+_SIGNS = _RED_BLUE(np.r_[np.linspace(0, 0.42, 115), np.linspace(0.58, 1, 115)])
+SIGNED = ListedColormap(_SIGNS, name="signed").with_extremes(bad="white")
 
 
 class Style(NamedTuple):
@@ -94,10 +92,3 @@ def plain_numbers(axis: Any) -> None:
     """Labels a logarithmic axis with 0.5, 20 and 300 instead of powers of ten."""
     axis.set_major_formatter(_PlainLogFormatter())
     axis.set_minor_formatter(_PlainLogFormatter())
-
-
-def joint_legend(axis: Any, other: Any) -> None:
-    """Puts one legend of the lines of two axes, which may be the same, below both."""
-    lines = axis.get_lines() + (other.get_lines() if other is not axis else [])
-    labels = [str(line.get_label()) for line in lines]
-    axis.legend(lines, labels, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=len(lines))

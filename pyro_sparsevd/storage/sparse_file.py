@@ -28,7 +28,7 @@ def save_sparse(
     """Writes the state of a sparse network to a small file, whole or not at all.
 
     Stored are all tensors of ``net.state_dict()``, buffers too; one that two modules share is stored once. Positions
-    and values of what is not zero are entropy-coded, see :mod:`~.context_models`. By default nothing but the sign of a
+    and values of what is not zero are entropy-coded. By default nothing but the sign of a
     zero is lost.
 
     Args:

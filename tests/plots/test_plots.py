@@ -9,10 +9,11 @@ import pytest
 import torch
 from lab import figures
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from pyro_sparsevd import plots
 from pyro_sparsevd.ops.divergence import kl_log_uniform
+from pyro_sparsevd.plots import weights
 from pyro_sparsevd.plots.style import BLUE, SIGNED, line_styles, plain_numbers
 from pyro_sparsevd.sparsity.threshold import SweepPoint
 
@@ -26,8 +27,8 @@ DRAW = {
     "weight_images of zeros": lambda **kw: plots.weight_images(torch.zeros(1, 4, 3), **kw),
     "log_alpha_histogram": lambda **kw: plots.log_alpha_histogram({"w": torch.tensor([1.0, torch.inf])}, **kw),
     "training_curves": lambda **kw: plots.training_curves(HISTORY, baseline=0.01, **kw),
-    "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, left={"nll": "NLL"}, right={}, **kw),
-    "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, **kw),
+    "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, [("nll", "kl")], **kw),
+    "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, baseline=0.01, count=500, **kw),
     "compression_curves": lambda **kw: figures.compression_curves([10, 99], {"a": [0.1, 0.2]}, baseline=0.05, **kw),
     "mean_and_scale": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), threshold=3.0, **kw),
     "mean_and_scale without a threshold": lambda **kw: plots.mean_and_scale(torch.randn(50), torch.randn(50), **kw),
@@ -60,14 +61,26 @@ def test_the_given_figure_is_drawn_into(draw):
 def test_no_more_units_than_asked_for_are_drawn():
     figure = plots.weight_images(torch.randn(10, 4, 3), count=4, colorbar_label=None)
     assert [len(axis.images) for axis in figure.axes] == [1, 1, 1, 1]
+    assert figure.get_supxlabel() == "4 of 10 units"
 
 
-def test_colors_of_weights_grow_lighter_with_value_and_zeros_are_apart():
+def test_units_stand_in_the_order_of_the_weights_they_have_left():
+    weight = torch.tensor([[[0.0, 0.0, 0.0]], [[1.0, 0.0, 0.0]], [[2.0, 2.0, 2.0]], [[3.0, 0.0, 0.0]]])
+    figure = plots.weight_images(weight, colorbar_label=None)
+    drawn = [float(axis.images[0].get_array().max()) for axis in figure.axes if axis.images]
+    assert drawn == [2, 1, 3]
+    assert figure.get_supxlabel() == "3 of 4 units, 1 without weights"
+
+
+def test_colors_of_weights_are_darker_the_larger_they_are_and_zeros_white():
     lightness = lambda colors: np.asarray(colors)[..., :3] @ [0.299, 0.587, 0.114]  # noqa: E731
-    steps = np.diff(lightness(SIGNED(np.linspace(0, 1, 64))))
-    assert steps.min() > 0
+    negative, positive = (np.diff(lightness(SIGNED(np.linspace(*ends, 48)))) for ends in ((0, 0.499), (0.501, 1)))
+    assert negative.min() > 0 > positive.max()
     below, zero, above = (lightness(SIGNED(v)) for v in (0.499, np.ma.masked, 0.501))
-    assert min(zero - below, above - zero) > 1.5 * np.median(steps)
+    assert zero == pytest.approx(1)
+    assert min(zero - below, zero - above) > 1.5 * np.median(negative)
+    assert SIGNED(0.4)[2] > SIGNED(0.4)[0]  # blue
+    assert SIGNED(0.6)[0] > SIGNED(0.6)[2]  # red
 
 
 def test_weights_are_colored_by_their_value_and_only_zeros_are_masked():
@@ -93,29 +106,54 @@ def test_weights_must_be_images():
 @pytest.mark.parametrize("draw", DRAW.values(), ids=DRAW)
 def test_every_axis_of_a_chart_says_what_it_shows(draw):
     for axis in draw().axes:
-        if axis.axison:
+        if axis.axison and not axis.images:
             assert axis.get_ylabel() or axis.get_xlabel()
 
 
 def test_training_curves_are_logarithmic_only_where_that_shows_more():
     history = [{"nll": 100.0 / n, "sparsity": 1 - 1 / n, "error": 0.1 - n / 1000} for n in range(1, 30)]
-    (bound,) = plots.training_curves(history, left={"nll": "NLL, nats"}, right={}).axes
-    assert (bound.get_ylabel(), bound.get_yscale()) == ("NLL, nats", "log")
-    left, right = plots.training_curves(history, right={"sparsity": "sparsity"}).axes
-    assert (left.get_ylabel(), left.get_yscale()) == ("error, %", "linear")
-    assert (right.get_ylabel(), right.get_yscale()) == ("sparsity, %", "linear")
+    axes = plots.training_curves(history).axes
+    found = [(axis.get_ylabel(), axis.get_yscale()) for axis in axes]
+    assert found == [("NLL, nats", "log"), ("sparsity, %", "linear"), ("error, %", "linear")]
 
 
 def test_training_curves_draw_fractions_in_percent_and_nothing_else():
     history = [{"error": 0.5, "sparsity": 0.1, "loss": 0.5}, {"error": 0.25, "sparsity": 0.9, "loss": 0.25}]
-    left, right = plots.training_curves(history, right={"sparsity": "sparsity"}, baseline=0.125).axes
-    drawn = [list(line.get_ydata()) for axis in (left, right) for line in axis.get_lines()]
-    assert drawn == [[50, 25], [12.5, 12.5], [10, 90]]
-    (other,) = plots.training_curves(history, left={"loss": "loss"}, right={}, baseline=0.125).axes
-    assert other.get_ylabel() == "loss"
+    axes = plots.training_curves(history, ["error", "sparsity", "loss"], baseline=0.125).axes
+    drawn = [list(line.get_ydata()) for axis in axes for line in axis.get_lines()]
+    assert drawn == [[50, 25], [12.5, 12.5], [10, 90], [0.5, 0.25]]
+    (other,) = plots.training_curves(history, ["error"], fractions=(), labels={"error": "MSE"}, baseline=0.125).axes
     assert [list(line.get_ydata()) for line in other.get_lines()] == [[0.5, 0.25], [0.125, 0.125]]
-    (named,) = plots.training_curves(history, left={"loss": "misses"}, right={}, fractions=["loss"]).axes
-    assert named.get_ylabel() == "misses, %"
+    assert other.get_legend().get_texts()[0].get_text() == "MSE"
+
+
+def test_quantities_of_one_panel_have_a_legend():
+    (axis,) = plots.training_curves(HISTORY, [("nll", "kl")]).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["NLL, nats", "KL, nats"]
+
+
+def test_the_band_of_errors_is_a_binomial_standard_error():
+    axis = plots.threshold_curves(POINTS, count=400).axes[0]
+    (band,) = axis.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    sds = [100 * (p * (1 - p) / 400) ** 0.5 for p in (0.02, 0.03)]
+    assert heights.min() == pytest.approx(2 - sds[0])
+    assert heights.max() == pytest.approx(3 + sds[1])
+
+
+def test_thresholds_stand_beside_their_points():
+    axis = plots.threshold_curves(POINTS, chosen=3.0).axes[0]
+    assert [(text.get_text(), text.xy) for text in axis.texts] == [("3", (50, 2)), ("0", (100, 3))]
+    (chosen,) = (line for line in axis.get_lines() if line.get_label() == "chosen")
+    assert chosen.get_xydata().tolist() == [[50, 2]]
+
+
+def test_the_histogram_spans_the_data_and_names_layers_by_their_sizes():
+    values = torch.linspace(-4, 2, 6000).view(20, 300)
+    axis = plots.log_alpha_histogram({"0.weight": values, "1.weight": torch.zeros(5, 2, 3, 3)}, threshold=1.0).axes[0]
+    assert axis.get_xlim() == pytest.approx((-4.5, 2.5), abs=0.01)
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["0.weight (300 → 20)", "1.weight (2 → 5, 3×3)", "dropped: log α > 1"]
 
 
 @pytest.mark.parametrize(
@@ -203,31 +241,38 @@ def test_connections_need_layers_in_a_row(shapes):
 
 def test_an_animation_has_a_frame_for_each_entry_and_is_small(tmp_path):
     path = tmp_path / "weights.gif"
-    figures.animate_weight_images([torch.randn(36, 28, 28) for _ in range(6)], path)
+    plots.animate_weight_images([torch.randn(36, 28, 28) for _ in range(6)], path)
     with Image.open(path) as image:
-        assert (image.format, image.n_frames) == ("GIF", 6)
+        assert image.format == "GIF"
+        assert sum(round(frame.info["duration"] / 200) for frame in ImageSequence.Iterator(image)) == 6 + 4
     assert path.stat().st_size < 3e6
 
 
-def test_frames_of_an_animation_have_one_scale_and_a_title_each(tmp_path, monkeypatch):
+def test_frames_of_an_animation_have_one_scale_order_and_a_title_each(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(figures, "weight_images", lambda weight, **options: calls.append(options))
-    frames = [torch.full((2, 3, 3), value) for value in (1.0, -4.0)]
-    figures.animate_weight_images(frames, tmp_path / "a.gif", title=["threshold 3", "threshold {}"], colorbar_label="w")
-    figures.animate_weight_images(frames, tmp_path / "b.gif")
-    assert [call["title"] for call in calls] == ["threshold 3", "threshold {}", "epoch 1", "epoch 2"]
-    assert {call["limit"] for call in calls} == {4}
-    assert [call["colorbar_label"] for call in calls] == ["w", "w", "weight", "weight"]
+    monkeypatch.setattr(weights, "_grid", lambda images, *others: calls.append((images, *others)) or others[-1])
+    before, after = torch.tensor([[[1.0, 9.0]], [[1.0, 2.0]]]), torch.tensor([[[0.0, 0.0]], [[0.0, -4.0]]])
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text: titles.append(text))
+    plots.animate_weight_images([before, after], tmp_path / "a.gif", title=["threshold 3", "threshold {}"])
+    plots.animate_weight_images([before, after], tmp_path / "b.gif", colorbar_label="w", count=1)
+    assert titles == ["threshold 3", "threshold {}", "epoch 1", "epoch 2"]
+    assert [limit for _, limit, _, _ in calls] == [9, 9, 4, 4]
+    assert [label for _, _, label, _ in calls] == ["weight", "weight", "w", "w"]
+    assert calls[0][0][:, 0, 1].tolist() == [2, 9]  # the unit with weights left stands first in every frame
+    assert calls[2][0].tolist() == [[[1, 2]]]
 
 
 def test_an_animation_needs_a_title_for_each_frame(tmp_path):
     with pytest.raises(ValueError, match="title: expected one for each of 2 frames, but got 1"):
-        figures.animate_weight_images(list(torch.randn(2, 1, 3, 3)), tmp_path / "weights.gif", title=["one"])
+        plots.animate_weight_images(list(torch.randn(2, 1, 3, 3)), tmp_path / "weights.gif", title=["one"])
 
 
 def test_an_animation_needs_a_frame(tmp_path):
+    with pytest.raises(ValueError, match="frames: expected at least one, but got none"):
+        plots.animate(lambda frame, figure: None, [], tmp_path / "weights.gif")
     with pytest.raises(ValueError, match="history: expected the weights of at least one frame"):
-        figures.animate_weight_images([], tmp_path / "weights.gif")
+        plots.animate_weight_images([], tmp_path / "weights.gif")
 
 
 def test_pyplot_is_not_imported():

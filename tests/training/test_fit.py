@@ -1,10 +1,8 @@
 """svd.fit: any model, any likelihood, any iterable of batches."""
 
 import math
-import re
 import sys
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import pyro
@@ -16,7 +14,6 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import pyro_sparsevd
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
 
@@ -59,7 +56,7 @@ def test_a_sparse_regression_keeps_the_relevant_weights():
     assert kept[:2].all()
     assert kept[2:].sum() <= 1  # by chance, as none of these matters
     assert history[-1]["compression"] == svd.sparsify(guide, 3.0).compression
-    assert plots.training_curves(history, left={"nll": "NLL", "kl": "KL"}).axes
+    assert plots.training_curves(history, [("nll", "kl"), "compression"]).axes
 
 
 class Pair(NamedTuple):
@@ -213,17 +210,6 @@ def test_bad_input_is_refused_by_name(loader, options, error, message, request):
         svd.fit(model, guide, loader(), **{"epochs": 1, **options})
     if request.node.callspec.id not in LATE:
         assert all(map(torch.equal, before, guide.parameters()))
-
-
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of lightning's own
-def test_the_examples_of_the_page_run():
-    page = Path(pyro_sparsevd.__file__).parents[1] / "docs" / "training.md"
-    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    namespace = {}
-    for snippet in snippets:
-        exec(snippet, namespace)
-    assert namespace["trainer"].current_epoch == 3
 
 
 def test_what_is_no_model_or_guide_is_refused():

@@ -1,7 +1,6 @@
 """Figures of one tutorial each, from plain data; each is drawn on ``figure``, or on a new one, and returned."""
 
 __all__ = [
-    "animate_weight_images",
     "compression_curves",
     "connections",
     "divergences",
@@ -10,34 +9,30 @@ __all__ = [
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.animation import PillowWriter
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_sparsevd.distributions.log_uniform import LogUniform
 from pyro_sparsevd.distributions.sparse_normal import SparseNormal
 from pyro_sparsevd.ops.divergence import kl_log_uniform
 from pyro_sparsevd.plots.style import BLUE, ORANGE, as_numpy, figure_or_new, line_styles, plain_numbers
-from pyro_sparsevd.plots.weights import _largest, weight_images
 
 
 def prior_and_posteriors(
     posteriors: Mapping[str, tuple[float, float]], *, limit: float = 3.0, title: str = "", figure: Any = None
 ) -> Any:
-    """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights.
+    """Draws the log-uniform prior, in blue, and Gaussian posteriors of single weights, with the KL of each in nats.
 
     The posteriors are mean and log variance of each weight, by its label; ``limit`` is the end of the axis of weights.
 
     Example:
         >>> figure = prior_and_posteriors({"kept": (1.0, -3.0), "dropped": (0.01, 0.0)})
         >>> [line.get_label() for line in figure.axes[0].get_lines()]
-        ['log-uniform prior, p(w) ∝ 1/|w|', 'kept: log α = -3.0', 'dropped: log α = 9.2']
+        ['log-uniform prior, p(w) ∝ 1/|w|', 'kept: log α = -3.0, KL 2.11', 'dropped: log α = 9.2, KL 0.00']
     """
     figure = figure_or_new(figure)
     axis = figure.subplots()
@@ -46,7 +41,8 @@ def prior_and_posteriors(
     axis.plot(w, prior, color=BLUE, linewidth=2, label="log-uniform prior, p(w) ∝ 1/|w|")
     for (name, (loc, log_variance)), style in zip(posteriors.items(), line_styles(skip=BLUE), strict=False):
         q = SparseNormal(torch.tensor(loc).double(), torch.tensor(log_variance).double())
-        label = f"{name}: log α = {q.log_alpha:.1f}"
+        divergence = kl_log_uniform(q.loc, q.log_variance, "exact")
+        label = f"{name}: log α = {q.log_alpha:.1f}, KL {divergence:.2f}"
         axis.plot(w, q.log_prob(w).exp(), color=style.color, linestyle=style.line, label=label)
     axis.set(xlabel="weight w", ylabel="density", ylim=(0, 2.5), xlim=(-limit, limit), title=title)
     axis.legend(fontsize="small")
@@ -81,48 +77,6 @@ def divergences(
     below.set(xlabel="log α", ylabel="difference from\nthe exact KL, nats", xlim=(-limit, limit))
     above.legend(fontsize="small")
     return figure
-
-
-def animate_weight_images(
-    history: Sequence[Tensor],
-    path: str | Path,
-    *,
-    count: int = 36,
-    colorbar_label: str | None = "weight",
-    title: str | Sequence[str] = "epoch {}",
-    frames_per_second: int = 5,
-) -> None:
-    """Writes :func:`weight_images` over training as an animated GIF, all frames on one scale.
-
-    Args:
-        history: The weights at each frame, of shape ``(units, height, width)``.
-        path: The file to write, overwritten if there is one.
-        count: The largest number of units to draw, the first ones.
-        colorbar_label: As for :func:`weight_images`.
-        title: What to write above: one for each frame, or one for all with the number of the frame, from 1, for ``{}``.
-        frames_per_second: How fast to show them.
-
-    Raises:
-        ValueError: If ``history`` is empty, or the number of titles is another than that of frames.
-
-    Example:
-        >>> frames = [torch.randn(4, 5, 5) for _ in range(3)]
-        >>> titles = [f"threshold {threshold}" for threshold in (3, 2, 1)]
-        >>> animate_weight_images(frames, getfixture("tmp_path") / "weights.gif", title=titles)
-    """
-    if not history:
-        raise ValueError("history: expected the weights of at least one frame, but got none")
-    titles = [title.format(n) for n in range(1, len(history) + 1)] if isinstance(title, str) else title
-    if len(titles) != len(history):
-        raise ValueError(f"title: expected one for each of {len(history)} frames, but got {len(titles)}")
-    limit = max(_largest(as_numpy(weight[:count])) for weight in history)
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    writer = PillowWriter(fps=frames_per_second)
-    with writer.saving(figure, str(path), dpi=80):
-        for weight, text in zip(history, titles, strict=True):
-            figure.clear()
-            weight_images(weight, count=count, limit=limit, colorbar_label=colorbar_label, title=text, figure=figure)
-            writer.grab_frame()
 
 
 def connections(weights: Sequence[Tensor], *, title: str = "", figure: Any = None) -> Any:
