@@ -1,17 +1,18 @@
 """Accuracy, calibration and uncertainty of predictions; comparison of priors."""
 
 __all__ = [
+    "Predictions",
     "PriorComparison",
     "PriorResult",
-    "Uncertainty",
     "compare_priors",
     "entropies",
-    "network_log_probs",
+    "network_predictions",
     "ood_auroc",
-    "sampled_log_probs",
-    "uncertainty",
+    "sampled_predictions",
+    "scores",
 ]
 
 from .compare import compare_priors
-from .metrics import Uncertainty, entropies, network_log_probs, ood_auroc, sampled_log_probs, uncertainty
+from .metrics import entropies, ood_auroc, scores
+from .predictions import Predictions, network_predictions, sampled_predictions
 from .report import PriorComparison, PriorResult

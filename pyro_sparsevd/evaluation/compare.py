@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Distribution
 
 from .._modules import same_random_numbers
 from ..infer.autoguide import AutoSparseNormal
@@ -27,7 +27,8 @@ from ..sparsity.threshold import SweepPoint, threshold_grid, threshold_sweep
 from ..training.checkpoints import Checkpoint
 from ..training.loop import fit_posterior
 from ..training.split import Split
-from .metrics import sampled_traces, uncertainty
+from .metrics import scores
+from .predictions import sampled_predictions
 from .report import PriorComparison, PriorResult
 
 
@@ -199,10 +200,10 @@ def _try_all(make: Callable, priors: Mapping[str, Prior | None], seed: int, spli
             model, guide = make(prior, seed)
             if not guide.real_sites:
                 raise ValueError("expected weights that are real numbers, of which some can be dropped, but got none")
-            (trace,) = sampled_traces(model, guide, [(split.images[:1], split.labels[:1])])
+            found = sampled_predictions(model, guide, [(split.images[:1], split.labels[:1])], num_samples=1)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prior {name!r}: {error}") from error
-    return "error" if trace.nodes["y"]["fn"].support.is_discrete else "mean squared error"
+    return "error" if found.draws is None else "mean squared error"
 
 
 def _settings(
@@ -267,17 +268,10 @@ def _result(run: _Run, seed: int, level: float, test: Split, num_samples: int) -
     )
 
 
-@torch.no_grad()
 def _scores(model: Supervised, guide: AutoSparseNormal, split: Split, num_samples: int) -> tuple[float, float]:
     """Returns the negative log likelihood of an example, and the calibration error, of the mean prediction."""
-    densities, classes = [], []
-    for _ in range(num_samples):
-        sites = [trace.nodes["y"] for trace in sampled_traces(model, guide, _batches(split, model))]
-        densities.append(torch.cat([site["fn"].log_prob(site["value"]).double() for site in sites]))
-        if isinstance(sites[0]["fn"], Categorical):
-            classes.append(torch.cat([site["fn"].logits.double().log_softmax(-1) for site in sites]))
-    nll = math.log(num_samples) - float(torch.stack(densities).logsumexp(0).mean())
-    return nll, uncertainty(torch.stack(classes), split.labels.long()).calibration_error if classes else math.nan
+    found = scores(sampled_predictions(model, guide, _batches(split, model), num_samples))
+    return found["nll"], found.get("calibration_error", math.nan)
 
 
 def _batches(split: Split, model: Supervised) -> list[tuple[Tensor, Tensor]]:

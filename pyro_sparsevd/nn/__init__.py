@@ -12,6 +12,7 @@ __all__ = [
 ]
 
 from .bayesianize import bayesianize
+from .likelihoods import GaussianLikelihood
 from .priors import fan_in_normal, group_normal_jeffreys, horseshoe, scale_mixture
 from .selection import choose
-from .supervised import GaussianLikelihood, Supervised
+from .supervised import Supervised

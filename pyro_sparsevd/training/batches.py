@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.batches import moved
+
 
 def batches(name: str, loader: Any, device: torch.device) -> Iterator[Any]:
     """Yields the batches of an epoch, on a device."""
@@ -21,20 +23,9 @@ def batches(name: str, loader: Any, device: torch.device) -> Iterator[Any]:
         )
     batch = None
     for batch in batches:
-        yield _moved(batch, device)
+        yield moved(batch, device)
     if batch is None:
         raise ValueError(f"{name}: expected at least one batch, but got none")
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(part, device) for name, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        parts = [_moved(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)  # a named tuple keeps its type
-    return batch
 
 
 def loss_of(loss: nn.Module, batch: Any) -> Tensor:
