@@ -2,14 +2,12 @@
 
 __all__ = ["Split", "hold_out"]
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
+class Split(TensorDataset):
     """Images with their labels, or features with their targets: one part, such as the training set, of a data set.
 
     Args:
@@ -24,15 +22,20 @@ class Split:
         3
     """
 
-    images: Tensor
-    labels: Tensor
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(labels) != (count := len(images)):
+            raise ValueError(f"Split: expected a label for each of {count} images, but got {len(labels)} labels")
+        super().__init__(images, labels)
 
-    def __post_init__(self) -> None:
-        if len(self.labels) != (count := len(self.images)):
-            raise ValueError(f"Split: expected a label for each of {count} images, but got {len(self.labels)} labels")
+    @property
+    def images(self) -> Tensor:
+        """The images."""
+        return self.tensors[0]
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def labels(self) -> Tensor:
+        """The labels."""
+        return self.tensors[1]
 
     def chunks(self, size: int = 1_000) -> list[tuple[Tensor, Tensor]]:
         """Returns the data in order, as pairs of at most ``size`` images and their labels."""

@@ -1,17 +1,42 @@
 """Readers of MNIST and CIFAR-10, digits that a package ships, and regression data sets."""
 
-__all__ = ["cifar10", "diabetes", "digits", "mnist", "sparse_regression"]
+__all__ = ["batches", "cifar10", "diabetes", "digits", "mnist", "sparse_regression"]
 
 import gzip
 import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_sparsevd.training.split import Split, hold_out
+
+
+class _IndexedAtOnce(TensorDataset):
+    """Tensors of which a loader takes a batch by one index, not datum by datum."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return self[torch.tensor(indices)]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def batches(dataset: TensorDataset, size: int, shuffle: bool = True) -> DataLoader:
+    """Returns the batches of a data set in memory, in another random order each time; the last may be smaller.
+
+    Example:
+        >>> dataset = TensorDataset(torch.rand(5, 3), torch.arange(5))
+        >>> [y.tolist() for x, y in batches(dataset, 2, shuffle=False)]
+        [[0, 1], [2, 3], [4]]
+    """
+    return DataLoader(_IndexedAtOnce(*dataset.tensors), size, shuffle=shuffle, collate_fn=_unchanged)
 
 
 def mnist(root: str | Path) -> tuple[Split, Split]:
