@@ -60,7 +60,9 @@ for pattern in ("*.ipynb", "*.md", "images/*"):
         target = _here / path.relative_to(_here.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
-for path in (_here / "tutorials").glob("*.md"):
+for path in (_here / "tutorials").glob(
+    "*.*"
+):  # notebooks and pages, not the folder of images
     path.write_text(path.read_text().replace("](../docs/", "](../"))
 
 
