@@ -120,6 +120,18 @@ def draw(
     return figure
 
 
+def _conclusion(summary: sparsevd.sparsity.SparsitySummary, sparse: float, dense: float, count: int) -> str:
+    """Says what is left, and whether its error on so many test data differs from the dense network's beyond chance."""
+    sd = ((sparse * (1 - sparse) + dense * (1 - dense)) / count) ** 0.5
+    verdict = (
+        "no worse" if sparse <= dense else "worse, within two standard errors" if sparse <= dense + 2 * sd else "worse"
+    )
+    return (
+        f"{summary.kept:,} of {summary.total:,} weights are left, {summary.compression:.0f} times fewer; the test error is"
+        f" {100 * sparse:.2f} %, {verdict} than the dense network's {100 * dense:.2f} %."
+    )
+
+
 def _first_weights(network: nn.Module) -> Tensor:
     """Returns the weights of each unit of the first layer as an image."""
     weight = next(p for p in network.parameters() if p.dim() > 1).detach()
@@ -173,6 +185,7 @@ def run(args: Namespace, new_network: Callable[[], nn.Module], data: Data, setti
         print(f"test error of the {name:22s} {100 * value:5.2f} %")
     seconds = time.perf_counter() - start
     print(f"\nthreshold {threshold:g}, {seconds:.0f} s")
+    print(_conclusion(summary, errors["fine-tuned network"], errors["dense network"], len(data.test)))
     before = "dense" if args.pretrained else "dense network, trained separately"
     baseline = score(dense, categorical, in_order(data.validation))
     figure = draw({before: dense, "pruned": tuned}, guide, history, threshold, baseline)

@@ -61,6 +61,7 @@ def training_curves(
             axis.set(yscale="log")
             plain_numbers(axis.yaxis)
     axes[-1].set(xlabel="epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set(title=title)
     return figure
 

@@ -56,11 +56,11 @@ def _layer_name(name: str, values: Tensor) -> str:
 
 
 def _range(values: np.ndarray, threshold: float | None) -> tuple[float, float]:
-    """Returns limits that all but a thousandth of the finite values lie within, and the threshold."""
+    """Returns limits that all but a thousandth of the finite values lie within, at most 20 from the threshold."""
     finite = values[np.isfinite(values)]
     low, high = np.quantile(finite, [0.0005, 0.9995]) if len(finite) else (-1.0, 1.0)
     if threshold is not None:
-        low, high = min(low, threshold), max(high, threshold)
+        low, high = np.clip([low, high], [threshold - 20, threshold], [threshold, threshold + 20])
     return float(low) - 0.5, float(high) + 0.5
 
 
