@@ -123,13 +123,10 @@ def draw(
 def _conclusion(summary: sparsevd.sparsity.SparsitySummary, sparse: float, dense: float, count: int) -> str:
     """Says what is left, and whether its error on so many test data differs from the dense network's beyond chance."""
     sd = ((sparse * (1 - sparse) + dense * (1 - dense)) / count) ** 0.5
-    verdict = (
-        "no worse" if sparse <= dense else "worse, within two standard errors" if sparse <= dense + 2 * sd else "worse"
-    )
-    return (
-        f"{summary.kept:,} of {summary.total:,} weights are left, {summary.compression:.0f} times fewer; the test error is"
-        f" {100 * sparse:.2f} %, {verdict} than the dense network's {100 * dense:.2f} %."
-    )
+    bounds = {dense: "no worse", dense + 2 * sd: "worse, but within two standard errors,"}
+    verdict = next((words for bound, words in bounds.items() if sparse <= bound), "worse")
+    left = f"{summary.kept:,} of {summary.total:,} weights are left, {summary.compression:.0f} times fewer"
+    return f"{left}; the test error is {100 * sparse:.2f} %, {verdict} than the dense network's {100 * dense:.2f} %."
 
 
 def _first_weights(network: nn.Module) -> Tensor:
