@@ -9,6 +9,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from pyro_sparsevd.nn import PRIOR_NAMES
@@ -150,6 +151,14 @@ def test_linear_models_are_drawn_on_one_scale_with_kept_features_marked(monkeypa
     assert len({line.get_marker() for line in lines[0].values()}) == 3
 
 
+def test_animations_are_written(monkeypatch, tmp_path):
+    _run(monkeypatch, "animations.py", "--epochs", 1, "--out", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["marginals.gif", "scales.gif", "weights.gif"]
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            assert image.n_frames >= 2  # the last one is held
+
+
 def test_every_script_is_tried():
-    others = {"classification.py", "common.py", "compare_priors.py", "intervals.py", "lenet.py"}
+    others = {"animations.py", "classification.py", "common.py", "compare_priors.py", "intervals.py", "lenet.py"}
     assert {path.name for path in TUTORIALS.glob("*.py")} == {*SCRIPTS, *others}
