@@ -4,13 +4,13 @@ The rooms, in order of dependence; each imports only from those above it::
 
     ops            numerics: KL divergences, and linear operations that sample their output
     distributions  prior and posterior as Pyro distributions, and their KL
+    plots          figures from plain data; imported on demand
     poutine        effect handlers: deferred weights, and the local reparameterisation
     nn             bayesianize and Supervised: from a torch network to a Pyro model
     infer          AutoSparseNormal and SparseVD_ELBO: the guide and the bound
     shrink         from a network with zeros to a smaller one
     storage        networks as small files, and as ONNX
     sparsity       sparsify, prune and thresholds: from a posterior to a sparse network
-    plots          figures from plain data; imported on demand
     training       from batches of data to a posterior
     evaluation     scores of predictions; comparison of priors
 """

@@ -4,6 +4,7 @@ __all__ = [
     "animate",
     "animate_weight_images",
     "intervals",
+    "kept_weights",
     "log_alpha_histogram",
     "mean_and_scale",
     "threshold_curves",
@@ -13,5 +14,5 @@ __all__ = [
 
 from .comparison import intervals
 from .curves import threshold_curves, training_curves
-from .posterior import log_alpha_histogram, mean_and_scale
+from .posterior import kept_weights, log_alpha_histogram, mean_and_scale
 from .weights import animate, animate_weight_images, weight_images

@@ -5,7 +5,6 @@ __all__ = ["threshold_curves", "training_curves"]
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..sparsity.threshold import SweepPoint
 from .style import BLUE, ORANGE, are_wide, figure_or_new, line_styles, plain_numbers
 
 _LABELS = {"nll": "NLL, nats", "kl": "KL, nats", "validation_nll": "validation NLL, nats"}
@@ -67,7 +66,7 @@ def training_curves(
 
 
 def threshold_curves(
-    points: Sequence[SweepPoint],
+    points: Sequence[Any],
     *,
     chosen: float | None = None,
     baseline: float | None = None,
@@ -89,7 +88,8 @@ def threshold_curves(
         The figure.
 
     Example:
-        >>> points = [SweepPoint(0.0, 0.03, 0.1, 0.99, 100.0), SweepPoint(3.0, 0.02, 0.1, 0.98, 50.0)]
+        >>> point = sparsevd.sparsity.SweepPoint
+        >>> points = [point(0.0, 0.03, 0.1, 0.99, 100.0), point(3.0, 0.02, 0.1, 0.98, 50.0)]
         >>> axis = threshold_curves(points, chosen=3.0).axes[0]
         >>> [text.get_text() for text in axis.texts]
         ['3', '0']

@@ -1,6 +1,6 @@
 """Figures of posteriors."""
 
-__all__ = ["log_alpha_histogram", "mean_and_scale"]
+__all__ = ["kept_weights", "log_alpha_histogram", "mean_and_scale"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,39 @@ import numpy as np
 from torch import Tensor
 
 from ..ops.divergence import log_alpha
-from .style import BLUE, ORANGE, as_numpy, figure_or_new, line_styles
+from .style import BLUE, ORANGE, as_numpy, figure_or_new, line_styles, plain_numbers
+
+
+def kept_weights(counts: Mapping[str, tuple[int, int]], *, title: str = "", figure: Any = None) -> Any:
+    """Draws how many weights each layer keeps, and how many it has, as bars on a logarithmic axis.
+
+    Args:
+        counts: The number of weights kept and of all, by the name of the layer.
+        title: The title.
+        figure: The figure or sub-figure to draw on; by default a new one.
+
+    Returns:
+        The figure.
+
+    Example:
+        >>> axis = kept_weights({"0.weight": (20, 1000), "2.weight": (0, 100)}).axes[0]
+        >>> [text.get_text() for text in axis.texts]
+        ['20 of 1,000, 50 times fewer', '0 of 100']
+    """
+    figure = figure_or_new(figure, size=(6, 1.2 + 0.4 * len(counts)))
+    axis = figure.subplots()
+    names = list(counts)
+    axis.barh(names, [total for _, total in counts.values()], color="lightgray", label="all")
+    axis.barh(names, [kept for kept, _ in counts.values()], color=ORANGE, label="kept")
+    for name, (kept, total) in counts.items():
+        text = f"{kept:,} of {total:,}" + (f", {total / kept:.3g} times fewer" if kept else "")
+        axis.annotate(text, (1, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize="small")
+    largest = max((total for _, total in counts.values()), default=1)
+    axis.set(xscale="log", xlim=(0.8, 2 * largest), xlabel="weights", title=title)
+    axis.invert_yaxis()
+    plain_numbers(axis.xaxis)
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=2)
+    return figure
 
 
 def log_alpha_histogram(

@@ -93,6 +93,17 @@ class SparsitySummary:
         """Returns a value of a site with its dropped weights at zero; of a site without a mask, as it is."""
         return torch.where(self.masks[site], value, 0) if site in self.masks else value
 
+    def plot(self, *, title: str = "", figure: Any = None) -> Any:
+        """Draws how many weights each site keeps, on ``figure`` or a new one, which it returns.
+
+        Example:
+            >>> SparsitySummary((SiteSparsity("w", (10, 10), 20, 3.0),), {}, 110).plot().axes[0].get_xlabel()
+            'weights'
+        """
+        from ..plots import kept_weights  # matplotlib takes long to import
+
+        return kept_weights({site.name: (site.kept, site.total) for site in self.sites}, title=title, figure=figure)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the sites and both totals as a dictionary of numbers, for a file.
 

@@ -26,6 +26,7 @@ DRAW = {
     "weight_images": lambda **kw: plots.weight_images(torch.randn(5, 4, 3), **kw),
     "weight_images of zeros": lambda **kw: plots.weight_images(torch.zeros(1, 4, 3), **kw),
     "log_alpha_histogram": lambda **kw: plots.log_alpha_histogram({"w": torch.tensor([1.0, torch.inf])}, **kw),
+    "kept_weights": lambda **kw: plots.kept_weights({"0.weight": (20, 1000), "2.weight": (0, 10)}, **kw),
     "training_curves": lambda **kw: plots.training_curves(HISTORY, baseline=0.01, **kw),
     "training_curves of the bound": lambda **kw: plots.training_curves(HISTORY, [("nll", "kl")], **kw),
     "threshold_curves": lambda **kw: plots.threshold_curves(POINTS, chosen=3.0, baseline=0.01, count=500, **kw),
