@@ -135,7 +135,10 @@ class _Run(NamedTuple):
 
 
 def _by_name(priors: Any) -> dict[str, Prior | None]:
-    if isinstance(priors, str) or not isinstance(priors, Mapping | Sequence):
+    is_named = isinstance(priors, Mapping) or (
+        isinstance(priors, Sequence) and not isinstance(priors, str) and all(isinstance(prior, str) for prior in priors)
+    )
+    if not is_named:
         raise TypeError(
             f"priors: expected names such as ('log-uniform', 'normal'), or a mapping from names to priors, but got "
             f"{priors!r}"

@@ -87,7 +87,7 @@ class PriorComparison:
             f"{self.error_name} once pruned": self._by_prior("sparse_error"),
             "NLL with all weights,\nnats per example": self._by_prior("nll"),
         }
-        return intervals(panels, title=title, figure=figure)
+        return intervals(panels, linear=list(panels)[2:], title=title, figure=figure)
 
     def _by_prior(self, name: str) -> dict[str, list[float]]:
         """Returns for each prior a number or score of each seed."""
@@ -125,7 +125,9 @@ def _mean(values: list[float], digits: int) -> str:
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
-    text = f"{statistics.mean(known):.{digits}f}"
+    mean = statistics.mean(known)
+    form = f".{digits}f" if mean == 0 or abs(mean) >= 10**-digits else ".1e"
+    text = f"{mean:{form}}"
     if len(known) > 1 and max(known) < math.inf:
-        text += f" ± {statistics.stdev(known):.{digits}f}"
+        text += f" ± {statistics.stdev(known):{form}}"
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"

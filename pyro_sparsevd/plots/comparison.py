@@ -4,21 +4,28 @@ __all__ = ["intervals"]
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .style import BLUE, are_wide, figure_or_new, plain_numbers
 
 
-def intervals(panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str = "", figure: Any = None) -> Any:
+def intervals(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    linear: Collection[str] = (),
+    title: str = "",
+    figure: Any = None,
+) -> Any:
     """Draws for each of several things, a row each, and each quantity, a panel each, the range of its values.
 
     A dot is a value, the mark their median and the line goes from the smallest to the largest. Values that are not
-    finite have no dot; beside a row that lacks some stands how many of all it has. A panel whose values differ much is
-    logarithmic.
+    finite have no dot; within a row that lacks some stands how many of all it has. A panel whose values differ much is
+    logarithmic, unless it is ``linear``.
 
     Args:
         panels: By the label of a panel, and by the name of a row, the values. All panels have the same rows.
+        linear: The labels of panels whose zero means nothing, such as those of densities.
         title: The title.
         figure: The figure or sub-figure to draw on; by default a new one.
 
@@ -41,7 +48,7 @@ def intervals(panels: Mapping[str, Mapping[str, Sequence[float]]], *, title: str
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         finite = {name: [v for v in found if math.isfinite(v)] for name, found in values.items()}
         axis.set(xlabel=label)
-        if are_wide((v for found in finite.values() for v in found), ratio=5):
+        if label not in linear and are_wide((v for found in finite.values() for v in found), ratio=5):
             axis.set(xscale="log")
             plain_numbers(axis.xaxis)
         for row, (name, known) in enumerate(finite.items()):
@@ -61,4 +68,5 @@ def _interval(axis: Any, row: int, known: list[float], total: int) -> None:
         axis.plot(statistics.median(known), row, "o", color=BLUE, markersize=6)
     if len(known) < total:
         text = f"{len(known)} of {total}"
-        axis.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize="x-small")
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": "x-small"}
+        axis.annotate(text, (0.99, row), **place)

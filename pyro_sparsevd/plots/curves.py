@@ -80,12 +80,16 @@ def threshold_curves(
         points: What :func:`~.threshold.threshold_sweep` returns.
         chosen: The threshold that was chosen.
         baseline: The error of a dense network.
-        count: The number of held-out data; with it, a band shows one binomial standard error on either side.
+        count: The number of held-out data; with it, a band shows one binomial standard error on either side of an error
+            that is a fraction.
         title: The title.
         figure: The figure or sub-figure to draw on; by default a new one.
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If ``count`` is given for squared errors.
 
     Example:
         >>> point = sparsevd.sparsity.SweepPoint
@@ -94,10 +98,15 @@ def threshold_curves(
         >>> [text.get_text() for text in axis.texts]
         ['3', '0']
     """
+    names = {getattr(point, "error_name", "error") for point in points}
+    is_fraction = names <= {"error"}
+    if count is not None and not is_fraction:
+        raise ValueError(f"count: expected it for errors that are fractions, but got {', '.join(sorted(names))}")
     figure = figure_or_new(figure)
     axis = figure.subplots()
     points = sorted(points, key=lambda point: point.compression)
-    compressions, errors = [p.compression for p in points], [100 * p.error for p in points]
+    unit = 100 if is_fraction else 1
+    compressions, errors = [p.compression for p in points], [unit * p.error for p in points]
     axis.plot(compressions, errors, "o-", color=ORANGE, label="at the threshold beside the point")
     if count is not None:
         sds = [(error * (100 - error) / count) ** 0.5 for error in errors]
@@ -109,8 +118,8 @@ def threshold_curves(
         if point.threshold == chosen:
             axis.plot(point.compression, error, "o", color=BLUE, markersize=11, fillstyle="none", label="chosen")
     if baseline is not None:
-        axis.axhline(100 * baseline, color="gray", linestyle=":", label="dense network")
-    axis.set(xlabel="compression", ylabel="error, %", xscale="log", title=title)
+        axis.axhline(unit * baseline, color="gray", linestyle=":", label="dense network")
+    axis.set(xlabel="compression", ylabel="error, %" if is_fraction else names.pop(), xscale="log", title=title)
     plain_numbers(axis.xaxis)
     axis.legend(fontsize="small")
     return figure

@@ -1,6 +1,6 @@
 """Observed values: how likely they are, and how far off is what is predicted of them."""
 
-__all__ = ["Observations", "class_log_probs", "errors", "observe"]
+__all__ = ["Observations", "class_log_probs", "error_name", "errors", "observe"]
 
 import math
 from collections.abc import Sequence
@@ -81,6 +81,14 @@ def errors(found: Observations) -> Tensor:
         return found.select((_mode(found.parts) != found.values).double())
     except NotImplementedError:
         return torch.full_like(found.select(found.seen), math.nan, dtype=torch.double)
+
+
+def error_name(found: Observations) -> str:
+    """Returns what the mean of the errors is: ``"error"``, a fraction, or ``"mean squared error"``."""
+    try:
+        return "error" if found.parts[0].support.is_discrete else "mean squared error"
+    except NotImplementedError:
+        return "error"
 
 
 def _mode(parts: tuple[Any, ...]) -> Tensor:

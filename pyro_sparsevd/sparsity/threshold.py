@@ -22,7 +22,7 @@ from ..infer.autoguide import AutoSparseNormal
 from ..nn.batches import moved, pairs
 from ..nn.deterministic import deterministic_model
 from ..nn.supervised import Supervised
-from ..poutine.observations import errors, observe
+from ..poutine.observations import error_name, errors, observe
 from .pruning import prune
 from .summary import sparse_normal_parts, sparsify
 
@@ -38,6 +38,7 @@ class SweepPoint(NamedTuple):
         nll: The mean negative log likelihood of an example, in nats; one observed at several sites counts as several.
         sparsity: The fraction of the weights that is dropped.
         compression: The number of weights over the number kept.
+        error_name: What the error is: ``"error"``, a fraction, or ``"mean squared error"``.
     """
 
     threshold: float | Mapping[str, float]
@@ -45,6 +46,7 @@ class SweepPoint(NamedTuple):
     nll: float
     sparsity: float
     compression: float
+    error_name: str = "error"
 
 
 def threshold_grid(guide: AutoSparseNormal) -> list[float]:
@@ -59,14 +61,16 @@ def threshold_grid(guide: AutoSparseNormal) -> list[float]:
     return list(dict.fromkeys([math.inf, *found, -math.inf]))
 
 
-def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> float:
+def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05, unit: float | None = None) -> float:
     """Returns the smallest threshold at which a smooth curve through noisy likelihoods is close to its minimum.
 
     ``nlls`` is the mean negative log likelihood of held-out data at each threshold; the best of several noisy ones is
     the best in part by luck. The curve is a quadratic in the threshold, by least squares, or a line where the quadratic
-    would bend downwards. ``tolerance`` is how far above its minimum over the thresholds the curve may be, as a fraction
-    of that minimum: likelihood given up for compression. Infinite and NaN likelihoods are left out. It warns if the
-    threshold is the smallest or the largest of several, beyond which a better one may lie.
+    would bend downwards. Likelihoods more than ``unit`` above the best, of networks that are broken, are left out, as
+    are infinite and NaN ones. ``tolerance`` is how far above its minimum over the thresholds the curve may be, as a
+    fraction of ``unit``: likelihood given up for compression. The unit is the best likelihood itself; give 1 nat for
+    densities, which change by a constant with the unit of the targets. It warns if the threshold is the smallest or the
+    largest of several, beyond which a better one may lie.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance: expected a fraction that is not negative, but got {tolerance}")
@@ -75,13 +79,18 @@ def smoothed_threshold(nlls: Mapping[float, float], tolerance: float = 0.05) -> 
     finite = {threshold: nlls[threshold] for threshold in sorted(nlls) if math.isfinite(nlls[threshold])}
     if not finite:
         raise ValueError(f"thresholds: expected one with a finite negative log likelihood, but got {dict(nlls)}")
+    best = min(finite.values())
+    finite = {
+        threshold: nll for threshold, nll in finite.items() if nll <= best + (abs(best) if unit is None else unit)
+    }
     points = list(finite), list(finite.values())
     coefficients = np.polyfit(*points, min(2, len(finite) - 1))
     if len(coefficients) == 3 and coefficients[0] < 0:
         coefficients = np.polyfit(*points, 1)
     curve = dict(zip(finite, np.polyval(coefficients, points[0]), strict=True))
     lowest = min(curve.values())
-    chosen = next(t for t, nll in curve.items() if nll <= lowest + tolerance * abs(lowest))
+    highest = lowest + tolerance * (abs(lowest) if unit is None else unit)
+    chosen = next(threshold for threshold, nll in curve.items() if nll <= highest)
     if len(nlls) > 1 and chosen in (min(nlls), max(nlls)):
         end = "smallest" if chosen == min(nlls) else "largest"
         warnings.warn(f"thresholds: chose {chosen:g}, the {end} that was tried; try some beyond it", stacklevel=2)
@@ -107,8 +116,10 @@ def choose_threshold(
         guide: Its guide.
         data: Batches ``(x, y)`` of held-out data: a ``DataLoader``, a list, or a function that returns the batches.
         thresholds: The thresholds to try, at least one; seven or more, evenly spaced, leave little to chance.
-        fine_tune: A function that trains a pruned network and returns it, or a trained copy.
-        tolerance: As for :func:`smoothed_threshold`.
+        fine_tune: A function that trains a pruned network and returns it, or a trained copy; ``lambda net: net`` to
+            choose among networks as they are.
+        tolerance: How much worse the likelihood may be than the best of the curve: a fraction of it for discrete
+            targets, and nats per datum for real ones.
 
     Returns:
         The threshold.
@@ -124,12 +135,13 @@ def choose_threshold(
         3.0
     """
     batches = list(data) if isinstance(data, Iterator) else data
-    nlls = {}
+    nlls, kind = {}, ""
     for threshold in thresholds:
         tuned = fine_tune(prune(model.network, guide, sparsify(guide, threshold)))
         with evaluation_mode(tuned):
-            _, nlls[threshold] = _evaluate(deterministic_model(tuned, model.likelihood), batches, device_of(tuned), {})
-    return smoothed_threshold(nlls, tolerance)
+            of_tuned = deterministic_model(tuned, model.likelihood)
+            _, nlls[threshold], kind = _evaluate(of_tuned, batches, device_of(tuned), {})
+    return smoothed_threshold(nlls, tolerance, unit=None if kind == "error" else 1.0)
 
 
 @torch.no_grad()
@@ -156,7 +168,7 @@ def threshold_sweep(
 
     Raises:
         ValueError: If the model observes nothing or has a latent that the guide has not, targets are of another shape
-            than their distribution, ``data`` is empty, a batch is no pair, or a threshold is NaN.
+            than their distribution, ``data`` is empty, a batch is no pair, a threshold is NaN, or there is none.
 
     Example:
         >>> bnn = sparsevd.bayesianize(nn.Linear(4, 3))
@@ -175,8 +187,10 @@ def threshold_sweep(
     for threshold in thresholds:
         summary = sparsify(guide, threshold)
         sparse = {name: summary.masked(name, m) for name, m in medians.items()}
-        error, nll = _evaluate(model, batches, device, sparse, others)
-        points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression))
+        error, nll, kind = _evaluate(model, batches, device, sparse, others)
+        points.append(SweepPoint(threshold, error, nll, summary.sparsity, summary.compression, kind))
+    if not points:
+        raise ValueError("thresholds: expected at least one, but got none")
     return points
 
 
@@ -187,24 +201,25 @@ def _evaluate(
     device: torch.device | None,
     sparse: dict[str, Tensor],
     others: Iterable[AutoGuide] = (),
-) -> tuple[float, float]:
-    """Returns the mean error and the mean negative log likelihood of the observed data, given the latents."""
+) -> tuple[float, float, str]:
+    """Returns mean error and mean negative log likelihood of the observed data, and what the error is."""
     error = nll = 0.0
     num_values = num_data = 0
+    kind = "error"
     with evaluation_mode(model):
         for args, kwargs in _arguments(model, data, device):
             latents = {name: v for part in others for name, v in part.median(*args, **kwargs).items()} | sparse
             trace = poutine.trace(_LatentsMessenger(latents)(model)).get_trace(*args, **kwargs)
             for site in _observed(trace, latents):
                 found = observe([site])
-                of_values = errors(found)
+                of_values, kind = errors(found), error_name(found)
                 error += float(of_values.sum())
                 nll -= float(found.log_likelihoods.sum())
                 num_values += len(of_values)
                 num_data += found.log_likelihoods.numel()
     if num_data == 0:
         raise ValueError("data: expected at least one datum that is not masked, but got none")
-    return error / num_values, nll / num_data
+    return error / num_values, nll / num_data, kind
 
 
 def _arguments(model: Any, data: Any, device: torch.device | None) -> Iterator[tuple[tuple, dict]]:

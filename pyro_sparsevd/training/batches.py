@@ -18,6 +18,8 @@ from ..nn.supervised import Supervised
 
 def batches(name: str, loader: Any, model: Callable, device: torch.device | None) -> Iterator[Any]:
     """Yields the batches of an epoch, on a device; each must have the structure of the first, the model's arguments."""
+    if isinstance(loader, Tensor) or (isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader)):
+        raise TypeError(f"{name}: expected batches, but got the tensors of one; give a list of it, [(x, y)]")
     batches = loader() if callable(loader) and not isinstance(loader, Iterable) else loader
     if not isinstance(batches, Iterable):
         raise TypeError(f"{name}: expected batches, or a function that returns them, but got {type(loader).__name__}")
@@ -54,7 +56,8 @@ def _require_arguments(name: str, model: Callable, batch: Any) -> None:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"{name}: expected batches of the model's arguments, {signature}, but got {_structure(batch)}: {error}"
+            f"{name}: expected batches of the model's arguments, {signature}, but got {_structure(batch)}: {error}; "
+            "several inputs x are a tuple or a dictionary, ((a, b), y)"
         ) from error
 
 
@@ -88,7 +91,7 @@ def known_size(loader: Any) -> int:
     """Returns the number of data of an epoch as far as it is known without going through it, else 0."""
     if isinstance(loader, DataLoader):
         return len(loader.sampler) if loader.batch_size and isinstance(loader.sampler, Sized) else 0
-    return sum(size_of(batch) for batch in loader) if isinstance(loader, tuple | list) else 0
+    return sum(map(size_of, loader)) if isinstance(loader, list) else 0
 
 
 class EpochSize:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from ..infer.buffers import unchanged_buffers_on_error
 from ..infer.checks import finite_value
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
+from ..nn.supervised import Supervised
 from ..sparsity.summary import sparsify
 from .batches import EpochSize, batches, known_size, loss_of, size_of
 from .schedule import check_schedule, kl_weight, learning_rate_factor
@@ -125,16 +127,21 @@ def fit(
 
 
 def _check(model: Any, guide: Any, epochs: Any, lr: float, warm_up: float) -> None:
-    if not callable(model):
+    check_model_and_guide(model, guide)
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs <= 0:
+        raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
+    check_schedule(lr, warm_up)
+
+
+def check_model_and_guide(model: Any, guide: Any) -> None:
+    """Raises TypeError for a model or a guide that cannot be trained, or each in the place of the other."""
+    if not callable(model) or isinstance(model, AutoGuide):
         raise TypeError(f"model: expected a torch module or a function, but got {type(model).__name__}")
-    if not isinstance(guide, nn.Module):
+    if not isinstance(guide, nn.Module) or isinstance(guide, Supervised):
         raise TypeError(
             f"guide: expected a torch module, whose parameters can be trained, but got {type(guide).__name__}; use SVI "
             "for functions"
         )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs <= 0:
-        raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
-    check_schedule(lr, warm_up)
 
 
 def _device_of(loss: nn.Module) -> torch.device | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from .batches import EpochSize, inputs, known_size, loss_of, size_of
-from .fit import adam, require_finite_gradients, require_finite_validation, sparsity_of
+from .fit import adam, check_model_and_guide, require_finite_gradients, require_finite_validation, sparsity_of
 from .schedule import check_schedule, kl_weight, learning_rate_factor
 
 
@@ -118,6 +118,7 @@ class SparseVDModule(ResumableModule):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__()
+        check_model_and_guide(model, guide)
         check_schedule(lr, warm_up)
         self.elbo = SparseVD_ELBO(kl=kl)
         self.loss = self.elbo(model, guide)
@@ -183,7 +184,7 @@ class SparseVDModule(ResumableModule):
             self._size.warn_if_missing()
         nll, divergence = torch.stack(self._terms).mean(0)
         self.log_dict({"nll": nll, "kl": divergence}, prog_bar=True, sync_dist=True)
-        self.log_dict(sparsity_of(self.guide), prog_bar=True)
+        self.log_dict(sparsity_of(self.guide), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the expected negative log likelihood of held-out data, scaled as in training."""
@@ -212,6 +213,8 @@ class RandomState(lightning.Callback):
     training is bit by bit the one that was never interrupted; on several, the noise of the others is new.
     """
 
+    _loaded: dict[str, Any] | None = None
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Seeds all processes but the first anew, which otherwise may share their noise."""
         if trainer.global_rank:
@@ -235,3 +238,13 @@ class RandomState(lightning.Callback):
             torch.cuda.set_rng_state(state.cpu(), device)
         np.random.set_state(state_dict["numpy"])  # noqa: NPY002
         random.setstate(state_dict["python"])
+        self._loaded = state_dict
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Notes that there was something left to train."""
+        self._loaded = None
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Sets the states again after a training that was finished, as the trainer used random numbers to find out."""
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)

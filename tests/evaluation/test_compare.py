@@ -426,6 +426,7 @@ PAIR = [(torch.zeros(2, 6), torch.zeros(2))]
         ({"make_network": lambda: 3}, TypeError, "prior 'a': .*expected an nn.Module, but got int"),
         ({"priors": svd.LogUniform()}, TypeError, r"priors: expected names such as .* but got LogUniform\(\)"),
         ({"priors": "normal"}, TypeError, "priors: expected names such as .* but got 'normal'"),
+        ({"priors": [svd.LogUniform()]}, TypeError, r"priors: expected names such as .* but got \[LogUniform\(\)\]"),
         ({"priors": {}}, ValueError, "priors: expected at least one"),
         ({"priors": ["normal", "normal"]}, ValueError, "priors: expected at least one, and each once"),
         ({"priors": ["gaussian"]}, ValueError, "prior: expected one of 'log-uniform', 'ard', .* but got 'gaussian'"),

@@ -142,6 +142,15 @@ def test_the_band_of_errors_is_a_binomial_standard_error():
     assert heights.max() == pytest.approx(3 + sds[1])
 
 
+def test_squared_errors_are_drawn_as_they_are():
+    points = [point._replace(error=35.5, error_name="mean squared error") for point in POINTS]
+    axis = plots.threshold_curves(points, baseline=30.0).axes[0]
+    assert axis.get_ylabel() == "mean squared error"
+    assert [line.get_ydata()[0] for line in axis.get_lines()] == [35.5, 30.0]
+    with pytest.raises(ValueError, match="count: expected it for errors that are fractions, but got mean squared"):
+        plots.threshold_curves(points, count=10)
+
+
 def test_thresholds_stand_beside_their_points():
     axis = plots.threshold_curves(POINTS, chosen=3.0).axes[0]
     assert [(text.get_text(), text.xy) for text in axis.texts] == [("3", (50, 2)), ("0", (100, 3))]

@@ -308,3 +308,12 @@ def test_the_sweep_leaves_masked_discrete_parts_of_data_out(kind, device):
     guide(y)
     (point,) = svd.threshold_sweep(model, guide, [(y,)], [3.0])
     assert point.error == pytest.approx((0 + 1 + 1 + 0) / 4)
+
+
+def test_a_sweep_says_what_its_errors_are_and_needs_a_threshold():
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    model = svd.Supervised(svd.bayesianize(nn.Linear(3, 2)), lambda mean: dist.Normal(mean, 1.0).to_event(1), 6)
+    guide = svd.AutoSparseNormal(model)
+    assert svd.threshold_sweep(model, guide, [(x, y)], [3.0])[0].error_name == "mean squared error"
+    with pytest.raises(ValueError, match="thresholds: expected at least one, but got none"):
+        svd.threshold_sweep(model, guide, [(x, y)], [])

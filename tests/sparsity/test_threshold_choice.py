@@ -54,7 +54,6 @@ def test_the_order_of_the_thresholds_does_not_matter():
         ({0.0: 0.10, 1.0: 0.20, 2.0: 0.30}, 0.0, "smallest"),
         ({0.0: 0.100, 1.0: 0.104}, 0.0, "smallest"),  # a line
         ({0.0: 0.20, 1.0: 0.35, 2.0: 0.19}, 0.0, "smallest"),  # no quadratic, which would bend downwards, but a line
-        ({0.0: 2.3, 0.5: 2.3, 1.0: 0.9, 1.5: 0.1, 2.0: 0.05, 3.0: 0.05}, 3.0, "largest"),
     ],
 )
 def test_a_choice_at_the_end_of_those_tried_warns(nlls, expected, end):
@@ -65,6 +64,25 @@ def test_a_choice_at_the_end_of_those_tried_warns(nlls, expected, end):
 def test_a_curve_with_a_minimum_below_0_is_taken_near_its_minimum():
     nlls = {-1.0: 50.0, -0.5: 2.3, 0.0: 0.3, 0.5: 0.2, 1.0: 0.2, 1.5: 0.2, 2.0: 0.2, 3.0: 0.2}
     assert smoothed_threshold(nlls) in (1.0, 1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("nlls", "expected"),
+    [
+        ({0.0: 2.3, 0.5: 2.3, 1.0: 0.9, 1.5: 0.1, 2.0: 0.05, 3.0: 0.05}, 2.0),
+        ({t: 6.0 if t == -4 else 1.0 for t in range(-4, 5)}, -3),
+        ({-3.0: 0.7, -2.0: 0.3, **_quadratic(0.04)}, 1.0),
+    ],
+)
+def test_networks_that_are_broken_do_not_move_the_choice(nlls, expected):
+    assert smoothed_threshold(nlls) == expected
+
+
+@pytest.mark.parametrize("shift", [-5.0, -0.7, 0.0, 0.7, 5.0])
+def test_the_choice_by_densities_does_not_depend_on_the_unit_of_the_targets(shift):
+    nlls = {t: nll + shift for t, nll in _quadratic(0.04, lowest=1.0).items()}
+    assert smoothed_threshold(nlls, unit=1.0) == 1.0
+    assert smoothed_threshold({-2.0: 9.0 + shift, **nlls}, unit=1.0) == 1.0
 
 
 @pytest.mark.parametrize("lost", [math.inf, math.nan])
@@ -107,7 +125,7 @@ def test_a_threshold_is_chosen_by_the_likelihoods_of_the_tuned_networks():
     # The density of 0 is exp(-π m²) where the network returns m.
     scale = torch.tensor(1 / math.sqrt(2 * math.pi), dtype=torch.double)
     model = svd.Supervised(svd.bayesianize(nn.Linear(2, 1)), lambda mean: dist.Normal(mean, scale), 4)
-    tuned = iter(Constant(math.sqrt(nll / math.pi)) for nll in _quadratic(0.04).values())
+    tuned = iter(Constant(math.sqrt(nll / math.pi)) for nll in _quadratic(0.04, lowest=1.0).values())
     data = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.double))]
     guide = svd.AutoSparseNormal(model)
     assert choose_threshold(model, guide, data, iter(THRESHOLDS), fine_tune=lambda network: next(tuned)) == 1.0
@@ -118,7 +136,7 @@ def test_a_choice_is_by_all_batches_in_evaluation_mode(monkeypatch, device):
     model = svd.Supervised(svd.bayesianize(net), categorical, 100)
     x = torch.randn(100, 2, device=device)
     guide, found, y = svd.AutoSparseNormal(model), {}, (x.prod(1) > 0).long()
-    monkeypatch.setattr(sparsity_threshold, "smoothed_threshold", lambda nlls, tolerance: found.update(nlls))
+    monkeypatch.setattr(sparsity_threshold, "smoothed_threshold", lambda nlls, tolerance, unit: found.update(nlls))
     data = zip(x.split(30), y.split(30), strict=True)
     choose_threshold(model, guide, data, [math.inf, 1.0], fine_tune=nn.Module.train, tolerance=0.1)
     for threshold, nll in found.items():

@@ -279,3 +279,10 @@ def test_the_data_of_graphs_are_their_targets():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of data that are missing
         assert len(svd.fit(model, guide, [batch] * 2, epochs=1)) == 1
+
+
+@pytest.mark.parametrize("loader", [_regression(), _regression()[0]], ids=["pair", "tensor"])
+def test_a_batch_in_the_place_of_batches_is_refused(loader):
+    model, guide = _model()
+    with pytest.raises(TypeError, match=r"loader: expected batches, but got the tensors of one; give .* \[\(x, y\)\]"):
+        svd.fit(model, guide, loader, epochs=1)

@@ -100,6 +100,24 @@ def test_a_resumed_training_is_one_that_was_never_interrupted(tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(whole, half, strict=True))
 
 
+def test_a_finished_training_that_is_resumed_leaves_the_random_numbers_as_it_did(tmp_path):
+    path, numbers = tmp_path / "checkpoint.ckpt", []
+    for resumed in (None, path):
+        trainer = _trainer(tmp_path, callbacks=[RandomState()])
+        lightning.seed_everything(3, verbose=False)
+        trainer.fit(_module(), _batches(), ckpt_path=resumed)
+        if resumed is None:
+            trainer.save_checkpoint(path)
+        numbers.append(torch.rand(5))
+    assert torch.equal(*numbers)
+
+
+def test_a_guide_in_the_place_of_the_model_is_refused():
+    module = _module()
+    with pytest.raises(TypeError, match="model: expected a torch module or a function, but got AutoSparseNormal"):
+        SparseVDModule(module.guide, module.model)
+
+
 REFUSED = {
     "lr": ({"lr": 0.1}, "lr 0.1, but it is of one with lr 0.003; go on with lr 0.003"),
     "kl": ({"kl": "approximate"}, "kl approximate, but it is of one with kl exact"),
