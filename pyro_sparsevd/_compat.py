@@ -143,8 +143,8 @@ def validation_deferred() -> Iterator[None]:
         yield
 
 
-def is_deferred(distribution: Distribution) -> bool:
-    """Tells whether the validation of a distribution was deferred where it was made.
+def is_deferred(distribution: Distribution | type[Distribution]) -> bool:
+    """Tells whether the validation of a distribution was deferred where it was made; of the class, whether it is now.
 
     torch 2.9 to 2.15. There is no public name for whether a distribution validates. Missing: the call fails.
     """

@@ -1,8 +1,9 @@
-"""Validation of distributions on their own device, where nothing waits for its result.
+"""Validation of distributions on an accelerator, where nothing waits for its result.
 
 torch validates a distribution where it is made and where its density is taken, and reads each result: on an accelerator
 the host waits each time. Within ``validation_deferred``, which all of this is for, what is not valid has NaN for a
 density instead. Whoever reads the sum of all densities learns of it; :func:`raise_invalid` then says what it was.
+Distributions of sites are validated, with those they are made of; others, made within a density, are not.
 """
 
 __all__ = ["deferred_log_prob", "parameters_are_valid", "raise_invalid"]
@@ -10,40 +11,42 @@ __all__ = ["deferred_log_prob", "parameters_are_valid", "raise_invalid"]
 import copy
 import math
 from collections.abc import Iterator
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
-from .._compat import is_deferred
+from .._compat import is_deferred, mask_of
 from .util import unmasked, unwrap_independent
 
 
 def deferred_log_prob(name: str, fn: Any, value: Tensor) -> Tensor:
-    """Returns the log density of a site's value: NaN everywhere if any of it is outside of the support.
+    """Returns the log density of a site's value: NaN everywhere if any of it, or a parameter, is not valid.
 
-    So it is if a parameter is not what the distribution needs. A distribution made with ``validate_args=False`` is
-    taken as it is.
+    Where validation is not deferred, that is torch's error, with the name of the site. A distribution made with
+    ``validate_args=False`` is taken as it is.
     """
-    checked = _checked(fn)
-    if checked is None:
-        return _unvalidated(fn).log_prob(value)
-    _check_shape(name, checked, value)
-    try:
-        support = checked.support
-    except NotImplementedError:  # as torch, which warns where such a distribution validates a value
+    if not is_deferred(Distribution):
+        try:
+            return fn.log_prob(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if isinstance(fn, MaskedDistribution) and mask_of(fn) is False:
         return fn.log_prob(value)
-    valid = support.check(value).all()
+    noted: list[Tensor] = []
+    of_value = _checked(fn)
+    if of_value is not None and _is_discrete(of_value):  # a class that is none is an index outside of the logits
+        _note(name, of_value, noted, value)
+        value = torch.where(noted[0], value, torch.zeros_like(value))
+    log_prob = _noting(name, fn, noted).log_prob(value)
     of_parameters = parameters_are_valid(fn)
-    if of_parameters is not None:
-        valid = valid & of_parameters
-    if support.is_discrete:  # a class that is none is an index outside of the logits
-        value = torch.where(valid, value, torch.zeros_like(value))
-    return torch.where(valid, _unvalidated(fn).log_prob(value), math.nan)
+    noted += [] if of_parameters is None else [of_parameters]
+    return torch.where(reduce(and_, noted), log_prob, math.nan) if noted else log_prob
 
 
 def parameters_are_valid(*fns: Distribution) -> Tensor | None:
@@ -92,21 +95,36 @@ def _constrained(fn: Distribution) -> Iterator[tuple[Tensor, Any]]:
             yield getattr(fn, name), constraint
 
 
-def _check_shape(name: str, fn: Any, value: Any) -> None:
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return fn.support.is_discrete
+    except NotImplementedError:
+        return False
+
+
+def _noting(name: str, fn: Any, noted: list[Tensor]) -> Any:
+    """Returns a distribution that notes whether a value is valid where it would raise an error if not."""
+    new = copy.copy(fn)
+    new.__dict__.update(
+        {k: _noting(name, part, noted) for k, part in vars(fn).items() if isinstance(part, Distribution)}
+    )
+    if fn._validate_args is not False:
+        new.__dict__.update(_validate_args=True)
+        if type(fn)._validate_sample is Distribution._validate_sample:  # others, such as hidden Markov models, wait
+            new.__dict__.update(_validate_sample=partial(_note, name, fn, noted))
+    return new
+
+
+def _note(name: str, fn: Any, noted: list[Tensor], value: Any) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, but got {type(value).__name__}; give torch.as_tensor of it")
-    shape = fn.batch_shape + fn.event_shape
+    shape = (*fn.batch_shape, *fn.event_shape)
     pairs = zip(reversed(value.shape), reversed(shape), strict=False)  # torch.broadcast_shapes would load SymPy
-    is_event = value.shape[value.dim() - len(fn.event_shape) :] == fn.event_shape
+    is_event = tuple(value.shape[value.dim() - len(fn.event_shape) :]) == tuple(fn.event_shape)
     if not (is_event and all(given == size or 1 in (given, size) for given, size in pairs)):
-        raise ValueError(f"{name}: expected a value of shape {tuple(shape)}, but got {tuple(value.shape)}")
-
-
-def _unvalidated(fn: Any) -> Any:
-    """Returns a distribution whose density validates nothing."""
-    if not any(part._validate_args for part in _parts(fn)):
-        return fn
-    new = copy.copy(fn)
-    inner = {name: _unvalidated(part) for name, part in vars(fn).items() if isinstance(part, Distribution)}
-    new.__dict__.update(inner, _validate_args=False)
-    return new
+        raise ValueError(f"{name}: expected a value of shape {shape}, but got {tuple(value.shape)}")
+    try:
+        support = fn.support
+    except NotImplementedError:  # as torch, which then warns that it validates nothing
+        return
+    noted.append(support.check(value).all())

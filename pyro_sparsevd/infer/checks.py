@@ -5,6 +5,7 @@ __all__ = [
     "check_latent",
     "check_plates",
     "finite_value",
+    "is_waited_for",
     "raise_device_error",
     "raise_nonfinite",
 ]
@@ -12,11 +13,12 @@ __all__ = [
 import inspect
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._compat import tree_leaves
 from .._modules import named_leaves
@@ -39,6 +41,13 @@ def finite_value(*values: Any) -> float | None:
         return value
     value = float(start)
     return value if math.isfinite(value) and all(bool(torch.isfinite(part).all()) for part in parts) else None
+
+
+def is_waited_for(guide: Callable, args: Any, kwargs: Any) -> bool:
+    """Tells whether who reads a number of a pass waits for it: whether its tensors are on an accelerator."""
+    of_guide = guide.parameters() if isinstance(guide, nn.Module) else ()
+    first = next((leaf for leaf in chain(args, of_guide, tree_leaves(kwargs)) if isinstance(leaf, Tensor)), None)
+    return first is not None and first.device.type != "cpu"
 
 
 def raise_device_error(error: Exception, model: Callable, guide: Callable, args: Any, kwargs: Any) -> None:

@@ -4,6 +4,7 @@ __all__ = ["SparseVD_ELBO"]
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -19,7 +20,15 @@ from ..poutine.local_reparam import LocalReparamMessenger
 from ..poutine.trace import Sites, SiteTrace, log_prob, value_for_density, without_subsampling
 from ..poutine.unsampled_weight import PassNotes, PassSpoiled, RepeatedUseError, UnsampledWeight
 from .buffers import unchanged_buffers_on_error
-from .checks import check_auxiliary, check_latent, check_plates, finite_value, raise_device_error, raise_nonfinite
+from .checks import (
+    check_auxiliary,
+    check_latent,
+    check_plates,
+    finite_value,
+    is_waited_for,
+    raise_device_error,
+    raise_nonfinite,
+)
 from .dependence import is_factorised, sampled_before_parents
 from .gaussians import with_auxiliary_sites_exchanged
 from .kl import KL, Terms, kl_terms
@@ -196,7 +205,8 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
             # former. One that starts again goes on with other random numbers.
             restore_random_state = None if self.terms else random_state(unwrap(model))
             try:
-                with unchanged_buffers_on_error(model, with_frozen=not self.terms), validation_deferred():
+                deferred = validation_deferred() if is_waited_for(guide, args, kwargs) else nullcontext()
+                with unchanged_buffers_on_error(model, with_frozen=not self.terms), deferred:
                     return self._evaluate_once(model, guide, args, kwargs)
             except Exception:  # of any type, since the pass ran with weights that cannot be used like this
                 if not self._newly_sampled:
@@ -214,7 +224,7 @@ class SparseVD_ELBO(ELBO):  # noqa: N801 # Pyro's naming
         loss = nll + self.kl_weight * kl
         value = finite_value(loss, *args, *kwargs.values()) if self.check_finite else None
         if self.check_finite and value is None:
-            for name, site in (item for trace in traces for sites in trace for item in sites.items()):
+            for name, site in (item for trace in traces for sites in reversed(trace) for item in sites.items()):
                 raise_invalid(name, site["fn"], value_for_density(site))
             raise ValueError(
                 f"loss: expected a finite number, but got nll {nll.item()} and kl {kl.item()}"

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from .._modules import evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
 from ..infer.buffers import unchanged_buffers_on_error
-from ..infer.checks import finite_value
+from ..infer.checks import finite_value, raise_nonfinite
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from ..nn.supervised import Supervised
 from ..sparsity.summary import sparsify
-from .batches import EpochSize, batches, known_size, loss_of, size_of
+from .batches import EpochSize, arguments, batches, known_size, loss_of, size_of
 from .schedule import check_schedule, kl_weight, learning_rate_factor
 
 
@@ -173,6 +173,9 @@ def _compute_gradients(elbo: SparseVD_ELBO, loss: Any, batch: Any) -> None:
             value.backward()
             if finite_value(value + 0 * gradient_norm(loss), batch) is None:
                 _raise_not_finite(elbo, loss, batch)
+    except ValueError as error:
+        raise_nonfinite(error, loss.model, loss.guide, *arguments(batch))
+        raise
     finally:
         elbo.check_finite = True
 

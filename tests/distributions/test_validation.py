@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import Distribution
+from torch.distributions import AffineTransform, Distribution
 
 from pyro_sparsevd import LogUniform, SparseNormal
 from pyro_sparsevd._compat import validation_deferred
@@ -105,8 +105,50 @@ def test_without_validation_a_distribution_is_taken_as_it_is(by):
 @pytest.mark.parametrize("value", [torch.ones(2), torch.ones(4, 3), 1.0], ids=["event", "batch", "number"])
 def test_a_value_of_another_shape_is_refused_by_name(value):
     fn = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
-    with pytest.raises(ValueError, match=r"^y: expected a (value of shape \(2, 3\)|tensor)"):
+    with validation_deferred(), pytest.raises(ValueError, match=r"^y: expected a (value of shape \(2, 3\)|tensor)"):
         deferred_log_prob("y", fn, value)
+
+
+FREE = {  # whose densities check nothing, or not all
+    "hidden Markov": (
+        lambda: dist.DiscreteHMM(torch.zeros(2), torch.zeros(2, 2), dist.Normal(torch.zeros(2), 1.0)),
+        torch.arange(6.0),
+    ),
+    "Gaussian, hidden Markov": (
+        lambda: dist.GaussianHMM(
+            dist.MultivariateNormal(torch.zeros(1), torch.eye(1)),
+            torch.eye(1),
+            dist.MultivariateNormal(torch.zeros(1), torch.eye(1)),
+            torch.eye(1),
+            dist.MultivariateNormal(torch.zeros(1), torch.eye(1)),
+        ),
+        torch.zeros(7, 1),
+    ),
+    "NaN is not observed": (lambda: dist.NanMaskedNormal(torch.zeros(2), 1.0), torch.tensor([1.0, math.nan])),
+    "masked": (lambda: dist.Poisson(torch.ones(2)).mask(False), torch.tensor([0.5, -1.0])),
+    "a list as its shape": (lambda: dist.TruncatedPolyaGamma(torch.tensor(1.0)).expand([2]), torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize(("make", "value"), FREE.values(), ids=FREE)
+def test_what_torch_does_not_check_is_not_checked(make, value):
+    expected = make().log_prob(value)
+    with validation_deferred():
+        torch.testing.assert_close(deferred_log_prob("y", make(), value), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda: dist.TransformedDistribution(dist.Exponential(1.0), [AffineTransform(5.0, 1.0)]), torch.tensor(1.0)),
+        (lambda: dist.TransformedDistribution(dist.Bernoulli(0.3), [AffineTransform(0.0, 10.0)]), torch.tensor(3.0)),
+    ],
+)
+def test_what_is_within_a_distribution_is_checked(make, value):
+    with pytest.raises(ValueError, match="Expected value argument"):
+        make().log_prob(value)
+    with validation_deferred():
+        assert deferred_log_prob("y", make(), value).isnan()
 
 
 def test_the_default_is_restored_after_an_error():
