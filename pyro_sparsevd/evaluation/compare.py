@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def compare_priors(
     _check_numbers(epochs, num_samples, tolerance, error_level, seeds)
     _check_data(loader=loader, held_out=held_out, test=test)
     results: list[PriorResult] = []
-    with same_random_numbers(), pyro.get_param_store().scope():
+    with same_random_numbers(), pyro.get_param_store().scope(), _same_order(loader) as restart:
         make = partial(_model_and_guide, make_network, likelihood, init_log_variance)
         error_name = _try_all(make, by_name, seeds[0], {"loader": loader, "held_out": held_out, "test": test})
         sizes = [len(y) for _, y in pairs("loader", loader)]
@@ -116,6 +117,7 @@ def compare_priors(
             runs: list[_Run] = []
             for name, prior in by_name.items():
                 model, guide = make(sum(sizes), prior, seed)
+                restart()
                 seconds = _train(model, guide, loader, epochs, lr, f"{name}, seed {seed}")
                 points = _sweep(model, guide, held_out, threshold_grid(guide))
                 runs.append(_Run(name, model, guide, seconds / len(sizes), points))
@@ -132,6 +134,22 @@ class _Run(NamedTuple):
     guide: AutoSparseNormal
     seconds_per_step: float
     points: dict[float, SweepPoint]
+
+
+@contextmanager
+def _same_order(loader: Any) -> Iterator[Callable[[], None]]:
+    """Gives a function that sets the generator of a DataLoader, if it has one, to its state, in which it is left."""
+    generator = getattr(loader, "generator", None)
+    state = None if generator is None else generator.get_state()
+
+    def restart() -> None:
+        if generator is not None:
+            generator.set_state(state)
+
+    try:
+        yield restart
+    finally:
+        restart()
 
 
 def _by_name(priors: Any) -> dict[str, Prior | None]:

@@ -165,7 +165,7 @@ class StudentTLikelihood(nn.Module):
     @property
     def df(self) -> Tensor:
         """The degrees of freedom ν, a scalar."""
-        return 1 + self.log_df_above_1.exp()
+        return 1 + _exact(self.log_df_above_1).exp()
 
     def forward(self, mean: Tensor) -> TorchDistribution:
         """Returns the distribution of the targets.
@@ -177,7 +177,7 @@ class StudentTLikelihood(nn.Module):
         Returns:
             A Student t distribution of N examples.
         """
-        return StudentT(self.df, mean, self.scale).to_event(mean.dim() - 1)
+        return StudentT(self.df, _exact(mean), _exact(self.scale)).to_event(mean.dim() - 1)
 
 
 class NegativeBinomialLikelihood(nn.Module):
@@ -201,7 +201,7 @@ class NegativeBinomialLikelihood(nn.Module):
 
     Example:
         >>> NegativeBinomialLikelihood()(torch.tensor([0.0, 2.0])).mean
-        tensor([1.0000, 7.3891], grad_fn=<MulBackward0>)
+        tensor([1.0000, 7.3891], dtype=torch.float64, grad_fn=<MulBackward0>)
     """
 
     def __init__(self, init_total_count: float = 1.0) -> None:
@@ -223,8 +223,14 @@ class NegativeBinomialLikelihood(nn.Module):
         Returns:
             A negative binomial distribution of N examples.
         """
-        logits = log_mean - self.log_total_count
-        return NegativeBinomial(self.total_count, logits=logits).to_event(log_mean.dim() - 1)
+        log_total_count = _exact(self.log_total_count)
+        logits = _exact(log_mean) - log_total_count
+        return NegativeBinomial(log_total_count.exp(), logits=logits).to_event(log_mean.dim() - 1)
+
+
+def _exact(value: Tensor) -> Tensor:
+    """Returns a tensor in double precision, if its device has it: differences of log-gamma functions lose the rest."""
+    return value if value.device.type == "mps" else value.double()
 
 
 def _positive(name: str, value: float) -> float:

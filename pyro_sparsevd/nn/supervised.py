@@ -201,6 +201,8 @@ def _check_likelihood(likelihood: Any) -> None:
 def _as_tensor(y: Any) -> Tensor:
     """Returns targets as a tensor, which is on the CPU and in double precision if they were none."""
     if isinstance(y, Tensor):
+        if y.is_complex():
+            raise TypeError(f"y: expected real targets, but got {y.dtype}")
         return y
     kind = type(y).__name__
     if any(isinstance(leaf, Tensor) for _, leaf in named_leaves("y", y)):

@@ -62,6 +62,8 @@ def class_log_probs(found: Observations) -> tuple[Tensor, Tensor] | None:
     matches = classes == found.values
     if found.parts[0].event_shape:
         matches = matches.all(-1)
+    if not found.select(matches.any(0)).all():
+        raise ValueError("targets: expected classes of the likelihood, but some are none of them")
     labels = found.select(matches.long().argmax(0))
     return found.select(log_probs, leading=2).movedim(1, -1).double().log_softmax(-1), labels
 
@@ -92,12 +94,19 @@ def error_name(found: Observations) -> str:
 
 
 def _mode(parts: tuple[Any, ...]) -> Tensor:
-    """Returns the mode of a mixture of unimodal distributions of integers, which is between the modes of the parts."""
+    """Returns the mode of a mixture of unimodal distributions of integers, which is between the modes of the parts.
+
+    Where these are more than 1,000 apart, it is the best of that many integers between them. NotImplementedError if a
+    part has none.
+    """
     modes = torch.stack([part.mode for part in parts])
+    if not modes.isfinite().all():
+        raise NotImplementedError("expected modes that are finite")
     lowest, highest = modes.amin(0), modes.amax(0)
     best, best_log_prob = lowest, torch.full_like(lowest, -math.inf)
-    for step in range(int((highest - lowest).max()) + 1):
-        value = torch.minimum(lowest + step, highest)
+    count = min(int((highest - lowest).max()), 1_000)
+    for step in range(count + 1):
+        value = torch.minimum(lowest + ((highest - lowest).max() * (step / max(count, 1))).round(), highest)
         log_prob = torch.stack([part.log_prob(value) for part in parts]).logsumexp(0)
         best = torch.where(log_prob > best_log_prob, value, best)
         best_log_prob = torch.maximum(best_log_prob, log_prob)

@@ -1,6 +1,6 @@
 """Batches of any kind: what is in one, what a loss makes of it, and how many data an epoch has."""
 
-__all__ = ["EpochSize", "arguments", "batches", "inputs", "known_size", "loss_of", "size_of"]
+__all__ = ["EpochSize", "arguments", "batches", "inputs", "known_length", "known_size", "loss_of", "size_of"]
 
 import inspect
 import warnings
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from .._modules import tensors_of
 from ..nn.batches import moved
@@ -43,8 +43,8 @@ def batches(name: str, loader: Any, model: Callable, device: torch.device | None
 
 def _structure(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_structure(part)}" for key, part in batch.items()) + "}"
-    if isinstance(batch, tuple | list):
+        return "{" + ", ".join(sorted(f"{key!r}: {_structure(part)}" for key, part in batch.items())) + "}"
+    if isinstance(batch, tuple | list) and (tensors_of(batch) or not batch):
         return "(" + ", ".join(map(_structure, batch)) + ")"
     return type(batch).__name__
 
@@ -90,8 +90,19 @@ def size_of(batch: Any) -> int:
 def known_size(loader: Any) -> int:
     """Returns the number of data of an epoch as far as it is known without going through it, else 0."""
     if isinstance(loader, DataLoader):
-        return len(loader.sampler) if loader.batch_size and isinstance(loader.sampler, Sized) else 0
+        if not (loader.batch_size and isinstance(loader.sampler, Sized)) or isinstance(loader.dataset, IterableDataset):
+            return 0
+        return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
     return sum(map(size_of, loader)) if isinstance(loader, list) else 0
+
+
+def known_length(loader: Any) -> int:
+    """Returns the number of batches of an epoch as far as it is known without going through it, else 0."""
+    found = loader() if callable(loader) and not isinstance(loader, Iterable) else loader
+    try:
+        return len(found)
+    except TypeError:  # of a generator, or a DataLoader of an iterable data set
+        return 0
 
 
 class EpochSize:

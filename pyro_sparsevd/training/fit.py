@@ -3,7 +3,8 @@
 __all__ = ["adam", "fit", "require_finite_gradients", "require_finite_validation", "sparsity_of"]
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from tqdm import tqdm
 
 from .._modules import evaluation_mode
 from ..infer.autoguide import AutoSparseNormal
-from ..infer.buffers import unchanged_buffers_on_error
+from ..infer.buffers import unchanged_buffers, unchanged_buffers_on_error
 from ..infer.checks import finite_value, raise_nonfinite
 from ..infer.elbo import SparseVD_ELBO
 from ..infer.kl import KL
 from ..nn.supervised import Supervised
 from ..sparsity.summary import sparsify
-from .batches import EpochSize, arguments, batches, known_size, loss_of, size_of
+from .batches import EpochSize, arguments, batches, known_length, known_size, loss_of, size_of
 from .schedule import check_schedule, kl_weight, learning_rate_factor
 
 
@@ -88,13 +89,13 @@ def fit(
     device = _device_of(loss)
     EpochSize(model).add(known_size(loader))
     if not list(guide.parameters()):  # Pyro's own guides make them in their first pass
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers(model):
             loss_of(loss, next(batches("loader", loader, model, device)))
         device = _device_of(loss)
     optimizer = adam([{"params": _parameters(loss)}], lr)
     if validation is not None:
         _expected_nll(elbo, loss, batches("validation", validation, model, device))  # to fail before any step
-    steps = len(loader) if isinstance(loader, Sized) else 0
+    steps, callbacks = known_length(loader), tuple(callbacks)
     history: list[dict[str, float]] = []
     with tqdm(total=epochs, desc=description, unit="epoch") as progress:
         for epoch in range(epochs):
@@ -102,6 +103,7 @@ def fit(
             terms, size = [], EpochSize(model)
             for step, batch in enumerate(batches("loader", loader, model, device)):
                 size.add(size_of(batch))
+                _check_length(epochs, steps, warm_up)
                 part = (epoch + (step / steps if steps else 0.0)) / epochs
                 elbo.kl_weight = kl_weight(part, warm_up)
                 for group in optimizer.param_groups:
@@ -128,9 +130,17 @@ def fit(
 
 def _check(model: Any, guide: Any, epochs: Any, lr: float, warm_up: float) -> None:
     check_model_and_guide(model, guide)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs <= 0:
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs <= 0:
         raise ValueError(f"epochs: expected a positive integer, but got {epochs!r}")
     check_schedule(lr, warm_up)
+
+
+def _check_length(epochs: int, steps: int, warm_up: float) -> None:
+    if epochs == 1 and not steps and warm_up:
+        raise ValueError(
+            "epochs: expected 2 or more for batches whose number is not known before, as the warm-up needs it; give "
+            "batches with a length, such as a list, or warm_up=0"
+        )
 
 
 def check_model_and_guide(model: Any, guide: Any) -> None:

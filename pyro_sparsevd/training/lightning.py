@@ -145,8 +145,9 @@ class SparseVDModule(ResumableModule):
                 f"trainer: expected max_epochs, or max_steps where batches have no length, but got {steps} steps"
             )
         parameters = dict(self.loss.named_parameters())
-        log_variances = [p for name, p in parameters.items() if "log_variances" in name.split(".")]
-        others = [p for name, p in parameters.items() if "log_variances" not in name.split(".")]
+        is_variance = {name: not {"log_variances", "log_alphas"}.isdisjoint(name.split(".")) for name in parameters}
+        log_variances = [p for name, p in parameters.items() if is_variance[name]]
+        others = [p for name, p in parameters.items() if not is_variance[name]]
         groups = [
             {"params": others, "weight_decay": self.hparams["weight_decay"]},
             {"params": log_variances, "weight_decay": 0.0},
@@ -158,6 +159,7 @@ class SparseVDModule(ResumableModule):
     def on_train_start(self) -> None:
         """Refuses more data than the model was told of, where their number is known before an epoch."""
         EpochSize(self.model).add(known_size(self.trainer.train_dataloader))
+        self.on_train_epoch_start()  # which Lightning leaves out where it resumes within an epoch
 
     def on_train_epoch_start(self) -> None:
         """Starts the sums of an epoch."""
@@ -209,8 +211,8 @@ class SparseVDModule(ResumableModule):
 class RandomState(lightning.Callback):
     """Random numbers of a training: each process has its own, and a resumed one goes on as before.
 
-    Checkpoints keep the states of all generators of the first process. Resumed on one device of the same kind, a
-    training is bit by bit the one that was never interrupted; on several, the noise of the others is new.
+    Checkpoints keep the states of all generators of the first process. Resumed after an epoch, on one device of the
+    same kind, a training is bit by bit the one that was never interrupted; on several, the noise of the others is new.
     """
 
     _loaded: dict[str, Any] | None = None

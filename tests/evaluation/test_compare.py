@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation.compare import compare_priors
@@ -210,6 +211,17 @@ def test_a_result_does_not_depend_on_the_other_priors(device):
     alone = of_one(linear, {"b": None}, unit_noise, *splits, **options)
     for name in ("error", "scores", "held_out_error", "compression", "threshold", "sparse_error"):
         assert getattr(both, name) == getattr(alone, name)
+
+
+def test_all_priors_have_the_batches_of_a_generator_in_the_same_order(device):
+    data = [regression(device) for _ in range(2)]
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(TensorDataset(*data[0]), batch_size=20, shuffle=True, generator=generator)
+    before = generator.get_state()
+    options = {"epochs": 2, "seeds": [0], "error_level": 10.0}
+    found = compare_priors(linear, unit_noise, loader, batches(data[1]), priors={"a": None, "b": None}, **options)
+    assert found.results[0].error == found.results[1].error
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_nothing_else_is_changed(device):

@@ -12,6 +12,7 @@ from torch import nn
 
 import pyro_sparsevd as svd
 from pyro_sparsevd.evaluation import network_predictions, sampled_predictions, scores
+from pyro_sparsevd.poutine import observations
 
 
 def categorical(logits):
@@ -328,3 +329,19 @@ def test_a_guide_that_lacks_a_latent_is_refused(bayesian, data, device):
 def test_samples_need_a_positive_number(bayesian, data, number):
     with pytest.raises(ValueError, match=f"num_samples: expected a positive integer, but got {number}"):
         sampled_predictions(*bayesian, batches(data), num_samples=number)
+
+
+def test_targets_that_are_no_classes_are_refused(device):
+    soft = lambda f: dist.Bernoulli(logits=f.squeeze(-1), validate_args=False)  # noqa: E731
+    found = network_predictions(nn.Linear(2, 1).to(device), soft, [(torch.zeros(3, 2), torch.tensor([0.0, 1.0, 1.0]))])
+    assert found.targets.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="targets: expected classes of the likelihood, but some are none of them"):
+        network_predictions(nn.Linear(2, 1), soft, [(torch.zeros(2, 2), torch.tensor([0.0, 0.9]))])
+
+
+def test_modes_far_apart_are_searched_in_a_bounded_time(device):
+    rates = torch.tensor([[10.0, 1e6], [2e6, 1e6]], device=device)
+    parts = tuple(dist.Poisson(rate) for rate in rates)
+    assert observations._mode(parts).tolist() == [10.0, 1e6]
+    with pytest.raises(NotImplementedError):
+        observations._mode((dist.Poisson(torch.tensor([math.inf]), validate_args=False),))

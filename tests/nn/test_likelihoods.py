@@ -187,3 +187,19 @@ def test_counts_that_are_none_are_refused():
     for wrong in (-1.0, 0.5):
         with pytest.raises(ValueError, match="within the support"):
             loss(torch.zeros(5, 3), torch.full((5, 1), wrong))
+
+
+@pytest.mark.parametrize("large", [1e4, 1e6, 1e8])
+def test_at_their_limits_densities_and_gradients_are_the_poisson_and_the_gaussian_ones(large):
+    f = torch.tensor([0.5], requires_grad=True)
+    counts, reals = NegativeBinomialLikelihood(large), StudentTLikelihood(init_df=large)
+    limits = torch.distributions.Poisson(f.exp()), torch.distributions.Normal(f, 1.0)
+    for likelihood, limit, y in ((counts, limits[0], 3.0), (reals, limits[1], 1.5)):
+        found = likelihood(f).log_prob(torch.tensor([y]))
+        assert found.item() == pytest.approx(limit.log_prob(torch.tensor([y])).item(), abs=5e-4)
+        found.backward()
+        assert all(abs(p.grad.item()) < 1e-3 for name, p in likelihood.named_parameters() if name != "log_scale")
+
+
+def test_the_degrees_of_freedom_stay_above_1():
+    assert StudentTLikelihood(init_df=1 + 1e-9).df > 1

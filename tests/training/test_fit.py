@@ -5,6 +5,7 @@ import sys
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,10 +13,11 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_sparsevd as svd
 from pyro_sparsevd import plots
+from pyro_sparsevd.training import schedule
 
 
 def _regression(n=200):
@@ -189,7 +191,7 @@ BAD = {
         lambda: [{"x": _split(0, 50)[0], "targets": _split(0, 50)[1]}],
         {},
         TypeError,
-        r"loader: expected batches of the model's arguments, .*x.*y.*but got \{'x': Tensor, 'targets': Tensor\}",
+        r"loader: expected batches of the model's arguments, .*x.*y.*but got \{'targets': Tensor, 'x': Tensor\}",
     ),
     "three parts": (lambda: [(*_split(0, 50), 1)], {}, TypeError, r"but got \(Tensor, Tensor, int\): too many"),
     "validation of other structure": (
@@ -286,3 +288,56 @@ def test_a_batch_in_the_place_of_batches_is_refused(loader):
     model, guide = _model()
     with pytest.raises(TypeError, match=r"loader: expected batches, but got the tensors of one; give .* \[\(x, y\)\]"):
         svd.fit(model, guide, loader, epochs=1)
+
+
+class _Stream(IterableDataset):
+    def __iter__(self):
+        return zip(*_regression(), strict=True)
+
+
+SCHEDULED = {
+    "list": (lambda batches: batches, True),
+    "function that returns a list": (lambda batches: lambda: batches, True),
+    "iterable data set": (lambda batches: DataLoader(_Stream(), batch_size=100), False),
+}
+
+
+@pytest.mark.parametrize(("make", "known"), SCHEDULED.values(), ids=SCHEDULED)
+def test_the_weight_of_the_kl_rises_by_step_where_the_steps_are_known(make, known, monkeypatch):
+    model, guide = _model()
+    x, y = _regression()
+    parts = []
+    loader = make([(x[:100], y[:100]), (x[100:], y[100:])])
+    original = schedule.kl_weight
+    monkeypatch.setattr(
+        sys.modules["pyro_sparsevd.training.fit"], "kl_weight", lambda p, w: parts.append(p) or original(p, w)
+    )
+    svd.fit(model, guide, loader, epochs=2)
+    assert parts == ([0, 0.25, 0.5, 0.75] if known else [0, 0, 0.5, 0.75])
+
+
+def test_one_epoch_of_an_unknown_length_is_refused():
+    model, guide = _model()
+    x, y = _regression()
+    with pytest.raises(ValueError, match="epochs: expected 2 or more for batches whose number is not known before"):
+        svd.fit(model, guide, lambda: iter([(x, y)]), epochs=1)
+    assert len(svd.fit(model, guide, lambda: iter([(x, y)]), epochs=1, warm_up=0)) == 1
+
+
+def test_the_data_that_a_loader_drops_do_not_count():
+    model, guide = _model(num_data=180)
+    loader = DataLoader(TensorDataset(*_regression()), batch_size=60, drop_last=True)
+    assert len(svd.fit(model, guide, loader, epochs=np.int64(1))) == 1
+
+
+def test_lists_of_targets_may_be_of_other_lengths_and_names_in_another_order():
+    model, guide = _model()
+    x, y = _regression()
+    batches = [{"x": x[:150], "y": y[:150].tolist()}, {"y": y[150:].tolist(), "x": x[150:]}]
+    assert len(svd.fit(model, guide, batches, epochs=1)) == 1
+
+
+def test_the_first_pass_of_a_guide_that_makes_its_parameters_leaves_batch_statistics_alone():
+    model, _ = _model(net=nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 1)))
+    svd.fit(model, AutoNormal(model), [_regression()], epochs=1)
+    assert model.network[0].num_batches_tracked == 1

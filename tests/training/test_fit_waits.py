@@ -24,7 +24,7 @@ def _batches(device, count):
 
 def _waits(count):
     with HostWaits() as waits:
-        svd.fit(*_model(FAR, num_data=5 * count), lambda: iter(_batches(FAR, count)), epochs=1)
+        svd.fit(*_model(FAR, num_data=5 * count), _batches(FAR, count), epochs=1)
     return waits.total
 
 

@@ -2,12 +2,14 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import lightning
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -330,3 +332,26 @@ def test_the_room_has_what_needs_lightning_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(ImportError, match=r'SparseVDModule: expected lightning; pip install "pyro-sparsevd\[light'):
         svd.training.SparseVDModule  # noqa: B018
+
+
+def test_a_training_resumes_from_a_checkpoint_within_an_epoch(tmp_path):
+    path = None
+    for folder in (tmp_path / "first", tmp_path / "resumed"):
+        save = ModelCheckpoint(folder, every_n_train_steps=6, save_top_k=-1)
+        resumed, trainer = _module(), _trainer(tmp_path, enable_checkpointing=True, callbacks=[save, RandomState()])
+        trainer.fit(resumed, _batches(), ckpt_path=path)
+        path = next(folder.glob("*step=6.ckpt"), None)
+    assert trainer.global_step == 16
+    assert all(value.isfinite().all() for value in _values(resumed))
+
+
+def test_neither_parameterisation_decays_the_parameters_of_its_noise():
+    model = _module().model
+    guide = svd.AutoSparseNormal(model, parameterization="multiplicative")
+    module = SparseVDModule(model, guide, weight_decay=0.1)
+    _trainer(None).strategy.connect(module)
+    module.trainer = SimpleNamespace(estimated_stepping_batches=10)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    noise = {id(p) for name, p in guide.named_parameters() if "log_alphas" in name}
+    assert {id(p) for p in groups[1]["params"]} == noise != set()
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

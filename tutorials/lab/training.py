@@ -54,6 +54,10 @@ class MaximumLikelihood(ResumableModule):
         self.network, self.likelihood = network, likelihood
         self.save_hyperparameters({"lr": lr})
 
+    def on_train_start(self) -> None:
+        """Starts the sum of an epoch, also where Lightning resumes within one."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """Starts the sum of an epoch."""
         self._nlls: list[Tensor] = []
