@@ -334,6 +334,7 @@ def test_the_room_has_what_needs_lightning_by_name(monkeypatch):
         svd.training.SparseVDModule  # noqa: B018
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # which is meant
 def test_a_training_resumes_from_a_checkpoint_within_an_epoch(tmp_path):
     path = None
     for folder in (tmp_path / "first", tmp_path / "resumed"):
