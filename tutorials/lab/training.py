@@ -4,7 +4,6 @@ __all__ = ["MaximumLikelihood", "Run", "train"]
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pyro_sparsevd._files import replacing
 from pyro_sparsevd._modules import run_network
 from pyro_sparsevd.nn.supervised import fitted_targets
 from pyro_sparsevd.training.fit import adam
@@ -176,9 +176,8 @@ class _WholeFiles(TorchCheckpointIO):
     """Checkpoints that are complete or absent at any moment, and hold no code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        new = Path(path).with_suffix(".new")
-        torch.save(checkpoint, new)
-        os.replace(new, path)
+        with replacing(path) as new:
+            torch.save(checkpoint, new)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
