@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.animation import PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from .style import SIGNED, as_numpy, figure_or_new
@@ -83,7 +84,7 @@ def animate(
         path: The file to write, overwritten if there is one.
         size: Width and height in inches, of 80 pixels each.
         frames_per_second: How fast to show them.
-        hold: How many times to show the last one.
+        hold: How many times as long to show the last one.
 
     Raises:
         ValueError: If there is no frame.
@@ -96,15 +97,16 @@ def animate(
     frames = list(frames)
     if not frames:
         raise ValueError("frames: expected at least one, but got none")
-    figure = Figure(figsize=size, layout="constrained")
-    writer = PillowWriter(fps=frames_per_second)
-    with writer.saving(figure, str(path), dpi=80):
-        for frame in frames:
-            figure.clear()
-            draw(frame, figure=figure)
-            writer.grab_frame()
-        for _ in range(hold - 1):
-            writer.grab_frame()
+    figure = Figure(figsize=size, dpi=80, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    images = []
+    for frame in frames:
+        figure.clear()
+        draw(frame, figure=figure)
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    durations = [1000 // frames_per_second] * (len(images) - 1) + [hold * 1000 // frames_per_second]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def animate_weight_images(
