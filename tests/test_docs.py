@@ -183,6 +183,9 @@ def test_pictures_links_and_formulas_of_the_site(tmp_path):
     gallery = next(page for path, page in pages.items() if path.match("tutorials/README.html"))
     assert {Path(picture).stem for picture in gallery.pictures} == notebooks
 
+    pages_alone = {path: page for path, page in pages.items() if path.stem not in notebooks}
+    assert {path.name: page.weight() for path, page in pages_alone.items() if page.weight() > 500_000} == {}
+
     texts = [path.read_text(encoding="utf-8") for path in pages]
     formulas = [formula for text in texts for formula in re.findall(r"<math.*?</math>", text, re.S)]
     assert len(formulas) > 100
