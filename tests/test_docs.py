@@ -1,10 +1,15 @@
 """README and documentation: their examples run, their pictures are there, and numbers stand in one place."""
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import warnings
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyro
 import pyro.distributions as dist
@@ -99,6 +104,92 @@ def test_results_of_the_readme_are_those_of_the_benchmarks():
     assert len(shown) > 10
     digits = {number: len(number.partition(".")[2]) for number in shown}
     assert [n for n in shown if float(n) not in {round(value, digits[n]) for value in known}] == []
+
+
+class Page(HTMLParser):
+    """What a page of the site names: its anchors, and the addresses that it shows, links to and loads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.anchors = path, {"", "top"}
+        self.pictures, self.links, self.loaded = set(), set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.anchors |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "img":
+            self.pictures.add(attributes["src"])
+        elif tag == "a" and "href" in attributes:
+            self.links.add(attributes["href"])
+        elif tag == "script" and "src" in attributes:
+            self.loaded.add(attributes["src"])
+        elif tag == "link" and attributes["rel"] == "stylesheet":
+            self.loaded.add(attributes["href"])
+
+    def target(self, address):
+        """Returns the file and the anchor of an address."""
+        parts = urlsplit(address)
+        return (self.path.parent / unquote(parts.path)).resolve() if parts.path else self.path, unquote(parts.fragment)
+
+    def weight(self):
+        files = {self.target(address)[0] for address in self.pictures | self.loaded if is_inside(address)}
+        return sum(path.stat().st_size for path in {self.path, *files})
+
+
+def is_inside(address):
+    parts = urlsplit(address)
+    return not (parts.scheme or parts.netloc)
+
+
+def build(folder):
+    """Builds the site, where a warning is an error, and returns its pages by path."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", folder / "cache"]
+    done = subprocess.run(
+        [*command, ROOT / "docs", folder / "html"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path: Page(path) for path in sorted((folder / "html").resolve().rglob("*.html"))}
+
+
+def without_a_file(page, addresses):
+    return [(page.path.name, a) for a in addresses if not (is_inside(a) and page.target(a)[0].is_file())]
+
+
+def leads_nowhere(page, address, pages):
+    path, anchor = page.target(address)
+    if path in pages:
+        return anchor not in pages[path].anchors
+    return bool(anchor) or not path.is_file()
+
+
+# One test, since two builds at a time would write the same copies of notebooks.
+def test_pictures_links_and_formulas_of_the_site(tmp_path):
+    for module in ("furo", "latex2mathml", "myst_nb", "sphinx_copybutton", "sphinx_design"):
+        pytest.importorskip(module)
+    pages = build(tmp_path)
+    assert len(pages) > 50
+    assert [missing for page in pages.values() for missing in without_a_file(page, page.pictures)] == []
+    assert [missing for page in pages.values() for missing in without_a_file(page, page.loaded)] == []
+    links = [(page, link) for page in pages.values() for link in page.links if is_inside(link)]
+    assert len(links) > 1000
+    assert [(page.path.name, link) for page, link in links if leads_nowhere(page, link, pages)] == []
+
+    notebooks = {path.stem for path in (ROOT / "tutorials").glob("*.ipynb")}
+    gallery = next(page for path, page in pages.items() if path.match("tutorials/README.html"))
+    assert {Path(picture).stem for picture in gallery.pictures} == notebooks
+
+    pages_alone = {path: page for path, page in pages.items() if path.stem not in notebooks}
+    assert {path.name: page.weight() for path, page in pages_alone.items() if page.weight() > 500_000} == {}
+
+    texts = [path.read_text(encoding="utf-8") for path in pages]
+    formulas = [formula for text in texts for formula in re.findall(r"<math.*?</math>", text, re.S)]
+    assert len(formulas) > 100
+    assert [formula for formula in formulas if re.search(r"\\|&#x0005C;|mathvariant=\"(?!normal)", formula)] == []
 
 
 def numbers(text):

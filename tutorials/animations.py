@@ -6,6 +6,7 @@ standard deviations of 2,000 weights, which move to where the prior has its ridg
 of ten weights.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from pyro_sparsevd import plots
 from pyro_sparsevd.plots.style import BLUE, ORANGE
 
 THRESHOLD = 3.0
+EVERY = 2  # epochs from frame to frame
 
 
 def train(network: nn.Module, layer: str, args: Namespace) -> list[sparsevd.SparseNormal]:
-    """Returns the posterior of a layer before training and after each epoch."""
+    """Returns the posterior of a layer before training and, each two epochs, after them."""
     train, _ = digits()
     bnn = sparsevd.bayesianize(network)
     model = sparsevd.Supervised(bnn, lambda logits: dist.Categorical(logits=logits), num_data=len(train))
@@ -37,8 +39,12 @@ def train(network: nn.Module, layer: str, args: Namespace) -> list[sparsevd.Spar
         return sparsevd.SparseNormal(q.loc.detach().clone(), q.log_variance.detach().clone())
 
     history = [posterior()]
-    callback = lambda epoch, numbers: history.append(posterior())  # noqa: E731
-    sparsevd.fit(model, guide, batches(train, 100), epochs=args.epochs, callbacks=[callback])
+
+    def record(epoch: int, numbers: dict[str, Any]) -> None:
+        if (epoch + 1) % EVERY == 0 or epoch + 1 == args.epochs:
+            history.append(posterior())
+
+    sparsevd.fit(model, guide, batches(train, 100), epochs=args.epochs, callbacks=[record])
     return history
 
 
@@ -96,25 +102,31 @@ def main() -> None:
     dense = train(lenet_300_100(), "1.weight", args)
     convolution = train(lenet_5_caffe(), "0.weight", args)
 
+    animate = partial(plots.animate, frames_per_second=4, hold=8, colors=32)
     images = [kept(q).view(-1, 28, 28) for q in dense], [kept(q).flatten(0, 1) for q in convolution]
     order = images[0][-1].count_nonzero((1, 2)).argsort(descending=True, stable=True)[:20]
     images = [image[order] for image in images[0]], images[1]
     limits = (0.3, max(float(image.abs().max()) for image in images[1]))
-    frames = list(zip(range(len(dense)), *images, strict=True))
+    epochs = [min(EVERY * number, args.epochs) for number in range(len(dense))]
+    frames = list(zip(epochs, *images, strict=True))
     draw = lambda frame, figure: draw_weights(frame, limits, figure)  # noqa: E731
-    plots.animate(draw, frames, args.out / "weights.gif", size=(8, 3.6), frames_per_second=6, hold=12)
+    animate(draw, frames, args.out / "weights.gif", size=(8, 3.6))
 
     some = torch.randperm(dense[0].loc.numel())[:2_000]
-    cloud = [(epoch, q.loc.flatten()[some], q.log_variance.flatten()[some]) for epoch, q in enumerate(dense)]
-    plots.animate(draw_scales, cloud, args.out / "scales.gif", size=(5, 4), frames_per_second=6, hold=12)
+    cloud = [
+        (epoch, q.loc.flatten()[some], q.log_variance.flatten()[some]) for epoch, q in zip(epochs, dense, strict=True)
+    ]
+    animate(draw_scales, cloud, args.out / "scales.gif", size=(5, 4))
 
     means, log_alpha = dense[-1].loc.flatten(), dense[-1].log_alpha.flatten()
     left = (log_alpha < THRESHOLD).nonzero()[:, 0]
     left = left[means[left].argsort()]
     spread = left[torch.linspace(0, len(left) - 1, 6).long()]  # from the most negative to the largest
     ten = torch.cat([spread, (log_alpha > THRESHOLD).nonzero()[:, 0][:4]])
-    marginals = [(epoch, q.loc.flatten()[ten], q.log_variance.flatten()[ten]) for epoch, q in enumerate(dense)]
-    plots.animate(draw_marginals, marginals, args.out / "marginals.gif", size=(5, 4), frames_per_second=6, hold=12)
+    marginals = [
+        (epoch, q.loc.flatten()[ten], q.log_variance.flatten()[ten]) for epoch, q in zip(epochs, dense, strict=True)
+    ]
+    animate(draw_marginals, marginals, args.out / "marginals.gif", size=(5, 4))
     print(f"animations: {args.out / 'weights.gif'}, scales.gif and marginals.gif beside it")
 
 

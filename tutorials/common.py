@@ -21,6 +21,7 @@ from lab.training import Run
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -227,6 +228,10 @@ def write(args: Namespace, figure: Figure, numbers: dict[str, Any]) -> None:
     if rank_zero_only.rank:
         return
     figure.savefig(args.out, dpi=110)
+    if args.out.suffix == ".png":  # with a palette, a third of the size
+        with Image.open(args.out) as image:
+            with_palette = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        with_palette.save(args.out, optimize=True)
     options = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items() if k != "resume"}
     path = args.out.with_suffix(".json")
     path.write_text(json.dumps({"options": options, **numbers}, indent=1) + "\n")

@@ -75,6 +75,7 @@ def animate(
     size: tuple[float, float] = (4.0, 4.0),
     frames_per_second: int = 5,
     hold: int = 5,
+    colors: int = 256,
 ) -> None:
     """Writes what a function draws of each of several frames as an animated GIF.
 
@@ -85,6 +86,7 @@ def animate(
         size: Width and height in inches, of 80 pixels each.
         frames_per_second: How fast to show them.
         hold: How many times as long to show the last one.
+        colors: How many colours all frames share, from 2 to 256. Fewer make a smaller file.
 
     Raises:
         ValueError: If there is no frame.
@@ -104,9 +106,14 @@ def animate(
         figure.clear()
         draw(frame, figure=figure)
         canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
-    durations = [1000 // frames_per_second] * (len(images) - 1) + [hold * 1000 // frames_per_second]
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+        images.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    # With one palette, pixels that stay as they are take no space.
+    some = images[:: max(1, len(images) // 8)] + images[-1:]
+    palette = Image.fromarray(np.concatenate(some)).quantize(colors, Image.Quantize.FASTOCTREE)
+    first, *others = (Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
+    duration = 1000 // frames_per_second
+    durations = [*[duration] * len(others), duration * hold]
+    first.save(path, "GIF", save_all=True, append_images=others, duration=durations if others else durations[0], loop=0)
 
 
 def animate_weight_images(

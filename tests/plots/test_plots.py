@@ -258,6 +258,20 @@ def test_an_animation_has_a_frame_for_each_entry_and_is_small(tmp_path):
     assert path.stat().st_size < 3e6
 
 
+def test_an_animation_of_fewer_colors_is_smaller(tmp_path):
+    draw = lambda values, figure: figure.subplots().imshow(values)  # noqa: E731
+    frames, sizes = list(torch.rand(3, 20, 20)), {}
+    for colors in (8, 256):
+        path = tmp_path / f"{colors}.gif"
+        plots.animate(draw, frames, path, hold=3, colors=colors)
+        with Image.open(path) as image:
+            pictures = [(frame.info["duration"], frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        assert [duration for duration, _ in pictures] == [200, 200, 600]
+        assert len({color for _, picture in pictures for _, color in picture.getcolors(10_000)}) <= colors
+        sizes[colors] = path.stat().st_size
+    assert sizes[8] < sizes[256]
+
+
 def test_frames_of_an_animation_have_one_scale_order_and_a_title_each(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(weights, "_grid", lambda images, *others: calls.append((images, *others)) or others[-1])
