@@ -154,7 +154,10 @@ class _Flat(nn.Module):
         self.__dict__.update(net=net, x=x, training=net.training)
 
     def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(tensors_of(run_network(self.net, with_tensors(self.x, tensors))))
+        output = run_network(self.net, with_tensors(self.x, tensors))
+        return (
+            (output,) if isinstance(output, Tensor) else tuple(tensors_of(output))
+        )  # torch 2.9 traces the former alone
 
 
 def _traced(example: _Example) -> torch.export.ExportedProgram:

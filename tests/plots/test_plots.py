@@ -267,7 +267,9 @@ def test_an_animation_of_fewer_colors_is_smaller(tmp_path):
         with Image.open(path) as image:
             pictures = [(frame.info["duration"], frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
         assert [duration for duration, _ in pictures] == [200, 200, 600]
-        assert len({color for _, picture in pictures for _, color in picture.getcolors(10_000)}) <= colors
+        assert (
+            len({color for _, picture in pictures for _, color in picture.getcolors(10_000)}) <= colors + 1
+        )  # some Pillows add black
         sizes[colors] = path.stat().st_size
     assert sizes[8] < sizes[256]
 
