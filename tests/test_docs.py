@@ -52,9 +52,12 @@ def code_blocks(page, language="python"):
 
 
 def run(page, namespace):
-    namespace = FRAGMENTS.get(page.stem, dict)() | namespace
+    """Runs the blocks of a page, in one namespace; returns the names that they made."""
+    before = FRAGMENTS.get(page.stem, dict)() | namespace
+    found = dict(before)
     for line, code in code_blocks(page):
-        exec(compile("\n" * (line - 1) + textwrap.dedent(code), page, "exec"), namespace)
+        exec(compile("\n" * (line - 1) + textwrap.dedent(code), page, "exec"), found)
+    return found.keys() - before.keys() - {"__builtins__"}
 
 
 WITH_CODE = [p for p in [README, *PAGES] if code_blocks(p)]
@@ -70,7 +73,7 @@ def test_examples_run_in_few_epochs(page, monkeypatch, tmp_path):
         monkeypatch.setattr(sparsevd, name, partial(_in_few_epochs, function))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "thresholds: chose")  # after so few epochs, all thresholds are alike
-        run(page, {"range": lambda *bounds: range(*bounds) if len(bounds) > 1 else range(min(FEW, *bounds))})
+        assert run(page, {"range": lambda *bounds: range(*bounds) if len(bounds) > 1 else range(min(FEW, *bounds))})
 
 
 def _in_few_epochs(function, *args, epochs, **options):
@@ -81,7 +84,7 @@ def _in_few_epochs(function, *args, epochs, **options):
 @each_with_code
 def test_examples_run_as_they_are_printed(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    run(page, {})
+    assert run(page, {})
 
 
 @each_page
