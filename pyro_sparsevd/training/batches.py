@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -18,7 +19,8 @@ from ..nn.supervised import Supervised
 
 def batches(name: str, loader: Any, model: Callable, device: torch.device | None) -> Iterator[Any]:
     """Yields the batches of an epoch, on a device; each must have the structure of the first, the model's arguments."""
-    if isinstance(loader, Tensor) or (isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader)):
+    parts = loader if isinstance(loader, tuple) else (loader,)
+    if isinstance(loader, Mapping) or any(isinstance(part, Tensor | np.ndarray) for part in parts):
         raise TypeError(f"{name}: expected batches, but got the tensors of one; give a list of it, [(x, y)]")
     batches = loader() if callable(loader) and not isinstance(loader, Iterable) else loader
     if not isinstance(batches, Iterable):

@@ -283,7 +283,15 @@ def test_the_data_of_graphs_are_their_targets():
         assert len(svd.fit(model, guide, [batch] * 2, epochs=1)) == 1
 
 
-@pytest.mark.parametrize("loader", [_regression(), _regression()[0]], ids=["pair", "tensor"])
+A_BATCH = {
+    "pair": _regression(),
+    "tensor": _regression()[0],
+    "arrays": tuple(part.numpy() for part in _regression()),
+    "dictionary": dict(zip("xy", _regression(), strict=True)),
+}
+
+
+@pytest.mark.parametrize("loader", A_BATCH.values(), ids=A_BATCH)
 def test_a_batch_in_the_place_of_batches_is_refused(loader):
     model, guide = _model()
     with pytest.raises(TypeError, match=r"loader: expected batches, but got the tensors of one; give .* \[\(x, y\)\]"):
